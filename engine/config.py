@@ -1,0 +1,78 @@
+"""The engine's settings: one frozen tree. Limits live in the types; `Meta` text is the help.
+
+Each class takes the smallest subtree it needs. A value that is worked out at start (number of
+blocks, context) is a new object, `ResolvedKV`; the config is never written.
+"""
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+
+class ModelConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which weights, and in which numbers they are run."""
+
+    path: Annotated[str, Meta(description="folder or hub id; 'default' is the embedded model")] = (
+        "default"
+    )
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float32"],
+        Meta(description="compute dtype; auto = what the checkpoint is stored in"),
+    ] = "auto"
+    numerics: Annotated[
+        Literal["exact", "w8a8"],
+        Meta(description="exact: weights dequantised; w8a8: FP8 activations too, as GPUs run FP8"),
+    ] = "exact"
+    dequantize: Annotated[
+        Literal["use", "load"],
+        Meta(description="FP8 weights: expand block by block at use, or once at load"),
+    ] = "use"
+    max_model_len: Annotated[int, Meta(ge=2, description="context in tokens")] | None = None
+    rope_tables: Annotated[
+        Literal["float32", "model"],
+        Meta(description="model: rotary tables in the model dtype, for comparisons with HF"),
+    ] = "float32"
+
+
+class KVConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The paged KV cache."""
+
+    block_size: Annotated[int, Meta(ge=1, le=1024, description="tokens per KV block")] = 16
+    num_blocks: Annotated[int, Meta(ge=2, description="blocks; default: from memory_bytes")] | None = None
+    memory_bytes: Annotated[int, Meta(ge=1, description="KV memory; default: from free memory")] | None = (
+        None
+    )
+    prefix_caching: Annotated[bool, Meta(description="reuse computed prefixes")] = True
+    parking_bytes: Annotated[
+        int, Meta(ge=0, description="host memory for the KV of paused and preempted rollouts; 0 = recompute")
+    ] = 256 * 2**20
+
+
+class BatchConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How much runs at once."""
+
+    max_num_seqs: Annotated[int, Meta(ge=1, description="rollouts running at once")] = 128
+    max_num_batched_tokens: Annotated[int, Meta(ge=1, description="tokens per step")] = 512
+    max_queue: Annotated[int, Meta(ge=1, description="rollouts waiting; beyond it: 429")] = 65536
+
+
+class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything a core needs."""
+
+    model: ModelConfig = ModelConfig()
+    kv: KVConfig = KVConfig()
+    batch: BatchConfig = BatchConfig()
+    num_threads: Annotated[int, Meta(ge=1, description="compute threads; default: free cores")] | None = (
+        None
+    )
+    seed: Annotated[int, Meta(description="run seed: rollouts without a seed derive theirs from it")] = 0
+
+
+class ResolvedKV(Struct, frozen=True, kw_only=True):
+    """What the KV cache came to: worked out once, when the core starts."""
+
+    block_size: int
+    num_blocks: int
+    max_model_len: int
+    prefix_caching: bool
+    num_parking_blocks: int

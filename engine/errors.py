@@ -1,0 +1,107 @@
+"""Every error that Everstep raises on purpose.
+
+    EverstepError
+    ├── InvalidRequest            400  a parameter is wrong; `field` names it
+    │   ├── ContextTooLong        400  prompt and max_tokens do not fit
+    │   └── UnknownModel          404
+    ├── UnknownRollout            404
+    ├── Overloaded                429  a queue is full; `retry_after_s`
+    ├── EngineUnavailable         503  not ready
+    │   ├── EngineDied            503
+    │   └── Draining              503
+    ├── CheckpointError           exit 2  a model folder that cannot be loaded; names the tensor or the key
+    ├── ConfigError               exit 2  a setting that cannot be used; names its path
+    └── MissingExtra              exit 2  an optional package is not installed; names the extra
+
+A message holds the value, the limit and the next action, on one line.
+"""
+
+
+class EverstepError(Exception):
+    """Root of the tree. `code` is the word on the wire, `status` the HTTP status."""
+
+    code = "internal_error"
+    status = 500
+    retryable = False
+
+
+class InvalidRequest(EverstepError):
+    """A request that can never work as it stands. `field` is the offending parameter."""
+
+    code = "invalid_request_error"
+    status = 400
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class ContextTooLong(InvalidRequest):
+    """The prompt, or prompt plus max_tokens, exceeds the context."""
+
+    code = "context_length_exceeded"
+
+
+class UnknownModel(InvalidRequest):
+    """The request names a model that is not served here."""
+
+    code = "model_not_found"
+    status = 404
+
+
+class UnknownRollout(EverstepError):
+    """No rollout has this id."""
+
+    code = "rollout_not_found"
+    status = 404
+
+
+class Overloaded(EverstepError):
+    """A queue is full. Try again after `retry_after_s` seconds."""
+
+    code = "rate_limit_exceeded"
+    status = 429
+    retryable = True
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class EngineUnavailable(EverstepError):
+    """The engine cannot take work now; the message says why."""
+
+    code = "service_unavailable"
+    status = 503
+    retryable = True
+
+
+class EngineDied(EngineUnavailable):
+    """A core process ended without being asked to."""
+
+
+class Draining(EngineUnavailable):
+    """The server is going down and takes no new work."""
+
+
+class CheckpointError(EverstepError):
+    """A model folder that cannot be loaded. The message names the file, tensor or key."""
+
+    code = "checkpoint_error"
+
+
+class ConfigError(EverstepError):
+    """A setting that cannot be used. The message names its path and the accepted values."""
+
+    code = "config_error"
+
+
+class MissingExtra(EverstepError):
+    """An optional package is missing. The message names the extra to install."""
+
+    code = "missing_extra"
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(
+            f"{purpose} needs the package {package!r}: pip install 'everstep[{extra}]'"
+        )

@@ -1,0 +1,179 @@
+"""What a manager and a core say to each other: two tagged unions, msgpack on the wire.
+
+Manager → core: `ToCore`. Core → manager: `FromCore`. A core holds nothing that `Add` could not
+give it again, so any rollout can be moved to another core by its prompt and output ids alone.
+"""
+
+from typing import Literal
+
+import msgspec
+from msgspec import Struct
+
+from .rollout import FinishReason, SamplingParams
+
+PROTOCOL_VERSION = 1
+
+
+class Add(Struct, tag="add", kw_only=True):
+    """Generate, or continue to generate, one rollout.
+
+    prompt_ids     the prompt
+    output_ids     tokens that it already has (a resumed or moved rollout); penalties, min_tokens,
+                   the seed position and the remaining budget follow from their number
+    seed           key of the counter-based draw; output token t uses counter t
+    stop_ids       ids that end it: the end-of-sequence ids (unless ignore_eos) and stop_token_ids
+    banned_ids     ids that min_tokens bans until it is reached (a superset of stop_ids)
+    max_tokens     output tokens in all, those in output_ids included
+    start_paused   keep it paused until a Resume
+    """
+
+    rollout_id: str
+    prompt_ids: list[int]
+    sampling: SamplingParams
+    seed: int
+    max_tokens: int
+    output_ids: list[int] = []
+    stop_ids: list[int] = []
+    banned_ids: list[int] = []
+    priority: int = 0
+    client: str = ""
+    start_paused: bool = False
+
+
+class Cancel(Struct, tag="cancel"):
+    """End these rollouts and free what they hold at once. Unknown ids are ignored."""
+
+    rollout_ids: list[str]
+
+
+class Pause(Struct, tag="pause"):
+    """Stop scheduling these rollouts (None: all, and whatever is added until Resume)."""
+
+    rollout_ids: list[str] | None = None
+
+
+class Resume(Struct, tag="resume"):
+    """Schedule them again (None: all)."""
+
+    rollout_ids: list[str] | None = None
+
+
+class Shutdown(Struct, tag="shutdown"):
+    """Finish the step in hand and end the core."""
+
+
+ToCore = Add | Cancel | Pause | Resume | Shutdown
+
+
+class Loading(Struct, tag="loading"):
+    """Progress of the start: stage is one of resolve, read, check, warm-up."""
+
+    stage: str
+    done: int
+    total: int
+    detail: str = ""
+
+
+class Ready(Struct, tag="ready", kw_only=True):
+    """The core has weights and takes work."""
+
+    core_id: str
+    protocol: int = PROTOCOL_VERSION
+    vocab_size: int
+    max_model_len: int
+    num_blocks: int
+    block_size: int
+    max_num_seqs: int
+    version: int
+    digest: str
+    numerics: str
+    """Device class, kernel level, dtypes: equal ids promise equal bits (DESIGN.md §3)."""
+    num_moe_layers: int
+    num_experts: int
+    num_experts_per_tok: int
+    kernels: dict[str, str] = {}
+    """Operation → what was picked and why, for `doctor`."""
+
+
+class RolloutTokens(Struct, kw_only=True, omit_defaults=True):
+    """New output tokens of one rollout, aligned lists; `start` is the index of the first.
+
+    Optional lists are empty unless the sampling parameters ask for them.
+    `routing_start` is the position (in prompt + output) of the first routed row in this message.
+    """
+
+    rollout_id: str
+    start: int
+    ids: list[int] = []
+    lp_sampled: list[float] = []
+    lp_temp: list[float] = []
+    kept_mass: list[float] = []
+    flags: list[int] = []
+    lp_raw: list[float] = []
+    entropy: list[float] = []
+    kept_ids: list[list[int]] = []
+    top: list[list[tuple[int, float]]] = []
+    prompt_start: int = 0
+    """Position of the first prompt logprob in this message."""
+    prompt_lp: list[float | None] = []
+    prompt_top: list[list[tuple[int, float]]] = []
+    routing_start: int = 0
+    routing_ids: bytes = b""
+    routing_weights: bytes = b""
+    num_cached_tokens: int | None = None
+    """Prompt tokens that a prefix hit spared; sent once, when it is first admitted."""
+    finish: FinishReason | None = None
+
+
+class Tokens(Struct, tag="tokens"):
+    """The outcome of one step, under one policy version."""
+
+    version: int
+    digest: str
+    rollouts: list[RolloutTokens]
+
+
+class StateChanged(Struct, tag="state"):
+    """The scheduler moved rollouts: (id, new state) in order."""
+
+    moves: list[tuple[str, Literal["running", "preempted", "paused", "queued"]]]
+
+
+class Rejected(Struct, tag="rejected"):
+    """An Add that this core cannot run (too long for its KV, say)."""
+
+    rollout_id: str
+    message: str
+
+
+class Stats(Struct, tag="stats", kw_only=True):
+    """The core's counters; gauges are of this moment, `*_total` since the start."""
+
+    num_running: int
+    num_waiting: int
+    num_paused: int
+    num_blocks_used: int
+    num_blocks: int
+    steps_total: int
+    prompt_tokens_total: int
+    generation_tokens_total: int
+    prefix_queries_total: int
+    """Prompt tokens looked up in the prefix cache."""
+    prefix_hits_total: int
+    preemptions_total: int
+    kv_resume_total: dict[str, int] = {}
+    """kind (kept, host, recomputed) → resumptions."""
+    step_seconds_total: float = 0.0
+
+
+class Died(Struct, tag="died"):
+    """The last message of a core that cannot go on; made up by the backend when it just vanished."""
+
+    message: str
+
+
+FromCore = Loading | Ready | Tokens | StateChanged | Rejected | Stats | Died
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_core = msgspec.msgpack.Decoder(list[ToCore]).decode
+decode_from_core = msgspec.msgpack.Decoder(list[FromCore]).decode

@@ -1,0 +1,117 @@
+"""What the scheduler hands to a runner, and what it gets back: plain data, torch-free.
+
+One step: `Scheduler.schedule()` → StepPlan → `Runner.run()` → StepResult → `Scheduler.commit()`.
+"""
+
+from typing import Protocol
+
+from msgspec import Struct
+
+from .rollout import SamplingParams
+
+
+class Row(Struct):
+    """The share of one rollout in a step: tokens [start, start + len(token_ids)) of it.
+
+    token_ids     ids to compute, in order (prompt and output are not distinguished)
+    start         position of the first = num_computed_tokens
+    block_table   physical blocks; entry j covers positions j·block_size …; covers all of the above
+    samples       True iff the last token is the newest one, so that its logits are drawn from
+    position      index of the output token to draw (counter of the draw; penalties see as many)
+    """
+
+    rollout_id: str
+    token_ids: list[int]
+    start: int
+    block_table: list[int]
+    samples: bool
+    position: int
+    num_prompt: int
+    all_ids: list[int]
+    """prompt + output so far; shared with the scheduler, read only."""
+    sampling: SamplingParams
+    seed: int
+    banned_ids: list[int]
+
+
+class Copy(Struct, frozen=True):
+    """Copy one KV block of all layers before the step (copy on write)."""
+
+    source: int
+    target: int
+
+
+class Park(Struct, frozen=True):
+    """Before the step: save these blocks to host memory under `key` (their blocks are reused after)."""
+
+    key: str
+    blocks: list[int]
+
+
+class Unpark(Struct, frozen=True):
+    """Before the step: load what was saved under `key` into these blocks, and forget it."""
+
+    key: str
+    blocks: list[int]
+
+
+class StepPlan(Struct, kw_only=True):
+    """One step. Moves are carried out in this order: parks, unparks, copies, then the rows."""
+
+    step: int
+    rows: list[Row]
+    parks: list[Park] = []
+    unparks: list[Unpark] = []
+    copies: list[Copy] = []
+    unpark_drops: list[str] = []
+    """Saved KV to forget (a cancelled rollout's)."""
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.rows or self.parks or self.unparks or self.copies or self.unpark_drops)
+
+
+class Sampled(Struct, kw_only=True):
+    """One drawn token and what is known of it; optional fields as `SamplingParams` asks."""
+
+    token_id: int
+    lp_sampled: float
+    lp_temp: float
+    kept_mass: float
+    flags: int
+    lp_raw: float | None = None
+    entropy: float | None = None
+    kept_ids: list[int] | None = None
+    top: list[tuple[int, float]] | None = None
+
+
+class RowResult(Struct, kw_only=True):
+    """The outcome for one row, aligned with `StepPlan.rows`.
+
+    prompt_lp[i], prompt_top[i] belong to prompt position start + 1 + i (given those before it).
+    routing_* hold one record per token of the row.
+    nonfinite names step and layer where a value was first not finite; then `sampled` is None.
+    """
+
+    sampled: Sampled | None = None
+    prompt_lp: list[float] = []
+    prompt_top: list[list[tuple[int, float]]] = []
+    routing_ids: bytes = b""
+    routing_weights: bytes = b""
+    nonfinite: str | None = None
+
+
+class StepResult(Struct, kw_only=True):
+    """Rows' outcomes under one policy version."""
+
+    version: int
+    digest: str
+    rows: list[RowResult]
+
+
+class Runner(Protocol):
+    """What the core's loop needs of a model runner (engine/runner.py; FakeRunner in tests)."""
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """Carry out a plan. Bits of a row depend on that row alone (DESIGN.md §3)."""
+        ...

@@ -1,0 +1,5 @@
+"""The command line (interface; the body follows)."""
+
+
+def main() -> None:
+    raise NotImplementedError

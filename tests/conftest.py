@@ -1,0 +1,14 @@
+"""Shared fixtures and the guards that hold for every test."""
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = str(Path(__file__).resolve().parent.parent)
+# the root at the front of sys.path would hide other packages behind our folders (`kernels`, say)
+if ROOT in sys.path:
+    sys.path.remove(ROOT)
+    sys.path.append(ROOT)
+
+# no test may reach for a hub
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
