@@ -38,13 +38,19 @@ class KVConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The paged KV cache."""
 
     block_size: Annotated[int, Meta(ge=1, le=1024, description="tokens per KV block")] = 16
-    num_blocks: Annotated[int, Meta(ge=2, description="blocks; default: from memory_bytes")] | None = None
-    memory_bytes: Annotated[int, Meta(ge=1, description="KV memory; default: from free memory")] | None = (
-        None
-    )
+    num_blocks: (
+        Annotated[int, Meta(ge=2, description="blocks; default: from memory_bytes")] | None
+    ) = None
+    memory_bytes: (
+        Annotated[int, Meta(ge=1, description="KV memory; default: from free memory")] | None
+    ) = None
     prefix_caching: Annotated[bool, Meta(description="reuse computed prefixes")] = True
     parking_bytes: Annotated[
-        int, Meta(ge=0, description="host memory for the KV of paused and preempted rollouts; 0 = recompute")
+        int,
+        Meta(
+            ge=0,
+            description="host memory for the KV of paused and preempted rollouts; 0 = recompute",
+        ),
     ] = 256 * 2**20
 
 
@@ -62,10 +68,13 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     model: ModelConfig = ModelConfig()
     kv: KVConfig = KVConfig()
     batch: BatchConfig = BatchConfig()
-    num_threads: Annotated[int, Meta(ge=1, description="compute threads; default: free cores")] | None = (
-        None
-    )
-    seed: Annotated[int, Meta(description="run seed: rollouts without a seed derive theirs from it")] = 0
+    num_threads: (
+        Annotated[int, Meta(ge=1, description="compute threads; default: free cores")] | None
+    ) = None
+    seed: (
+        Annotated[int, Meta(description="run seed: rollouts without a seed derive theirs from it")]
+        | None
+    ) = None
 
 
 class ResolvedKV(Struct, frozen=True, kw_only=True):

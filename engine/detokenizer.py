@@ -27,6 +27,8 @@ class Detokenizer:
     matched   the stop string that was completed: of several, the one complete at the earliest
               character, and of those the longest. Text is cut before it, or after it with
               `include_stop`; the token that completes it is the last.
+
+    The text of the first `min_tokens` tokens is not searched (as vLLM does).
     """
 
     def __init__(
@@ -36,8 +38,10 @@ class Detokenizer:
         stop: Sequence[str] = (),
         include_stop: bool = False,
         skip_special_tokens: bool = True,
+        min_tokens: int = 0,
     ) -> None:
         self._tokenizer = tokenizer
+        self._num_unchecked = min_tokens
         self._skip_special_tokens = skip_special_tokens
         self._decoder: _Decoder = (
             _ByteDecoder(tokenizer) if tokenizer.is_byte_level else _WindowDecoder(tokenizer)
@@ -54,6 +58,7 @@ class Detokenizer:
         """The text that became final with this token; "" after a match."""
         if self.matched is not None:
             return ""
+        self._num_unchecked -= 1
         if self._skip_special_tokens and self._tokenizer.is_skipped(token_id):
             return ""
         return self._release(self._decoder.push(token_id))
@@ -80,7 +85,7 @@ class Detokenizer:
     def _release(self, text: str) -> str:
         self.position += len(text)
         automaton = self._automaton
-        if automaton is None:
+        if automaton is None or self._num_unchecked >= 0:
             self.offset += len(text)
             return text
         held = self._held + text

@@ -88,6 +88,8 @@ class Ready(Struct, tag="ready", kw_only=True):
     digest: str
     numerics: str
     """Device class, kernel level, dtypes: equal ids promise equal bits (DESIGN.md §3)."""
+    eos_ids: list[int] = []
+    """From the checkpoint's configs; a tokenizer may add its own."""
     num_moe_layers: int
     num_experts: int
     num_experts_per_tok: int
@@ -167,9 +169,14 @@ class Stats(Struct, tag="stats", kw_only=True):
 
 
 class Died(Struct, tag="died"):
-    """The last message of a core that cannot go on; made up by the backend when it just vanished."""
+    """The last message of a core that cannot go on; made up by the backend when it just vanished.
+
+    `code` is the code of the error in engine/errors.py: a start that failed for the user's own
+    fault keeps its kind.
+    """
 
     message: str
+    code: str = "service_unavailable"
 
 
 FromCore = Loading | Ready | Tokens | StateChanged | Rejected | Stats | Died

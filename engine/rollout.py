@@ -17,6 +17,9 @@ from .errors import ContextTooLong, InvalidRequest
 Record = Literal["lp_raw", "entropy", "kept_ids", "routing"]
 LogprobsMode = Literal["raw", "temp", "sampled"]
 
+# below it logits ÷ temperature may overflow float32
+MIN_TEMPERATURE = 1e-3
+
 # per-token flags (`Rollout.flags`)
 SAMPLED = 1
 FORCED = 2
@@ -113,6 +116,12 @@ class SamplingParams(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             value = getattr(self, name)
             if value != value:
                 raise InvalidRequest(f"{name} must be a number, got nan", field=name)
+        if 0.0 < self.temperature < MIN_TEMPERATURE:
+            raise InvalidRequest(
+                f"temperature must be 0 (greedy) or from {MIN_TEMPERATURE} to 100, "
+                f"got {self.temperature}",
+                field="temperature",
+            )
         for token in self.logit_bias:
             if not 0 <= token < vocab_size:
                 raise InvalidRequest(

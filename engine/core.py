@@ -1,0 +1,263 @@
+"""The step loop of one engine, and its entry as a process of its own.
+
+One iteration: drain the messages, schedule, run, commit, publish. The loop never blocks on its
+peer: while what it has to say cannot be sent, it does not step. A core whose front is gone ends.
+"""
+
+import json
+import os
+import platform
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from . import log
+from .config import EngineConfig, ResolvedKV
+from .errors import ConfigError, EverstepError
+from .messages import (
+    Add,
+    Cancel,
+    Died,
+    FromCore,
+    Loading,
+    Pause,
+    Ready,
+    Rejected,
+    Resume,
+    Shutdown,
+    ToCore,
+    decode_to_core,
+    encode,
+)
+from .plan import Runner
+from .scheduler import Scheduler
+
+if TYPE_CHECKING:
+    from .ring_config import RingConfig
+
+STATS_EVERY_S = 1.0
+# share of the free memory that KV takes where no size is given
+KV_SHARE = 0.2
+Receive = Callable[[float], Sequence[ToCore]]
+Send = Callable[[list[FromCore]], None]
+
+
+class Core:
+    """Scheduler and runner in one loop. Knows nothing of transports."""
+
+    def __init__(self, scheduler: Scheduler, runner: Runner) -> None:
+        self.scheduler = scheduler
+        self._runner = runner
+        self._step_seconds = 0.0
+
+    def handle(self, message: ToCore) -> list[FromCore]:
+        """Take one message; returns what there is to answer at once."""
+        match message:
+            case Add():
+                try:
+                    self.scheduler.add(message)
+                except EverstepError as error:
+                    return [Rejected(message.rollout_id, str(error))]
+            case Cancel():
+                self.scheduler.cancel(message.rollout_ids)
+            case Pause():
+                self.scheduler.pause(message.rollout_ids)
+            case Resume():
+                self.scheduler.resume(message.rollout_ids)
+            case Shutdown():
+                raise SystemExit(0)
+        return []
+
+    def step(self) -> list[FromCore] | None:
+        """One step; None if there was nothing to do."""
+        plan = self.scheduler.schedule()
+        if not plan.has_work:
+            events = self.scheduler.take_events()
+            return events or None
+        started = time.perf_counter()
+        result = self._runner.run(plan)
+        self._step_seconds += time.perf_counter() - started
+        return self.scheduler.commit(plan, result)
+
+    def loop(self, receive: Receive, send: Send) -> None:
+        """Run until Shutdown. `receive(timeout_s)` returns at once if there is something."""
+        idle = False
+        next_stats = time.monotonic()
+        while True:
+            for message in receive(STATS_EVERY_S if idle else 0.0):
+                try:
+                    answers = self.handle(message)
+                except SystemExit:
+                    return
+                if answers:
+                    send(answers)
+            events = self.step()
+            idle = events is None
+            if events:
+                send(events)
+            if idle or time.monotonic() >= next_stats:
+                stats = msgspec.structs.replace(
+                    self.scheduler.stats(), step_seconds_total=self._step_seconds
+                )
+                send([stats])
+                next_stats = time.monotonic() + STATS_EVERY_S
+
+
+def build(config: EngineConfig, on_loading: Callable[[Loading], None]) -> tuple[Core, Ready]:
+    """Load the model and make a core of it.
+
+    Raises CheckpointError, ConfigError: one line each, before anything is served.
+    """
+    import torch
+
+    from .checkpoint import Checkpoint
+    from .hub import resolve
+    from .runner import ModelRunner
+    from .weights import compute_dtype, load_weights
+
+    torch.set_num_threads(config.num_threads or num_free_cores())
+
+    def progress(stage: str, done: int, total: int) -> None:
+        on_loading(Loading(stage, done, total))
+
+    checkpoint = Checkpoint.open(resolve(config.model.path, progress))
+    ring = checkpoint.config
+    dtype = compute_dtype(ring, config.model)
+    kv = resolve_kv(config, ring, dtype.itemsize)
+    weights = load_weights(checkpoint, config.model, on_progress=progress)
+    runner = ModelRunner(weights, kv, config.model)
+    progress("warm-up", 0, 1)
+    runner.warm_up()
+    progress("warm-up", 1, 1)
+    scheduler = Scheduler(kv, config.batch)
+    scheduler.set_version(weights.version, weights.digest)
+    ready = Ready(
+        core_id=f"core-{os.getpid()}",
+        vocab_size=ring.vocab_size,
+        max_model_len=kv.max_model_len,
+        num_blocks=kv.num_blocks,
+        block_size=kv.block_size,
+        max_num_seqs=config.batch.max_num_seqs,
+        version=weights.version,
+        digest=weights.digest,
+        numerics=runner.numerics,
+        eos_ids=list(ring.eos_token_ids),
+        num_moe_layers=weights.num_moe_layers,
+        num_experts=ring.num_experts,
+        num_experts_per_tok=ring.num_experts_per_tok,
+        kernels=runner.kernels,
+    )
+    return Core(scheduler, runner), ready
+
+
+def num_free_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def resolve_kv(config: EngineConfig, ring: "RingConfig", itemsize: int) -> ResolvedKV:
+    """Number of blocks and context from what is asked and what is free.
+
+    Raises ConfigError where the context that was asked for cannot be held.
+    """
+    from .ring_config import context_length
+
+    native = context_length(ring)
+    asked = config.model.max_model_len
+    if asked is not None and asked > native:
+        raise ConfigError(
+            f"model.max_model_len: {asked} exceeds the model's context of {native} tokens"
+        )
+    size = config.kv.block_size
+    token_bytes = 2 * ring.num_hidden_layers * ring.num_key_value_heads * ring.head_dim * itemsize
+    length = asked or native
+    if config.kv.num_blocks is not None:
+        blocks = config.kv.num_blocks
+    else:
+        memory = config.kv.memory_bytes or int(_free_bytes() * KV_SHARE)
+        most = config.batch.max_num_seqs * -(-length // size) + 1
+        blocks = max(2, min(memory // (token_bytes * size), most))
+    capacity = (blocks - 1) * size
+    if capacity < length:
+        if asked is not None:
+            raise ConfigError(
+                f"model.max_model_len: {asked} tokens need {-(-asked // size) + 1} KV blocks of "
+                f"{size}, there are {blocks}; raise kv.num_blocks or kv.memory_bytes, or ask for "
+                f"{capacity} or less"
+            )
+        length = capacity
+    return ResolvedKV(
+        block_size=size,
+        num_blocks=blocks,
+        max_model_len=length,
+        prefix_caching=config.kv.prefix_caching,
+        num_parking_blocks=config.kv.parking_bytes // (token_bytes * size),
+    )
+
+
+def _free_bytes() -> int:
+    """Memory that can be had without swapping, by the system's own word."""
+    if platform.system() == "Linux":
+        with open("/proc/meminfo") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
+
+
+def main() -> None:
+    """Entry of the core's process: one JSON line on standard input says what to run.
+
+    {"endpoint": zmq address to connect to, "config": EngineConfig, "json_log": bool}
+    Standard input stays open as long as the front lives; its end ends the core.
+    """
+    import zmq
+
+    job = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_front, daemon=True).start()
+    log.setup(json_lines=job["json_log"])
+    config = msgspec.convert(job["config"], EngineConfig)
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
+    socket.setsockopt(zmq.LINGER, 2000)
+    socket.connect(job["endpoint"])
+
+    def send(messages: list[FromCore]) -> None:
+        socket.send(encode(messages))
+
+    def receive(timeout_s: float) -> list[ToCore]:
+        found: list[ToCore] = []
+        wait = int(timeout_s * 1000)
+        while socket.poll(wait):
+            found += decode_to_core(socket.recv())
+            wait = 0
+        return found
+
+    try:
+        core, ready = build(config, lambda loading: send([loading]))
+        send([ready])
+        core.loop(receive, send)
+    except EverstepError as error:
+        send([Died(str(error), error.code)])
+    except Exception as error:
+        log.event("core.died", level="error", error=f"{type(error).__name__}: {error}")
+        send([Died(f"{type(error).__name__}: {error}")])
+        raise
+    finally:
+        socket.close()
+        zmq.Context.instance().term()
+
+
+def _end_with_front() -> None:
+    while sys.stdin.read(4096):
+        pass
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

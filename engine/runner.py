@@ -1,0 +1,263 @@
+"""From a step's plan to its result: tensors, forward pass, draws.
+
+Shapes: T packed tokens, R rows whose logits are wanted, V vocabulary, L MoE layers, K experts.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from ..kernels import (
+    AttentionPlan,
+    Draw,
+    QuerySpan,
+    Rule,
+    explain,
+    log_softmax,
+    plan_attention,
+    sample,
+    top_of,
+)
+from . import model
+from .config import ModelConfig, ResolvedKV
+from .model import Forward, KVStore
+from .plan import Row, RowResult, Sampled, StepPlan, StepResult
+from .rollout import SAMPLED, TRUNCATED_SUPPORT, SamplingParams
+from .rotary import rotary_tables
+from .weights import Weights
+
+# rows of prompt logits in memory at once
+PROMPT_ROWS = 64
+
+
+class ModelRunner:
+    """Owns the KV tensors, the parked KV and the live weights of a core."""
+
+    def __init__(self, weights: Weights, kv: ResolvedKV, config: ModelConfig) -> None:
+        self.weights = weights
+        self._kv = kv
+        self._store = KVStore.empty(weights.config, kv.num_blocks * kv.block_size, weights.dtype)
+        table_dtype = weights.dtype if config.rope_tables == "model" else torch.float32
+        self._tables = rotary_tables(weights.config, kv.max_model_len, table_dtype)
+        self._tile = model.tile_tokens(weights.config)
+        self._parked: dict[str, list[torch.Tensor]] = {}
+
+    @property
+    def numerics(self) -> str:
+        """What promises equal bits: device class, kernel level, library, dtypes."""
+        weights = self.weights
+        formats = sorted({layer.qkv.kind for layer in weights.layers})
+        scheme = weights.layers[0].qkv.activations if weights.layers else "none"
+        return "/".join(
+            [
+                "cpu",
+                f"torch-{torch.__version__}",
+                torch.backends.cpu.get_cpu_capability().lower(),
+                str(weights.dtype).removeprefix("torch."),
+                "+".join(formats) + ("" if scheme == "none" else f"-w8a8-{scheme}"),
+            ]
+        )
+
+    @property
+    def kernels(self) -> dict[str, str]:
+        """What was picked for each operation, and why, for `doctor`."""
+        return explain()
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Run one small step, so that every matrix shape is probed before the first request."""
+        tokens = min(self._kv.block_size, self._kv.max_model_len - 1)
+        row = Row(
+            rollout_id="",
+            token_ids=[0] * tokens,
+            start=0,
+            block_table=[1],
+            samples=True,
+            position=0,
+            num_prompt=tokens,
+            all_ids=[0] * tokens,
+            sampling=SamplingParams(),
+            seed=0,
+            banned_ids=[],
+        )
+        self.run(StepPlan(step=0, rows=[row]))
+        for tensor in self._tensors():
+            tensor.zero_()
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> StepResult:
+        """Carry out a plan: parks, unparks, copies, then the rows."""
+        self._move_blocks(plan)
+        results: list[RowResult] = []
+        if plan.rows:
+            results = self._run_rows(plan)
+        return StepResult(version=self.weights.version, digest=self.weights.digest, rows=results)
+
+    def _tensors(self) -> list[torch.Tensor]:
+        return [*self._store.keys, *self._store.values]
+
+    def _move_blocks(self, plan: StepPlan) -> None:
+        for park in plan.parks:
+            slots = self._slots(park.blocks)
+            self._parked[park.key] = [tensor[slots] for tensor in self._tensors()]
+        for key in plan.unpark_drops:
+            self._parked.pop(key, None)
+        for unpark in plan.unparks:
+            slots = self._slots(unpark.blocks)
+            for tensor, saved in zip(self._tensors(), self._parked.pop(unpark.key), strict=True):
+                tensor[slots] = saved
+        if plan.copies:
+            source = self._slots([copy.source for copy in plan.copies])
+            target = self._slots([copy.target for copy in plan.copies])
+            for tensor in self._tensors():
+                tensor[target] = tensor[source]
+
+    def _slots(self, blocks: Sequence[int]) -> torch.Tensor:
+        size = self._kv.block_size
+        first = torch.tensor(blocks, dtype=torch.int64) * size
+        return (first.unsqueeze(1) + torch.arange(size)).reshape(-1)
+
+    def _run_rows(self, plan: StepPlan) -> list[RowResult]:
+        rows = plan.rows
+        spans, first = [], 0
+        for row in rows:
+            spans.append(QuerySpan(first, row.start, len(row.token_ids), row.block_table))
+            first += len(row.token_ids)
+        ids = torch.tensor([i for row in rows for i in row.token_ids])
+        layout = plan_attention(spans, block_size=self._kv.block_size, tile_tokens=self._tile)
+        out = model.forward(self.weights, ids, self._store, layout, self._tables)
+        bad = self._find_nonfinite(ids, layout, out, spans, plan.step)
+        results = [RowResult(nonfinite=bad.get(i)) for i in range(len(rows))]
+        for row, span, result in zip(rows, spans, results, strict=True):
+            if result.nonfinite is None:
+                self._record_prompt(row, span, out, result)
+                self._record_routing(row, span, out, result)
+        self._draw(rows, spans, out, results, plan.step)
+        return results
+
+    def _find_nonfinite(
+        self,
+        ids: torch.Tensor,
+        layout: AttentionPlan,
+        out: Forward,
+        spans: list[QuerySpan],
+        step: int,
+    ) -> dict[int, str]:
+        """Rows with a value that is not finite, and the layer where it first appears.
+
+        A bad value stays in the residual stream to the end, so the last hidden state tells;
+        only then the step is run again to find the layer (the same bits are written again).
+        """
+        is_bad = ~torch.isfinite(out.hidden).all(dim=1)
+        if not bool(is_bad.any()):
+            return {}
+        first_layer: dict[int, int] = {}
+
+        def trace(layer: int, x: torch.Tensor) -> None:
+            for token in (~torch.isfinite(x).all(dim=1)).nonzero()[:, 0].tolist():
+                first_layer.setdefault(token, layer)
+
+        model.forward(self.weights, ids, self._store, layout, self._tables, trace=trace)
+        found = {}
+        for index, span in enumerate(spans):
+            tokens = [t for t in range(span.row, span.row + span.length) if bool(is_bad[t])]
+            if tokens:
+                layer = min(first_layer.get(t, len(self.weights.layers)) for t in tokens)
+                found[index] = f"step {step}, layer {layer}"
+        return found
+
+    def _record_prompt(self, row: Row, span: QuerySpan, out: Forward, result: RowResult) -> None:
+        """lp_raw of the prompt tokens that this row's tokens predict."""
+        count = row.sampling.prompt_logprobs
+        last = min(row.start + len(row.token_ids), row.num_prompt - 1)
+        if count is None or row.start >= last:
+            return
+        for start in range(row.start, last, PROMPT_ROWS):
+            end = min(start + PROMPT_ROWS, last)
+            at = span.row + start - row.start
+            lp = log_softmax(model.logits(self.weights, out.hidden[at : at + end - start]))
+            targets = torch.tensor(row.all_ids[start + 1 : end + 1])
+            result.prompt_lp += lp.gather(1, targets.unsqueeze(1))[:, 0].tolist()
+            if count:
+                result.prompt_top += [top_of(one, count) for one in lp]
+        if not all(map(math.isfinite, result.prompt_lp)):
+            result.nonfinite = f"step of the prompt, layer {len(self.weights.layers)}"
+
+    def _record_routing(self, row: Row, span: QuerySpan, out: Forward, result: RowResult) -> None:
+        """Expert ids and weights of this row's tokens, (tokens, L, K)."""
+        if "routing" not in row.sampling.record or not out.routes:
+            return
+        part = slice(span.row, span.row + span.length)
+        ids = torch.stack([routes.ids[part] for routes in out.routes], dim=1).numpy()
+        weights = torch.stack([routes.weights[part] for routes in out.routes], dim=1).numpy()
+        width = np.uint8 if self.weights.config.num_experts <= 256 else np.uint16
+        result.routing_ids = ids.astype(width).tobytes()
+        result.routing_weights = weights.astype(np.float32).tobytes()
+
+    def _draw(
+        self,
+        rows: list[Row],
+        spans: list[QuerySpan],
+        out: Forward,
+        results: list[RowResult],
+        step: int,
+    ) -> None:
+        """Draw a token for every row that ends at its newest one."""
+        drawn = [i for i, row in enumerate(rows) if row.samples and results[i].nonfinite is None]
+        if not drawn:
+            return
+        last = torch.tensor([spans[i].row + spans[i].length - 1 for i in drawn])
+        values = model.logits(self.weights, out.hidden[last])
+        is_finite = torch.isfinite(values).all(dim=1).tolist()
+        for i, fine in zip(drawn, is_finite, strict=True):
+            if not fine:
+                results[i].nonfinite = f"step {step}, layer {len(self.weights.layers)} (head)"
+        good = [n for n, fine in enumerate(is_finite) if fine]
+        if not good:
+            return
+        draws = sample(values[torch.tensor(good)], [rule_of(rows[drawn[n]]) for n in good])
+        for n, draw in zip(good, draws, strict=True):
+            results[drawn[n]].sampled = sampled_of(draw)
+
+
+def rule_of(row: Row) -> Rule:
+    """What the sampler needs to know of one row."""
+    p = row.sampling
+    counts = p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1.0
+    return Rule(
+        seed=row.seed,
+        position=row.position,
+        temperature=p.temperature,
+        top_p=p.top_p,
+        top_k=max(p.top_k, 0),
+        min_p=p.min_p,
+        presence_penalty=p.presence_penalty,
+        frequency_penalty=p.frequency_penalty,
+        repetition_penalty=p.repetition_penalty,
+        logit_bias=p.logit_bias,
+        prompt_ids=row.all_ids[: row.num_prompt] if counts else (),
+        output_ids=row.all_ids[row.num_prompt :] if counts else (),
+        banned=row.banned_ids if row.position < p.min_tokens else (),
+        num_top=p.top_logprobs,
+        top_of=p.logprobs_mode,
+        wants_raw="lp_raw" in p.record or (p.top_logprobs > 0 and p.logprobs_mode == "raw"),
+        wants_entropy="entropy" in p.record,
+        wants_kept_ids="kept_ids" in p.record,
+    )
+
+
+def sampled_of(draw: Draw) -> Sampled:
+    """A draw in the words of the plan."""
+    return Sampled(
+        token_id=draw.token_id,
+        lp_sampled=draw.lp_sampled,
+        lp_temp=draw.lp_temp,
+        kept_mass=draw.kept_mass,
+        flags=SAMPLED | (TRUNCATED_SUPPORT if draw.is_cut else 0),
+        lp_raw=draw.lp_raw,
+        entropy=draw.entropy,
+        kept_ids=draw.kept_ids,
+        top=draw.top,
+    )

@@ -1,0 +1,203 @@
+"""The weights of a Ring model as the forward pass takes them, read from a checkpoint.
+
+Everything is copied out of the memory map into aligned memory: a library may round otherwise
+on unaligned data. Head and router are held in float32 (their products are; PAPER.md §3).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..kernels import Weight
+from .checkpoint import Checkpoint, StoredLinear
+from .config import ModelConfig
+from .errors import ConfigError
+from .ring_config import RingConfig
+
+Progress = Callable[[str, int, int], None]
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """A SwiGLU block: gate, up (I, H); down (H, I)."""
+
+    gate: Weight
+    up: Weight
+    down: Weight
+
+
+@dataclass(frozen=True)
+class Moe:
+    """Router (E, H) and bias (E,) in float32; gate, up, down of E experts; the shared MLP."""
+
+    router: torch.Tensor
+    bias: torch.Tensor
+    gate: tuple[Weight, ...]
+    up: tuple[Weight, ...]
+    down: tuple[Weight, ...]
+    shared: Mlp | None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer; norms (H,) or (d,) in T."""
+
+    input_norm: torch.Tensor
+    qkv: Weight
+    query_norm: torch.Tensor | None
+    key_norm: torch.Tensor | None
+    dense: Weight
+    post_norm: torch.Tensor
+    ffn: Mlp | Moe
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A whole model under one policy version (number and content digest)."""
+
+    config: RingConfig
+    dtype: torch.dtype
+    embedding: torch.Tensor
+    layers: tuple[Layer, ...]
+    norm: torch.Tensor
+    head: torch.Tensor
+    version: int
+    digest: str
+
+    @property
+    def num_moe_layers(self) -> int:
+        return sum(isinstance(layer.ffn, Moe) for layer in self.layers)
+
+
+class WeightReader:
+    """Turns a checkpoint's tensors into what the forward pass takes, piece by piece."""
+
+    def __init__(self, checkpoint: Checkpoint, model: ModelConfig) -> None:
+        self.checkpoint = checkpoint
+        self.config = checkpoint.config
+        self.dtype = compute_dtype(self.config, model)
+        self._expand_now = model.dequantize == "load" and model.numerics == "exact"
+        quant = self.config.quant
+        if model.numerics == "w8a8" and (quant is None or quant.activations == "none"):
+            raise ConfigError(
+                "model.numerics: w8a8 needs FP8 weights with dynamic activation scales; "
+                f"{checkpoint.folder} has none (use exact)"
+            )
+        self._activations = quant.activations if quant and model.numerics == "w8a8" else "none"
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A copy in T or `dtype`, contiguous and aligned."""
+        return self.checkpoint.tensor(name).to(dtype or self.dtype, copy=True).contiguous()
+
+    def linear(self, name: str) -> Weight:
+        """The linear layer `name` (without `.weight`), every format."""
+        stored = self.checkpoint.linear(name)
+        bias = None if stored.bias is None else stored.bias.to(self.dtype, copy=True)
+        if stored.scale is None:
+            data = stored.weight.to(self.dtype, copy=True).contiguous()
+            return Weight(data, self.dtype, bias=bias)
+        weight = self._quantised(stored, bias)
+        if self._expand_now:
+            return Weight(weight.expanded().contiguous(), self.dtype, bias=bias)
+        return weight
+
+    def _quantised(self, stored: StoredLinear, bias: torch.Tensor | None) -> Weight:
+        assert stored.scale is not None
+        return Weight(
+            stored.weight.clone(),
+            self.dtype,
+            kind=stored.kind,
+            scale=stored.scale.float().clone(),
+            bias=bias,
+            activations=self._activations,
+        )
+
+    def mlp(self, prefix: str) -> Mlp:
+        return Mlp(*(self.linear(f"{prefix}.{part}_proj") for part in ("gate", "up", "down")))
+
+    def router(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(E, H) and (E,) in float32; a bias that the checkpoint does not have is zero."""
+        prefix = f"model.layers.{layer}.mlp.gate"
+        gate = self.tensor(f"{prefix}.weight", torch.float32)
+        if f"{prefix}.expert_bias" in self.checkpoint.names:
+            return gate, self.tensor(f"{prefix}.expert_bias", torch.float32)
+        return gate, torch.zeros(gate.shape[0])
+
+    def moe(self, layer: int) -> Moe:
+        prefix = f"model.layers.{layer}.mlp"
+        gate, bias = self.router(layer)
+        parts = [self.mlp(f"{prefix}.experts.{e}") for e in range(self.config.num_experts)]
+        shared = self.mlp(f"{prefix}.shared_experts") if self.config.num_shared_experts else None
+        return Moe(
+            router=gate,
+            bias=bias,
+            gate=tuple(part.gate for part in parts),
+            up=tuple(part.up for part in parts),
+            down=tuple(part.down for part in parts),
+            shared=shared,
+        )
+
+    def layer(self, index: int) -> Layer:
+        """One decoder layer, whole."""
+        p = f"model.layers.{index}"
+        norms = (
+            [self.tensor(f"{p}.attention.{which}_layernorm.weight") for which in ("query", "key")]
+            if self.config.use_qk_norm
+            else [None, None]
+        )
+        is_moe = self.config.is_moe_layer(index)
+        return Layer(
+            input_norm=self.tensor(f"{p}.input_layernorm.weight"),
+            qkv=self.linear(f"{p}.attention.query_key_value"),
+            query_norm=norms[0],
+            key_norm=norms[1],
+            dense=self.linear(f"{p}.attention.dense"),
+            post_norm=self.tensor(f"{p}.post_attention_layernorm.weight"),
+            ffn=self.moe(index) if is_moe else self.mlp(f"{p}.mlp"),
+        )
+
+    def embedding(self) -> torch.Tensor:
+        return self.tensor("model.word_embeddings.weight")
+
+    def head(self) -> torch.Tensor:
+        """(V, H) float32; the embedding's values where tied."""
+        tied = self.config.tie_word_embeddings
+        return self.tensor(
+            "model.word_embeddings.weight" if tied else "lm_head.weight", torch.float32
+        )
+
+
+def compute_dtype(config: RingConfig, model: ModelConfig) -> torch.dtype:
+    """T: as asked, or what the checkpoint is stored in (float16 is run in float32)."""
+    if model.dtype != "auto":
+        return DTYPES[model.dtype]
+    return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+
+
+def load_weights(
+    checkpoint: Checkpoint, model: ModelConfig, *, version: int = 0, on_progress: Progress
+) -> Weights:
+    """Read every main layer; peak memory is the model plus one tensor.
+
+    Raises CheckpointError naming the tensor that is not finite or cannot be read, ConfigError
+    where the numerics do not fit the checkpoint.
+    """
+    reader = WeightReader(checkpoint, model)
+    count = checkpoint.config.num_hidden_layers
+    layers = []
+    for index in range(count):
+        on_progress("read", index, count)
+        layers.append(reader.layer(index))
+    on_progress("read", count, count)
+    return Weights(
+        config=checkpoint.config,
+        dtype=reader.dtype,
+        embedding=reader.embedding(),
+        layers=tuple(layers),
+        norm=reader.tensor("model.norm.weight"),
+        head=reader.head(),
+        version=version,
+        digest=checkpoint.content_digest(lambda _, done, total: on_progress("check", done, total)),
+    )

@@ -1,0 +1,232 @@
+"""Matrix products whose rows do not see each other.
+
+A library picks its inner loops by shape, so the bits of a row may change with the number of
+rows beside it. Here every product is issued in tiles of a fixed number of rows, padded with
+zeros; a tile size is used only after `probe` has seen on this machine, for this very matrix
+shape, that a row's bits do not depend on its place in the tile, nor on the tile size chosen
+(docs/explain/numerics.md). Where no tile holds, rows are multiplied one at a time.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from .quant import (
+    dequantize_block,
+    dequantize_channel,
+    quantize_activations_group,
+    quantize_activations_token,
+)
+from .reduce import tree_sum
+
+SMALL_TILE = 16
+WIDE_TILES = (256, 64)
+GROUP = 128
+
+Kind = Literal["plain", "block", "channel"]
+Activations = Literal["none", "group", "token"]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One linear layer, as it is multiplied.
+
+    data         (N, K) T, or float8_e4m3fn where `scale` is given
+    scale        float32: (ceil(N/128), ceil(K/128)) for block, (N, 1) for channel
+    bias         (N,) T or None, added to the float32 sum before it is rounded
+    dtype        T: what `data` is expanded to, once rounded
+    activations  group, token: W8A8 (MODEL.md §2.3); none: weight-only
+    """
+
+    data: torch.Tensor
+    dtype: torch.dtype
+    kind: Kind = "plain"
+    scale: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    activations: Activations = "none"
+
+    @property
+    def out_features(self) -> int:
+        return self.data.shape[0]
+
+    def expanded(self) -> torch.Tensor:
+        """(N, K) in T: dequantised and rounded once; plain weights as they are."""
+        if self.scale is None:
+            return self.data
+        expand = dequantize_block if self.kind == "block" else dequantize_channel
+        return expand(self.data, self.scale, self.dtype)
+
+
+@dataclass
+class ItemPlan:
+    """Whether batched products keep an item's bits, per (R, D, L, layout, threads)."""
+
+    is_safe: dict[tuple[int, int, int, bool, int], bool] = field(default_factory=dict)
+
+
+@dataclass
+class TilePlan:
+    """Row tiles that were seen to give equal bits, per (dtype, N, K, threads)."""
+
+    tiles: dict[tuple[torch.dtype, int, int, int], tuple[int, ...]] = field(default_factory=dict)
+
+    def of(self, w: torch.Tensor) -> tuple[int, ...]:
+        """Tile sizes for this matrix, largest first; probed at first use."""
+        key = (w.dtype, w.shape[0], w.shape[1], torch.get_num_threads())
+        if key not in self.tiles:
+            self.tiles[key] = probe(w)
+        return self.tiles[key]
+
+
+PLAN = TilePlan()
+ITEMS = ItemPlan()
+
+
+def _product(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> None:
+    torch.mm(x, w.t(), out=out)
+
+
+def probe(w: torch.Tensor) -> tuple[int, ...]:
+    """Which row tiles keep a row's bits on this machine for a matrix of this shape.
+
+    w        (N, K)
+    returns  tile sizes, largest first. (1,) if a row's bits depend on its place in a small tile;
+             the small tile alone if wider ones give other bits than it does
+    """
+    generator = torch.Generator().manual_seed(20251018)
+    x = torch.randn(WIDE_TILES[0], w.shape[1], generator=generator).to(w.dtype)
+    order = torch.randperm(SMALL_TILE * 4, generator=generator)
+
+    def rows_by(tile: int, rows: torch.Tensor) -> torch.Tensor:
+        out = torch.empty(rows.shape[0], w.shape[0], dtype=w.dtype)
+        for i in range(0, rows.shape[0], tile):
+            _product(rows[i : i + tile], w, out[i : i + tile])
+        return out
+
+    some = x[: SMALL_TILE * 4]
+    small = rows_by(SMALL_TILE, some)
+    shuffled = rows_by(SMALL_TILE, some[order].contiguous())
+    alone = torch.zeros_like(x[:SMALL_TILE])
+    alone[3] = some[0]
+    lonely = rows_by(SMALL_TILE, alone)
+    if not (torch.equal(shuffled, small[order]) and torch.equal(lonely[3], small[0])):
+        return (1,)
+    whole = rows_by(SMALL_TILE, x)
+    wide = tuple(tile for tile in WIDE_TILES if torch.equal(rows_by(tile, x), whole))
+    return (*wide, SMALL_TILE)
+
+
+def matmul_rows(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """x wᵀ, a row's bits depending on that row and w alone.
+
+    x        (M, K) contiguous, M >= 0
+    w        (N, K) contiguous, same dtype
+    returns  (M, N), that dtype (sums in float32 inside)
+    """
+    rows, tiles = x.shape[0], PLAN.of(w)
+    smallest = tiles[-1]
+    padded = -(-rows // smallest) * smallest
+    if padded != rows:
+        x = torch.cat([x, x.new_zeros(padded - rows, x.shape[1])])
+    out = torch.empty(padded, w.shape[0], dtype=w.dtype)
+    start = 0
+    while start < padded:
+        tile = next(t for t in tiles if t <= padded - start)
+        _product(x[start : start + tile], w, out[start : start + tile])
+        start += tile
+    return out[:rows]
+
+
+def matmul_items(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a bᵀ for each item; an item's rows depend on themselves and on that item's b alone.
+
+    a        (I, R, D) float32
+    b        (I, L, D) float32, itself or its transpose contiguous
+    returns  (I, R, L) float32
+    """
+    key = (a.shape[1], a.shape[2], b.shape[1], b.is_contiguous(), torch.get_num_threads())
+    if key not in ITEMS.is_safe:
+        ITEMS.is_safe[key] = probe_items(*key[:4])
+    if ITEMS.is_safe[key]:
+        return torch.bmm(a, b.transpose(1, 2))
+    return tree_sum(a.unsqueeze(2) * b.unsqueeze(1))
+
+
+def probe_items(rows: int, inner: int, columns: int, is_contiguous: bool) -> bool:
+    """True iff a batched product of this shape keeps an item's bits on this machine:
+    for any number of items, any place among them, any place of a row in its item."""
+    generator = torch.Generator().manual_seed(20251018)
+    count = 96
+    a = torch.randn(count, rows, inner, generator=generator)
+    shape = (count, columns, inner) if is_contiguous else (count, inner, columns)
+    b = torch.randn(shape, generator=generator)
+    right = b.transpose(1, 2) if is_contiguous else b
+    whole = torch.bmm(a, right)
+    order = torch.randperm(count, generator=generator)
+    flipped = torch.bmm(a.flip(1), right).flip(1)
+    return (
+        all(torch.equal(torch.bmm(a[:n], right[:n]), whole[:n]) for n in (1, 2, 3, 7, 16, 50))
+        and torch.equal(torch.bmm(a[order], right[order]), whole[order])
+        and torch.equal(flipped, whole)
+    )
+
+
+def linear(x: torch.Tensor, weight: Weight) -> torch.Tensor:
+    """T(x Wᵀ + b), row-invariant, for every weight format.
+
+    x        (M, K) T, M >= 0
+    returns  (M, N) T
+
+    Weight-only FP8 equals the same call on `weight.expanded()` to the bit.
+    Source: MODEL.md §3.1, and §2.3 for W8A8.
+    """
+    x = x.contiguous()
+    if weight.activations != "none" and weight.scale is not None:
+        return _linear_w8a8(x, weight)
+    if weight.bias is None:
+        return matmul_rows(x, weight.expanded())
+    # the sum must not be rounded before the bias is added
+    wide = matmul_rows(x.float(), weight.expanded().float())
+    return (wide + weight.bias.float()).to(x.dtype)
+
+
+def _linear_w8a8(x: torch.Tensor, weight: Weight) -> torch.Tensor:
+    """Products of FP8 codes summed in float32, scaled per group or per row (MODEL.md §2.3)."""
+    scale = weight.scale
+    assert scale is not None
+    if weight.activations == "token":
+        codes, row_scale = quantize_activations_token(x)
+        column_scale = scale.reshape(1, -1)
+        total = matmul_rows(codes.float(), weight.data.float()) * row_scale * column_scale
+    else:
+        codes, row_scale = quantize_activations_group(x)
+        total = torch.zeros(x.shape[0], weight.out_features)
+        for g in range(row_scale.shape[1]):
+            part = slice(g * GROUP, min((g + 1) * GROUP, x.shape[1]))
+            column_scale = scale[:, g].repeat_interleave(GROUP)[: weight.out_features]
+            product = matmul_rows(
+                codes[:, part].float().contiguous(), weight.data[:, part].float().contiguous()
+            )
+            total = total + product * row_scale[:, g : g + 1] * column_scale
+    if weight.bias is not None:
+        total = total + weight.bias.float()
+    return total.to(x.dtype)
+
+
+def explain() -> dict[str, str]:
+    """What the probes found so far: operation → what is used and why."""
+    tiles: dict[tuple[int, ...], int] = {}
+    for found in PLAN.tiles.values():
+        tiles[found] = tiles.get(found, 0) + 1
+    shapes = ", ".join(f"rows by {'/'.join(map(str, t))}: {n} shapes" for t, n in tiles.items())
+    slow = sum(not safe for safe in ITEMS.is_safe.values())
+    return {
+        "linear": f"torch.mm in padded row tiles ({shapes or 'not probed yet'})",
+        "attention": (
+            f"torch.bmm per key block ({len(ITEMS.is_safe) - slow} shapes hold their bits"
+            + (f", {slow} by elementwise products instead)" if slow else ")")
+        ),
+        "sums": "elementwise trees: fixed by the length alone",
+        "sampling": "philox4x32-10, inverse of the cumulative sums",
+    }
