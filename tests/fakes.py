@@ -1,0 +1,251 @@
+"""Stand-ins for the slow and the outside: a runner without a model, a clock that is told the time.
+
+`FakeRunner` keeps KV memory for real. Every slot of every block remembers the token, the whole
+context and the weights that wrote it, so a stale, aliased, poisoned or lost entry is caught at
+the first row that reads it, not by a wrong token much later.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+from msgspec import Struct
+
+from everstep.engine.config import ResolvedKV
+from everstep.engine.plan import Row, RowResult, Sampled, StepPlan, StepResult
+from everstep.engine.rollout import SAMPLED, SamplingParams
+
+ROUTING_RECORD = 2
+"""Bytes of routing ids per token; the weights take four times as many."""
+
+
+class FakeClock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self, now_s: float = 1000.0) -> None:
+        self.now_s = now_s
+
+    def __call__(self) -> float:
+        return self.now_s
+
+    def advance(self, seconds: float) -> None:
+        self.now_s += seconds
+
+
+def fingerprint(*parts: object) -> int:
+    """48 bits that depend on every part."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=6).digest(), "little")
+
+
+def fake_token(seed: int, position: int, ids: Sequence[int], vocab_size: int) -> int:
+    """The token that the fake model draws: a function of the rollout alone."""
+    return fingerprint("token", seed, position, tuple(ids)) % vocab_size
+
+
+def fake_logprob(ids: Sequence[int]) -> float:
+    """The logprob of the last id given those before it."""
+    return -(fingerprint("logprob", tuple(ids)) % 1000) / 100
+
+
+def fake_routing(ids: Sequence[int]) -> bytes:
+    """The routing record of the last id's row."""
+    return (fingerprint("routing", tuple(ids)) % 65536).to_bytes(ROUTING_RECORD, "little")
+
+
+def draw(
+    seed: int, ids: Sequence[int], num_prompt: int, vocab_size: int, banned_ids: Sequence[int] = ()
+) -> Sampled:
+    """One draw of the fake model, next to all that a real one would report."""
+    position = len(ids) - num_prompt
+    token = fake_token(seed, position, ids, vocab_size)
+    while token in banned_ids:
+        token = (token + 1) % vocab_size
+    logprob = fake_logprob([*ids, token])
+    return Sampled(
+        token_id=token,
+        lp_sampled=logprob,
+        lp_temp=logprob,
+        kept_mass=1.0,
+        flags=SAMPLED,
+    )
+
+
+def generate_alone(
+    prompt_ids: Sequence[int],
+    *,
+    seed: int,
+    max_tokens: int,
+    stop_ids: Sequence[int] = (),
+    banned_ids: Sequence[int] = (),
+    min_tokens: int = 0,
+    vocab_size: int = 64,
+) -> list[int]:
+    """The output of a rollout that nothing ever disturbs: the model for every schedule."""
+    ids = list(prompt_ids)
+    while len(ids) - len(prompt_ids) < max_tokens:
+        banned = banned_ids if len(ids) - len(prompt_ids) < min_tokens else ()
+        ids.append(draw(seed, ids, len(prompt_ids), vocab_size, banned).token_id)
+        if ids[-1] in stop_ids:
+            break
+    return ids[len(prompt_ids) :]
+
+
+class Slot(Struct, frozen=True):
+    """One token's keys and values: what they are of, and the weights that made them."""
+
+    token: int
+    context: int
+    """Fingerprint of this slot on top of the context it was computed over, weights included."""
+    digest: str
+
+
+POISON = Slot(-1, -1, "poison")
+
+
+class FakeRunner:
+    """Carries out plans over fake KV memory and checks every read; AssertionError if one is wrong.
+
+    A rollout id in `nonfinite` gets a non-finite row in its next step. `is_checking = False`
+    skips the memory altogether, for timings.
+    """
+
+    def __init__(
+        self, kv: ResolvedKV, *, vocab_size: int = 64, version: int = 1, digest: str = "v1"
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.version = version
+        self.digest = digest
+        self.nonfinite: set[str] = set()
+        self.is_checking = True
+        self.num_steps = 0
+        self.num_computed_tokens = 0
+        self._block_size = kv.block_size
+        self._num_parking_blocks = kv.num_parking_blocks
+        self._blocks: list[list[Slot | None]] = [
+            [None] * kv.block_size for _ in range(kv.num_blocks)
+        ]
+        self._parked: dict[str, list[list[Slot | None]]] = {}
+        # per rollout: context fingerprints of what it wrote itself, whatever the weights were
+        self._own: dict[str, dict[int, int]] = {}
+
+    def set_version(self, version: int, digest: str) -> None:
+        self.version, self.digest = version, digest
+
+    @property
+    def num_parked_blocks(self) -> int:
+        return sum(len(blocks) for blocks in self._parked.values())
+
+    def run(self, plan: StepPlan) -> StepResult:
+        self.num_steps += 1
+        if self.is_checking:
+            self._carry_out_moves(plan)
+            self._check_writes(plan)
+        results = [self._run_row(row) for row in plan.rows]
+        return StepResult(version=self.version, digest=self.digest, rows=results)
+
+    def _carry_out_moves(self, plan: StepPlan) -> None:
+        for park in plan.parks:
+            assert park.key not in self._parked, f"{park.key} is parked twice"
+            self._parked[park.key] = [list(self._blocks[block]) for block in park.blocks]
+            assert self.num_parked_blocks <= self._num_parking_blocks, "host memory is full"
+        for unpark in plan.unparks:
+            saved = self._parked.pop(unpark.key)
+            for block, slots in zip(unpark.blocks, saved, strict=True):
+                self._write(block, slots)
+        for copy in plan.copies:
+            self._write(copy.target, self._blocks[copy.source])
+        for key in plan.unpark_drops:
+            del self._parked[key]
+
+    def _write(self, block: int, slots: Sequence[Slot | None]) -> None:
+        assert block != 0, "the null block was written"
+        self._blocks[block] = list(slots)
+
+    def _check_writes(self, plan: StepPlan) -> None:
+        """No block is written by one row and read or written by another."""
+        written: dict[int, str] = {}
+        for row in plan.rows:
+            end = row.start + len(row.token_ids)
+            assert row.token_ids, f"{row.rollout_id}: an empty row"
+            assert row.token_ids == row.all_ids[row.start : end]
+            assert row.samples == (end == len(row.all_ids))
+            assert len(row.block_table) * self._block_size >= end, "the table does not cover"
+            for block in row.block_table[row.start // self._block_size :]:
+                assert written.setdefault(block, row.rollout_id) == row.rollout_id
+        for row in plan.rows:
+            for block in row.block_table[: row.start // self._block_size]:
+                assert block not in written, f"block {block} is read and written in one step"
+
+    def _run_row(self, row: Row) -> RowResult:
+        count = len(row.token_ids)
+        self.num_computed_tokens += count
+        if row.rollout_id in self.nonfinite:
+            self.nonfinite.discard(row.rollout_id)
+            self._poison(row)
+            return RowResult(nonfinite=f"step {self.num_steps}, layer 0")
+        if self.is_checking:
+            context = self._read(row)
+            self._compute(row, context)
+        result = RowResult()
+        if row.samples:
+            result.sampled = draw(
+                row.seed, row.all_ids, row.num_prompt, self.vocab_size, row.banned_ids
+            )
+            _add_extras(result.sampled, row.sampling)
+        prefixes = [row.all_ids[: row.start + i + 1] for i in range(count)]
+        if row.sampling.prompt_logprobs is not None:
+            for prefix in prefixes[: max(0, row.num_prompt - 1 - row.start)]:
+                logprob = fake_logprob(row.all_ids[: len(prefix) + 1])
+                result.prompt_lp.append(logprob)
+                result.prompt_top.append([(row.all_ids[len(prefix)], logprob)])
+        if "routing" in row.sampling.record:
+            result.routing_ids = b"".join(fake_routing(prefix) for prefix in prefixes)
+            result.routing_weights = b"".join(fake_routing(prefix) * 4 for prefix in prefixes)
+        return result
+
+    def _slot(self, row: Row, position: int) -> tuple[list[Slot | None], int]:
+        index, offset = divmod(position, self._block_size)
+        return self._blocks[row.block_table[index]], offset
+
+    def _read(self, row: Row) -> int:
+        """Check every slot before the row; returns the fingerprint of the context."""
+        own = self._own.setdefault(row.rollout_id, {})
+        context = 0
+        for position in range(row.start):
+            slots, offset = self._slot(row, position)
+            slot = slots[offset]
+            where = f"{row.rollout_id}, position {position}"
+            assert slot is not None, f"{where}: never computed"
+            assert slot != POISON, f"{where}: poisoned"
+            assert slot.token == row.all_ids[position], f"{where}: another token's KV"
+            expected = fingerprint("kv", context, slot.token, slot.digest)
+            assert slot.context == expected, f"{where}: KV of another context"
+            if own.get(position) != slot.context:
+                assert slot.digest == self.digest, f"{where}: shared KV of weights {slot.digest}"
+                own[position] = slot.context
+            context = slot.context
+        return context
+
+    def _compute(self, row: Row, context: int) -> None:
+        own = self._own[row.rollout_id]
+        for position, token in enumerate(row.token_ids, row.start):
+            slots, offset = self._slot(row, position)
+            context = fingerprint("kv", context, token, self.digest)
+            slots[offset] = Slot(token, context, self.digest)
+            own[position] = context
+
+    def _poison(self, row: Row) -> None:
+        if self.is_checking:
+            for position in range(row.start, row.start + len(row.token_ids)):
+                slots, offset = self._slot(row, position)
+                slots[offset] = POISON
+
+
+def _add_extras(sampled: Sampled, sampling: SamplingParams) -> None:
+    if "lp_raw" in sampling.record:
+        sampled.lp_raw = sampled.lp_temp
+    if "entropy" in sampling.record:
+        sampled.entropy = 1.5
+    if "kept_ids" in sampling.record:
+        sampled.kept_ids = [sampled.token_id]
+    if sampling.top_logprobs:
+        sampled.top = [(sampled.token_id, sampled.lp_sampled)]
