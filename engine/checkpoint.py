@@ -241,7 +241,7 @@ def tensor_digest(name: str, tensor: Tensor) -> str:
     digest = hashlib.sha256(f"{name}\0{DTYPE_NAMES[tensor.dtype]}\0{shape}\0".encode())
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     for chunk in torch.split(flat, _CHUNK_BYTES):
-        digest.update(chunk.numpy())
+        digest.update(chunk.numpy().data)
     return digest.hexdigest()
 
 

@@ -183,7 +183,7 @@ def make_checkpoint(
             raise CheckpointError(f"unknown shape {shape!r}; accepted: {', '.join(SHAPES)}")
         shape = SHAPES[shape]
     tokens = special_tokens(shape.vocab_size)
-    data = config_json(shape, format, mtp, tokens)
+    data = config_json(shape, format, mtp, tokens["<|endoftext|>"])
     config = parse_config(data)
     units = [_unit(config, spec, format, seed) for spec in expected_tensors(config)]
     prepare_target(folder, sum(unit.num_bytes for unit in units) + _SLACK_BYTES)
@@ -205,9 +205,7 @@ def make_checkpoint(
     return folder
 
 
-def config_json(
-    shape: RingShape, format: Format, mtp: int, tokens: dict[str, int]
-) -> dict[str, Any]:
+def config_json(shape: RingShape, format: Format, mtp: int, end_of_text: int) -> dict[str, Any]:
     """config.json as the published converter writes it."""
     data: dict[str, Any] = {
         "architectures": ["BailingMoeV2ForCausalLM"],
@@ -222,8 +220,8 @@ def config_json(
         "norm_softmax": False,
         "rope_scaling": None,
         "num_nextn_predict_layers": mtp,
-        "eos_token_id": tokens["<|endoftext|>"],
-        "pad_token_id": tokens["<|endoftext|>"],
+        "eos_token_id": end_of_text,
+        "pad_token_id": end_of_text,
         "torch_dtype": "float32" if format == "f32" else "bfloat16",
     }
     data |= asdict(shape)
