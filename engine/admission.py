@@ -40,7 +40,6 @@ class LiveRollout:
         "has_record",
         "id",
         "ids",
-        "is_admitted_before",
         "is_counted_active",
         "is_queued",
         "kv",
@@ -71,8 +70,7 @@ class LiveRollout:
         self.state: State = "queued"
         self.arrival = arrival
         self.admission = 0
-        """Running number of its latest admission."""
-        self.is_admitted_before = False
+        """Running number of its latest admission; 0: never admitted."""
         self.num_reported_rows = 0
         """Positions whose rows were computed and reported; recomputing them is not news."""
         self.num_cached_tokens: int | None = None
