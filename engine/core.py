@@ -51,7 +51,7 @@ class Core:
 
     def __init__(self, scheduler: Scheduler, runner: Runner) -> None:
         self.scheduler = scheduler
-        self._runner = runner
+        self.runner = runner
         self._step_seconds = 0.0
 
     def handle(self, message: ToCore) -> list[FromCore]:
@@ -79,7 +79,7 @@ class Core:
             events = self.scheduler.take_events()
             return events or None
         started = time.perf_counter()
-        result = self._runner.run(plan)
+        result = self.runner.run(plan)
         self._step_seconds += time.perf_counter() - started
         return self.scheduler.commit(plan, result)
 
@@ -134,7 +134,7 @@ def build(config: EngineConfig, on_loading: Callable[[Loading], None]) -> tuple[
     runner.warm_up()
     progress("warm-up", 1, 1)
     scheduler = Scheduler(kv, config.batch)
-    scheduler.set_version(weights.version, weights.digest)
+    scheduler.set_version(weights.digest)
     ready = Ready(
         core_id=f"core-{os.getpid()}",
         vocab_size=ring.vocab_size,
