@@ -6,7 +6,7 @@ definition, so that a mistake of the engine's own writer cannot hide one of its 
 
 import json
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,8 +36,7 @@ class Draw:
     mtp: Literal["after", "inside"] = "after"
     bias_center: float = 0.0
     bias_spread: float = 0.1
-    biases: frozenset[str] = frozenset()
-    prompt: tuple[int, ...] = field(default=(1, 2, 3, 4, 5))
+    prompt: tuple[int, ...] = (1, 2, 3, 4, 5)
 
     def with_config(self, **changes: Any) -> "Draw":
         """The same draw with other config values."""
