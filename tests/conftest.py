@@ -12,3 +12,13 @@ if ROOT in sys.path:
 
 # no test may reach for a hub
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random bf16 checkpoint of a few hundred kB, with tokenizer and template."""
+    from everstep.engine.make_checkpoint import make_checkpoint
+
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny", shape="tiny", seed=1)
