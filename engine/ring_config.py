@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import sys
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -252,7 +253,8 @@ class _Keys:
         """A finite number, > 0 and ≥ low."""
         value = self._get(key, default)
         good = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not good or not math.isfinite(value) or value <= 0 or value < low:
+        # the upper end also keeps integers that no float holds out
+        if not good or not 0 < value <= sys.float_info.max or value < low:
             raise self.wrong(key, f"a finite number >= {low:g}" if low else "a finite number > 0")
         return float(value)
 
@@ -304,9 +306,8 @@ def _refuse_other_architectures(data: dict[str, Any]) -> None:
     reason = ""
     if names[0] != ARCHITECTURE:
         reason = {"BailingMoeForCausalLM": "Ling/Ring 1.x"}.get(names[0], "another architecture")
-    elif data.get("model_type") in _OTHER_MODEL_TYPES:
-        model_type = cast(str, data["model_type"])
-        reason = f"model_type {model_type}: {_OTHER_MODEL_TYPES[model_type]}"
+    elif meaning := _OTHER_MODEL_TYPES.get(str(data.get("model_type"))):
+        reason = f"model_type {data['model_type']}: {meaning}"
     elif data.get("norm_head"):
         reason = "norm_head: Ling/Ring 1.x"
     else:
@@ -316,7 +317,8 @@ def _refuse_other_architectures(data: dict[str, Any]) -> None:
                 reason = f"{key}: {meaning}"
                 break
     if reason:
-        raise CheckpointError(f"unsupported architecture {names[0]} ({reason}); {_SUPPORTED}")
+        name = json.dumps(names[0])[1:-1]
+        raise CheckpointError(f"unsupported architecture {name} ({reason}); {_SUPPORTED}")
     layers = data.get("layer_types")
     if layers is not None and (
         not isinstance(layers, list) or any(kind != "full_attention" for kind in layers)

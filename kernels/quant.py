@@ -54,10 +54,11 @@ def quantize_activations_group(x: Tensor) -> tuple[Tensor, Tensor]:
     returns  q (M, K) float8_e4m3fn, s (M, ceil(K/128)) float32 = max(amax, 1e-10)/448
     """
     rows, columns = x.shape
-    groups = pad(x.float(), (0, -columns % BLOCK)).view(rows, -1, BLOCK)
+    # the count is spelled out: -1 is ambiguous where there are no rows
+    groups = pad(x.float(), (0, -columns % BLOCK)).view(rows, -(-columns // BLOCK), BLOCK)
     scale = groups.abs().amax(dim=2).clamp_min(1e-10) / E4M3_MAX
     q = _to_e4m3(groups / scale[:, :, None])
-    return q.view(rows, -1)[:, :columns].contiguous(), scale
+    return q.flatten(1)[:, :columns].contiguous(), scale
 
 
 def quantize_activations_token(x: Tensor) -> tuple[Tensor, Tensor]:
