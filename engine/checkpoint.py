@@ -324,7 +324,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         header = json.loads(text)
         header.pop("__metadata__", None)
         entries = {}
-        end = 0
+        end = used = 0
         for name, item in header.items():
             entries[name] = TensorEntry(path, item["dtype"], tuple(map(int, item["shape"])))
             begin, stop = map(int, item["data_offsets"])
@@ -333,6 +333,9 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
                 if stop - begin != needed:
                     raise ValueError(f"{name} has {stop - begin} bytes, its shape needs {needed}")
             end = max(end, stop)
+            used += stop - begin
+        if used != end:
+            raise ValueError(f"its tensors have {used} bytes and end at {end}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: its safetensors header is malformed: {error!r}") from error
     if size != 8 + length + end:

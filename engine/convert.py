@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .errors import CheckpointError
-from .hub import Progress, ignore_progress, prepare_target, scratch_folder
+from .hub import Progress, ignore_progress, new_folder, prepare_target, scratch_folder
 from .make_checkpoint import Part, RingShape, Unit, config_json, write_json, write_shards
 
 NUM_EXPERTS = 4
@@ -77,16 +77,12 @@ def convert_gguf(
     """
     gguf = _Gguf(source)
     units = list(_dense_units(gguf) if dense else _ring_units(gguf))
-    if not target.exists() or any(target.iterdir()):
-        prepare_target(target, sum(unit.num_bytes for unit in units))
-    try:
+    with new_folder(target, sum(unit.num_bytes for unit in units)):
         write_shards(target, units, on_progress=on_progress)
         _write_tokenizer(gguf, target)
         write_json(target / "generation_config.json", gguf.special_ids())
         # last: a folder without it is not a model, so an interrupted run leaves none
         write_json(target / "config.json", _dense_config(gguf) if dense else _ring_config(gguf))
-    except OSError as error:
-        raise CheckpointError(f"{target} cannot be written: {error}") from error
     return target
 
 

@@ -39,11 +39,16 @@ def resolve(path_or_id: str, on_progress: Progress = ignore_progress) -> Path:
     if path_or_id == DEFAULT:
         return default_folder(on_progress)
     path = Path(path_or_id).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
+    try:
+        is_folder, is_model = path.is_dir(), (path / "config.json").is_file()
+        exists = path.exists()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}; {_ACCEPTED}") from error
+    if is_folder:
+        if not is_model:
             raise CheckpointError(f"{path} is not a model folder: it has no config.json")
         return path
-    if path.exists():
+    if exists:
         kind = "a GGUF file" if path.suffix.lower() == ".gguf" else "a file"
         raise CheckpointError(f"{path} is {kind}, not a model folder; {_ACCEPTED}")
     if _HUB_ID.fullmatch(path_or_id) and not path_or_id.startswith("."):
@@ -116,6 +121,24 @@ def prepare_target(folder: Path, needed_bytes: int) -> None:
         raise CheckpointError(f"{folder} cannot be written: {error.strerror}") from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise CheckpointError(f"{folder} cannot be written: permission denied")
+
+
+@contextmanager
+def new_folder(folder: Path, needed_bytes: int) -> Iterator[None]:
+    """`prepare_target`, then leave the folder empty again if the block fails, so it can be retried.
+
+    An OSError of the block (a disk that fills up) becomes a CheckpointError.
+    """
+    prepare_target(folder, needed_bytes)
+    try:
+        yield
+    except BaseException as error:
+        for path in folder.iterdir():
+            path.unlink()
+        if isinstance(error, OSError):
+            reason = error.strerror or str(error)
+            raise CheckpointError(f"{folder} cannot be written: {reason}") from error
+        raise
 
 
 def _existing_parent(folder: Path) -> Path:

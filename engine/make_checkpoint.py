@@ -20,7 +20,7 @@ from torch import Tensor
 from ..kernels.quant import quantize_block, quantize_channel
 from .checkpoint import DTYPE_NAMES, TensorSpec, expected_tensors
 from .errors import CheckpointError
-from .hub import Progress, ignore_progress, prepare_target
+from .hub import Progress, ignore_progress, new_folder
 from .ring_config import RingConfig, parse_config
 
 Format = Literal["bf16", "f32", "fp8-block", "fp8-channel"]
@@ -186,8 +186,7 @@ def make_checkpoint(
     data = config_json(shape, format, mtp, tokens["<|endoftext|>"])
     config = parse_config(data)
     units = [_unit(config, spec, format, seed) for spec in expected_tensors(config)]
-    prepare_target(folder, sum(unit.num_bytes for unit in units) + _SLACK_BYTES)
-    try:
+    with new_folder(folder, sum(unit.num_bytes for unit in units) + _SLACK_BYTES):
         write_shards(
             folder, units, shards=shards, max_shard_bytes=max_shard_bytes, on_progress=on_progress
         )
@@ -200,8 +199,6 @@ def make_checkpoint(
         write_json(folder / "generation_config.json", generation)
         # last: a folder without it is not a model, so an interrupted run leaves none
         write_json(folder / "config.json", data)
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be written: {error}") from error
     return folder
 
 

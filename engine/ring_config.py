@@ -134,11 +134,10 @@ def read_config(folder: Path) -> RingConfig:
     Raises CheckpointError if config.json is missing, is not JSON, or cannot be run.
     """
     path = folder / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{folder} is not a model folder: it has no config.json")
+    data = read_json(path)
     generation_path = folder / "generation_config.json"
     generation = read_json(generation_path) if generation_path.is_file() else None
-    config = parse_config(read_json(path), generation)
+    config = parse_config(data, generation)
     if config.defaults_used:
         # published files never leave this one out, and without it every expert is scaled wrongly
         serious = config.num_experts > 0 and "routed_scaling_factor" in config.defaults_used
@@ -155,6 +154,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; raises CheckpointError naming the file."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        reason = f"it has no {path.name}"
+        raise CheckpointError(f"{path.parent} is not a model folder: {reason}") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(data, dict):

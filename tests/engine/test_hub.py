@@ -49,6 +49,16 @@ def test_anything_else_is_refused_with_what_is_accepted(word, tmp_path, monkeypa
     assert '"default"' in message or "no config.json" in message
 
 
+def test_unreadable_path_is_refused_in_one_line(monkeypatch):
+    assert "cannot be read" in refusal("x" * 5000)
+
+    def denied(self):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_dir", denied)
+    assert "Permission denied" in refusal("/private/model")
+
+
 def test_hub_id_that_is_not_cached_is_one_line_offline(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     message = refusal("everstep-tests/no-such-model")
@@ -153,7 +163,8 @@ def test_scratch_folder_is_removed_after_an_error(tmp_path):
             (scratch / "half").write_text("")
             raise RuntimeError
 
-    pytest.raises(RuntimeError, fail)
+    with pytest.raises(RuntimeError):
+        fail()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from collections import namedtuple
 from dataclasses import replace
 
@@ -183,18 +184,20 @@ def test_progress_ends_at_the_total(tmp_path):
 
 
 def test_writer_holds_one_piece_at_a_time(tmp_path):
-    alive = []
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most: list[int] = []
 
     def pieces():
         for _ in range(8):
             piece = torch.ones(1000)
-            alive.append(piece.data_ptr())
+            alive.append(weakref.ref(piece))
+            most.append(sum(reference() is not None for reference in alive))
             yield 0, piece
 
     unit = Unit((Part("w", torch.float32, (8, 1000)),), pieces)
     write_shards(tmp_path, [unit])
-    # the same memory again and again: the pieces before were freed
-    assert len(set(alive)) <= 3
+    # the one before may still be bound while the next is made
+    assert max(most) <= 2
 
 
 # tokenizer and templates
@@ -360,10 +363,13 @@ def test_disk_that_is_too_small_is_refused_with_both_figures(tmp_path, monkeypat
     assert not (tmp_path / "m").exists()
 
 
-def test_disk_that_fills_up_is_one_line_and_leaves_no_model(tmp_path, monkeypatch):
-    def full_disk(self, *arguments, **options):
+def test_disk_that_fills_up_is_one_line_and_can_be_retried(tmp_path, monkeypatch):
+    def full_disk(path, units):
+        path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("everstep.engine.make_checkpoint._write_shard", full_disk)
     assert "No space left" in refusal(tmp_path / "m")
-    assert not (tmp_path / "m" / "config.json").exists()
+    assert list((tmp_path / "m").iterdir()) == []
+    monkeypatch.undo()
+    make_checkpoint(tmp_path / "m")
