@@ -62,7 +62,7 @@ def decode_request(body: bytes, kind: type[RequestT]) -> Decoded[RequestT]:
     """Raises InvalidRequest; its `field` is the path of the offending value."""
     try:
         raw = msgspec.json.decode(body)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"the body is not JSON: {error}") from None
     except RecursionError:
         raise InvalidRequest("the body is nested too deeply") from None

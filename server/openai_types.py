@@ -114,7 +114,6 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     tools: list[Tool] = []
     tool_choice: str | dict[str, Any] | None = None
-    parallel_tool_calls: bool = True
     reasoning_effort: str | None = None
     """Handed to the template under its own name."""
     documents: list[dict[str, Any]] | None = None
@@ -233,6 +232,8 @@ class CompletionResponse(Struct, kw_only=True):
     model: str
     choices: list[CompletionChoice]
     usage: Usage | UnsetType | None = UNSET
+    system_fingerprint: str | UnsetType = UNSET
+    """Numerics id and digest of the weights: equal ones give equal bits for equal seeds."""
 
 
 class FunctionCallOut(Struct, kw_only=True):
@@ -266,7 +267,7 @@ class ChatResponse(Struct, kw_only=True):
     model: str
     choices: list[ChatChoice]
     usage: Usage
-    system_fingerprint: str | None = None
+    system_fingerprint: str | UnsetType = UNSET
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
 

@@ -188,23 +188,36 @@ class ToolParser:
 
     def _parse(self, block: str) -> ToolCallFound | None:
         try:
-            value: Any = json.loads(block)
+            value: Any = json.loads(block, parse_constant=_refuse)
         except (ValueError, RecursionError):
             return None
-        if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        name = value.get("name") if isinstance(value, dict) else None
+        if not isinstance(name, str) or not _is_utf8(name):
             return None
         arguments = value.get("arguments", {})
         if isinstance(arguments, str):
             try:
-                json.loads(arguments)
+                json.loads(arguments, parse_constant=_refuse)
             except (ValueError, RecursionError):
                 return None
         elif isinstance(arguments, dict):
-            arguments = json.dumps(arguments, ensure_ascii=False)
+            text = json.dumps(arguments, ensure_ascii=False)
+            arguments = text if _is_utf8(text) else json.dumps(arguments)
         else:
             return None
+        if not _is_utf8(arguments):
+            return None
         self.num_calls += 1
-        return ToolCallFound(self.num_calls - 1, value["name"], arguments)
+        return ToolCallFound(self.num_calls - 1, name, arguments)
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _is_utf8(text: str) -> bool:
+    """False where escapes made half a surrogate pair, which no reply could carry."""
+    return not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def _ends_inside_string(block: str) -> bool:

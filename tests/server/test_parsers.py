@@ -81,6 +81,13 @@ def test_reasoning_ends_at_the_tag(text, is_open, reasoning, content):
         ("plain  \n", "plain  \n", []),
         ("a <tool_ca", "a <tool_ca", []),
         ('<tool_call>{"name":"a","arguments":3}</tool_call>', None, []),
+        ('<tool_call>{"name":"a","arguments":{"x":NaN}}</tool_call>', None, []),
+        ('<tool_call>{"name":"\\ud800"}</tool_call>', None, []),
+        (
+            '<tool_call>{"name":"a","arguments":{"x":"\\ud800"}}</tool_call>',
+            "",
+            calls(("a", '{"x": "\\ud800"}')),
+        ),
         ('<tool_call>{"name":"a","arguments":"{"}</tool_call>', None, []),
     ],
 )

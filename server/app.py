@@ -1,0 +1,132 @@
+"""create_app: the routes, the one error handler, and what wraps every request.
+
+The app neither starts nor closes the manager (server/launch.py does), so that it can answer
+/health while a model loads.
+"""
+
+import hmac
+import re
+import time
+import uuid
+from http import HTTPStatus
+
+from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ..engine import log
+from ..engine.errors import EverstepError
+from ..engine.manager import RolloutManager
+from ..engine.tokenizer import Tokenizer
+from .config import ServeConfig
+from .generation import Service
+from .http import error_body, error_response, json_response
+from .openai import OpenAIFace
+from .operations import Operations
+from .stream import ClientGone
+
+CLIENT_CLOSED_REQUEST = 499
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_CODES = {404: "not_found", 405: "method_not_allowed"}
+
+
+def create_app(
+    manager: RolloutManager, tokenizer: Tokenizer | None, config: ServeConfig
+) -> Starlette:
+    """tokenizer None: token ids in and out only. Raises ConfigError (`ServeConfig.check`)."""
+    config.check()
+    service = Service(manager, tokenizer, config, created=int(time.time()))
+    return Starlette(
+        routes=[*OpenAIFace(service).routes(), *Operations(service).routes()],
+        middleware=[Middleware(RequestId), Middleware(ApiKey, key=config.http.api_key)],
+        exception_handlers={
+            EverstepError: _on_error,
+            HTTPException: _on_http_error,
+            ClientGone: _on_client_gone,
+            Exception: _on_bug,
+        },
+    )
+
+
+class RequestId:
+    """`x-request-id`: the client's own where it is printable, else a new one; on every reply."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)
+
+
+class ApiKey:
+    """`Authorization: Bearer KEY` on /v1, compared in constant time. No key set: open."""
+
+    def __init__(self, app: ASGIApp, key: str | None) -> None:
+        self._app = app
+        self._key = key.encode() if key is not None else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._is_allowed(scope):
+            await self._app(scope, receive, send)
+            return
+        body = error_body(
+            "a valid API key is required: send the header 'Authorization: Bearer KEY'",
+            status=401,
+            code="invalid_api_key",
+        )
+        response = json_response(body, status=401, headers={"www-authenticate": "Bearer"})
+        await response(scope, receive, send)
+
+    def _is_allowed(self, scope: Scope) -> bool:
+        if self._key is None or scope["type"] != "http":
+            return True
+        if not (scope["path"] + "/").startswith("/v1/"):
+            return True
+        scheme, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
+        is_equal = hmac.compare_digest(token.strip().encode("utf-8", "replace"), self._key)
+        return scheme.lower() == "bearer" and is_equal
+
+
+async def _on_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, EverstepError)
+    return error_response(error)
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    """Unknown routes and wrong methods, in the same shape as everything else."""
+    assert isinstance(error, HTTPException)
+    status = error.status_code
+    reason = HTTPStatus(status).phrase.lower()
+    body = error_body(
+        f"{request.method} {request.url.path}: {reason}", status=status, code=_CODES.get(status)
+    )
+    return json_response(body, status=status, headers=error.headers)
+
+
+async def _on_client_gone(_: Request, __: Exception) -> Response:
+    """Nobody reads it; servers log this number."""
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+async def _on_bug(request: Request, error: Exception) -> Response:
+    """Our own fault: logged here, and raised again by Starlette for the server's log."""
+    log.event("request.failed", level="error", path=request.url.path, error=repr(error))
+    body = error_body(
+        "internal error; the server's log says more", status=500, code="internal_error"
+    )
+    return json_response(body, status=500)

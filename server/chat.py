@@ -1,0 +1,293 @@
+"""POST /v1/chat/completions: a conversation → rollouts → messages, whole or streamed.
+
+A stream goes, per choice: role, then content / reasoning / tool calls, then the finish reason;
+then usage where asked for, then [DONE] (PROTOCOLS.md 11.1).
+"""
+
+import contextlib
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+from msgspec import UNSET, UnsetType
+from starlette.requests import Request
+
+from ..engine.errors import InvalidRequest
+from ..engine.manager import Delta
+from ..engine.rollout import Rollout
+from .conversation import render
+from .generation import Generation, Service, request_id, sampling_of
+from .http import encode_json
+from .logprobs import LogprobsWriter, TextPositions
+from .openai_types import (
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatDelta,
+    ChatMessage,
+    ChatRequest,
+    ChatResponse,
+    FunctionCallOut,
+    ToolCall,
+    Usage,
+)
+from .parsers import (
+    Content,
+    Event,
+    OutputParser,
+    Reasoning,
+    ReasoningParser,
+    ToolCallFound,
+    ToolParser,
+    parse_output,
+    starts_in_reasoning,
+)
+from .stream import DONE, deltas, event
+
+
+class Chat:
+    """One chat request, submitted."""
+
+    def __init__(
+        self, service: Service, request: ChatRequest, prompt: str, prompt_ids: list[int]
+    ) -> None:
+        self.request = request
+        self.id = request_id("chatcmpl")
+        self._service = service
+        self._is_open = _is_reasoning_open(service, request, prompt)
+        mode = request.logprobs_mode or service.config.openai.logprobs_mode
+        num_top = (request.top_logprobs or 0) if request.logprobs else None
+        sampling = sampling_of(
+            request,
+            max_tokens=request.max_completion_tokens or request.max_tokens,
+            num_top=num_top,
+            mode=mode,
+            num_prompt_top=request.prompt_logprobs,
+        )
+        try:
+            self.generation = Generation(service, request, [prompt_ids], sampling)
+        except InvalidRequest as error:
+            raise _renamed(error, request) from None
+        self.writer: LogprobsWriter | None = self.generation.writer(num_top, mode)
+
+    @classmethod
+    async def submit(cls, service: Service, request: ChatRequest, raw: dict[str, Any]) -> "Chat":
+        """`raw` is the request as sent. Raises InvalidRequest and what the manager refuses with."""
+        _check(request)
+        prompt = render(service, request, raw)
+        prompt_ids = await service.encode(prompt, add_special_tokens=request.add_special_tokens)
+        return cls(service, request, prompt, prompt_ids)
+
+    def parser(self) -> OutputParser:
+        """A fresh one, for one choice."""
+        request = self.request
+        splits = request.include_reasoning and request.separate_reasoning
+        reads_reasoning = splits and self._service.config.openai.reasoning != "off"
+        reads_tools = bool(request.tools) and request.tool_choice != "none"
+        return OutputParser(
+            ReasoningParser(is_open=self._is_open) if reads_reasoning else None,
+            ToolParser() if reads_tools else None,
+        )
+
+    # --- whole
+
+    async def whole(self, http: Request) -> ChatResponse:
+        generation = self.generation
+        await generation.finish(http)
+        choices, num_reasoning = [], 0
+        for index, rollout in enumerate(generation.rollouts):
+            parser = self.parser()
+            choices.append(self._choice(index, rollout, parser))
+            num_reasoning += self.num_reasoning_tokens(rollout, parser)
+        first = generation.rollouts[0]
+        return ChatResponse(
+            id=self.id,
+            created=generation.created,
+            model=generation.model,
+            choices=choices,
+            usage=generation.usage(num_reasoning=num_reasoning),
+            system_fingerprint=generation.fingerprint,
+            prompt_logprobs=generation.prompt_logprobs_of(first),
+            prompt_token_ids=generation.prompt_ids_of(first),
+        )
+
+    def _choice(self, index: int, rollout: Rollout, parser: OutputParser) -> ChatChoice:
+        parsed = parse_output(rollout.text, parser)
+        calls = [_tool_call(call, UNSET) for call in parsed.calls]
+        message = ChatMessage(
+            content=None if calls and not parsed.content else parsed.content,
+            reasoning_content=parsed.reasoning or UNSET,
+            tool_calls=calls or UNSET,
+        )
+        choice = ChatChoice(index=index, message=message)
+        choice.token_ids = self.generation.ids_of(rollout, 0, len(rollout.output_ids))
+        choice.prompt_token_ids = self.generation.prompt_ids_of(rollout)
+        if self.writer is not None:
+            choice.logprobs = self.writer.chat(rollout, 0, len(rollout.output_ids))
+        self.finish(choice, rollout, parser)
+        return choice
+
+    def finish(
+        self, choice: ChatChoice | ChatChunkChoice, rollout: Rollout, parser: OutputParser
+    ) -> None:
+        """Why it ended; `tool_calls` where it ended by itself and called something."""
+        self.generation.common(choice, rollout)
+        if parser.num_calls and choice.finish_reason == "stop":
+            choice.finish_reason = "tool_calls"
+
+    def num_reasoning_tokens(self, rollout: Rollout, parser: OutputParser) -> int:
+        """Output tokens that begin before the end of the reasoning."""
+        reasoning = parser.reasoning
+        if reasoning is None or not (reasoning.is_reasoning or reasoning.end_offset):
+            return 0
+        if reasoning.end_offset is None:
+            return len(rollout.output_ids)
+        positions = TextPositions(
+            self._service.tokenizer, skip_special_tokens=self.request.skip_special_tokens
+        )
+        end = reasoning.end_offset
+        return sum(position < end for position in positions.take(rollout.output_ids))
+
+    # --- streamed
+
+    async def stream(self) -> AsyncGenerator[bytes]:
+        """Whole events. The caller closes the generation, even if this never ran."""
+        generation = self.generation
+        options = self.request.stream_options
+        with_usage = options is not None and options.include_usage
+        continuous = with_usage and options is not None and options.continuous_usage_stats
+        parts = [_Choice(self, i, rollout) for i, rollout in enumerate(generation.rollouts)]
+        num_output = 0
+        async with contextlib.aclosing(deltas(generation.service.manager, generation.ids)) as news:
+            async for index, delta in news:
+                num_output += delta.end - delta.start
+                usage: Usage | UnsetType | None = None if with_usage else UNSET
+                if continuous:
+                    usage = generation.usage(num_output=num_output)
+                for chunk in parts[index].take(delta):
+                    chunk.usage = usage
+                    yield event(encode_json(chunk))
+        if with_usage:
+            num_reasoning = sum(
+                self.num_reasoning_tokens(part.rollout, part.parser) for part in parts
+            )
+            chunk = self.chunk([])
+            chunk.usage = generation.usage(num_reasoning=num_reasoning)
+            yield event(encode_json(chunk))
+        yield DONE
+
+    def chunk(self, choices: list[ChatChunkChoice]) -> ChatChunk:
+        generation = self.generation
+        return ChatChunk(
+            id=self.id, created=generation.created, model=generation.model, choices=choices
+        )
+
+
+class _Choice:
+    """One streamed choice: its parser, and whether its role was sent."""
+
+    def __init__(self, owner: Chat, index: int, rollout: Rollout) -> None:
+        self._owner = owner
+        self._index = index
+        self.rollout = rollout
+        self.parser = owner.parser()
+        self._is_first = True
+
+    def take(self, delta: Delta) -> list[ChatChunk]:
+        """The chunks for a delta; token values go with the first that carries text."""
+        events = self.parser.feed(delta.text)
+        if delta.is_last:
+            events += self.parser.finish()
+        parts = [part for found in events for part in _deltas_of(found)]
+        has_values = delta.end > delta.start and (
+            self._owner.writer is not None or self._owner.request.return_token_ids
+        )
+        if has_values and not parts:
+            parts.append(ChatDelta(content=""))
+        chunks = [self._role()] if self._is_first else []
+        self._is_first = False
+        for number, part in enumerate(parts):
+            choice = ChatChunkChoice(index=self._index, delta=part)
+            if number == 0 and has_values:
+                self._add_values(choice, delta.start, delta.end)
+            chunks.append(self._owner.chunk([choice]))
+        if delta.is_last:
+            last = ChatChunkChoice(index=self._index, delta=ChatDelta())
+            self._owner.finish(last, self.rollout, self.parser)
+            chunks.append(self._owner.chunk([last]))
+        return chunks
+
+    def _role(self) -> ChatChunk:
+        generation = self._owner.generation
+        choice = ChatChunkChoice(index=self._index, delta=ChatDelta(role="assistant", content=""))
+        choice.prompt_token_ids = generation.prompt_ids_of(self.rollout)
+        chunk = self._owner.chunk([choice])
+        if self._index == 0:
+            chunk.prompt_token_ids = generation.prompt_ids_of(self.rollout)
+            chunk.prompt_logprobs = generation.prompt_logprobs_of(self.rollout)
+        return chunk
+
+    def _add_values(self, choice: ChatChunkChoice, start: int, end: int) -> None:
+        choice.token_ids = self._owner.generation.ids_of(self.rollout, start, end)
+        if self._owner.writer is not None:
+            choice.logprobs = self._owner.writer.chat(self.rollout, start, end)
+
+
+def _deltas_of(found: Event) -> Sequence[ChatDelta]:
+    match found:
+        case Content(text=text):
+            return [ChatDelta(content=text)]
+        case Reasoning(text=text):
+            return [ChatDelta(reasoning_content=text)]
+        case ToolCallFound(index=index, arguments=arguments):
+            head = _tool_call(found, index)
+            head.function.arguments = ""
+            tail = ToolCall(index=index, function=FunctionCallOut(arguments=arguments))
+            return [ChatDelta(tool_calls=[head]), ChatDelta(tool_calls=[tail])]
+
+
+def _tool_call(call: ToolCallFound, index: int | UnsetType) -> ToolCall:
+    return ToolCall(
+        index=index,
+        id=f"call_{uuid.uuid4().hex[:24]}",
+        type="function",
+        function=FunctionCallOut(name=call.name, arguments=call.arguments),
+    )
+
+
+def _is_reasoning_open(service: Service, request: ChatRequest, prompt: str) -> bool:
+    if service.config.openai.reasoning == "always":
+        return True
+    if request.continue_final_message:
+        # the message to go on with may have been cut inside its reasoning
+        return prompt.rfind("<think>") > prompt.rfind("</think>")
+    return starts_in_reasoning(prompt)
+
+
+def _renamed(error: InvalidRequest, request: ChatRequest) -> InvalidRequest:
+    """The same error in the names of this endpoint."""
+    text = str(error)
+    if error.field == "prompt":
+        return type(error)(f"messages: {text}", field="messages")
+    if error.field == "max_tokens" and request.max_completion_tokens is not None:
+        name = "max_completion_tokens"
+        return type(error)(text.replace("max_tokens", name, 1), field=name)
+    return error
+
+
+def _check(request: ChatRequest) -> None:
+    if request.stream_options is not None and not request.stream:
+        raise InvalidRequest("stream_options needs stream: true", field="stream_options")
+    if request.top_logprobs and not request.logprobs:
+        raise InvalidRequest("top_logprobs needs logprobs: true", field="top_logprobs")
+    if request.tool_choice not in (None, "auto", "none"):
+        raise InvalidRequest(
+            "tool_choice: forcing a call is not supported yet; accepted are 'auto' and 'none'",
+            field="tool_choice",
+        )
+    if request.continue_final_message and request.add_generation_prompt:
+        raise InvalidRequest(
+            "continue_final_message and add_generation_prompt exclude each other: "
+            "leave add_generation_prompt out, or set it to false",
+            field="continue_final_message",
+        )

@@ -1,0 +1,247 @@
+"""One command, one server: the core's process, the manager and HTTP, from start to drain.
+
+HTTP answers from the first moment (/health: 503 with what is loading). SIGTERM and SIGINT stop
+the accepting, give what is in flight `grace_s` seconds, and end the process with 0; a second
+signal ends it at once. A core that cannot be started again ends the server.
+"""
+
+import asyncio
+import contextlib
+import errno
+import secrets
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import msgspec
+import uvicorn
+from msgspec import Struct
+
+from ..engine import log
+from ..engine.errors import ConfigError, EngineDied
+from ..engine.hub import Progress, resolve
+from ..engine.manager import RolloutManager
+from ..engine.messages import Loading, Ready, Stats
+from ..engine.native import ProcessBackend
+from ..engine.tokenizer import Tokenizer
+from .app import create_app
+from .config import HttpConfig, ServeConfig
+
+STATUS_EVERY_S = 10.0
+POLL_S = 0.5
+
+
+class Serving(Struct, frozen=True):
+    """What the start-up banner says."""
+
+    ready: Ready
+    names: tuple[str, ...]
+    url: str
+    run_seed: int
+    pid: int | None
+
+
+OnServing = Callable[[Serving], None]
+
+
+def serve(
+    config: ServeConfig,
+    *,
+    on_progress: Progress,
+    on_serving: OnServing,
+    json_log: bool = False,
+    grace_s: float = 30.0,
+) -> None:
+    """Serve until a signal. Raises ConfigError, CheckpointError, EngineDied."""
+    config.check()
+    with bind(config.http) as listener:
+        folder = resolve(config.engine.model.path, on_progress)
+        tokenizer = None if config.skip_tokenizer_init else Tokenizer.from_folder(folder)
+        model = msgspec.structs.replace(config.engine.model, path=str(folder))
+
+        def on_loading(loading: Loading) -> None:
+            on_progress(loading.stage, loading.done, loading.total)
+
+        backend = ProcessBackend(
+            msgspec.structs.replace(config.engine, model=model),
+            on_loading=on_loading,
+            json_log=json_log,
+        )
+        seed = config.engine.seed
+        server = Server(
+            config,
+            backend,
+            tokenizer,
+            listener,
+            run_seed=secrets.randbits(63) if seed is None else seed,
+            on_serving=on_serving,
+            grace_s=grace_s,
+        )
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.run(server.run())
+
+
+def bind(http: HttpConfig) -> socket.socket:
+    """A socket on host and port, before anything is loaded. Raises ConfigError if taken."""
+    host = http.host.strip("[]")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, http.port), family=family, backlog=2048)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            reason = "in use; name another with --port, or 0 for any free one"
+        elif error.errno == errno.EACCES:
+            reason = "not allowed for this user; name one above 1023 with --port"
+        else:
+            raise ConfigError(
+                f"http.host {http.host!r} cannot be bound: {error.strerror or error}"
+            ) from None
+        raise ConfigError(f"port {http.port} of {http.host} is {reason}") from None
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    if sys.platform == "win32":
+        return None
+    import uvloop
+
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn without its signal handlers: they would raise the signal again at the end."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class Server:
+    """The front while it lives."""
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        backend: ProcessBackend,
+        tokenizer: Tokenizer | None,
+        listener: socket.socket,
+        *,
+        run_seed: int,
+        on_serving: OnServing,
+        grace_s: float,
+    ) -> None:
+        self._config = config
+        self._backend = backend
+        self._listener = listener
+        self._run_seed = run_seed
+        self._on_serving = on_serving
+        self._grace_s = grace_s
+        self._manager = RolloutManager(
+            backend, tokenizer, run_seed=run_seed, max_live=config.engine.batch.max_queue
+        )
+        self._http = _Uvicorn(
+            uvicorn.Config(
+                create_app(self._manager, tokenizer, config),
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                server_header=False,
+                timeout_graceful_shutdown=max(1, int(grace_s)),
+            )
+        )
+
+    async def run(self) -> None:
+        """Until a signal, or the core is gone for good."""
+        self._handle_signals()
+        serving = asyncio.create_task(self._http.serve(sockets=[self._listener]))
+        starting = asyncio.create_task(self._manager.start())
+        try:
+            await asyncio.wait([serving, starting], return_when=asyncio.FIRST_COMPLETED)
+            if starting.done():
+                starting.result()  # raises what the core could not do
+                self._on_serving(self._banner())
+                await self._watch(serving)
+        finally:
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            self._http.should_exit = True
+            await serving
+            await self._manager.close()
+        if starting.cancelled() or self._manager.is_healthy:
+            log.event("server.stopped")
+        else:
+            raise EngineDied("the engine died and could not be started again; see the log above")
+
+    def _banner(self) -> Serving:
+        host, port = self._listener.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        return Serving(
+            ready=self._manager.info,
+            names=self._config.model_names,
+            url=f"http://{shown}:{port}",
+            run_seed=self._run_seed,
+            pid=self._backend.pid,
+        )
+
+    def _handle_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for name in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(name, self._stop, name)
+
+    def _stop(self, name: signal.Signals) -> None:
+        """First signal: no new work, the rest may end. Second: now."""
+        if self._http.should_exit:
+            self._http.force_exit = True
+            return
+        log.event(
+            "server.draining",
+            signal=name.name,
+            in_flight=self._manager.num_live,
+            grace_s=self._grace_s,
+        )
+        self._http.should_exit = True
+
+    async def _watch(self, serving: "asyncio.Task[None]") -> None:
+        """One status line every 10 s when busy, until HTTP has ended."""
+        status = StatusLine()
+        status.due(self._manager.stats, time.monotonic())
+        next_line = time.monotonic() + STATUS_EVERY_S
+        while not serving.done():
+            await asyncio.wait([serving], timeout=POLL_S)
+            if not self._manager.is_healthy:
+                self._http.should_exit = True
+            if time.monotonic() >= next_line:
+                next_line += STATUS_EVERY_S
+                fields = status.due(self._manager.stats, time.monotonic())
+                if fields:
+                    info = self._manager.info
+                    version = f"{info.version}@{info.digest[:4]}"
+                    log.event("decode", level="info", **fields, version=version)
+
+
+class StatusLine:
+    """The fields of the line that people paste into issues; rates since the line before."""
+
+    def __init__(self) -> None:
+        self._tokens = 0
+        self._at_s = 0.0
+
+    def due(self, stats: Stats | None, now_s: float) -> dict[str, float]:
+        """The fields, or none where nothing ran since the last call."""
+        if stats is None:
+            self._at_s = now_s
+            return {}
+        tokens = stats.generation_tokens_total - self._tokens
+        rate = max(0.0, tokens) / max(now_s - self._at_s, 1e-9)
+        self._tokens, self._at_s = stats.generation_tokens_total, now_s
+        if not (tokens or stats.num_running or stats.num_waiting):
+            return {}
+        return {
+            "running": stats.num_running,
+            "waiting": stats.num_waiting,
+            "kv": round(stats.num_blocks_used / max(1, stats.num_blocks), 2),
+            "tok/s": round(rate, 1),
+            "paused": stats.num_paused,
+        }
