@@ -35,7 +35,7 @@ def experts(
             hidden = swiglu(linear(rows, gate[expert]), linear(rows, up[expert]))
             outputs[places] = linear(hidden, down[expert])
             start += count
-    outputs = outputs.view(tokens, slots, -1)
+    outputs = outputs.view(tokens, slots, x.shape[1])
     total = outputs[:, 0].float() * weights[:, 0:1]
     for slot in range(1, slots):
         total = total + outputs[:, slot].float() * weights[:, slot : slot + 1]

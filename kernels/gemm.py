@@ -195,20 +195,25 @@ def _linear_w8a8(x: torch.Tensor, weight: Weight) -> torch.Tensor:
     """Products of FP8 codes summed in float32, scaled per group or per row (MODEL.md §2.3)."""
     scale = weight.scale
     assert scale is not None
-    if weight.activations == "token":
-        codes, row_scale = quantize_activations_token(x)
+    by_token = weight.activations == "token"
+    quantize = quantize_activations_token if by_token else quantize_activations_group
+    codes, row_scale = quantize(x)
+    if by_token and weight.kind == "channel":
         column_scale = scale.reshape(1, -1)
         total = matmul_rows(codes.float(), weight.data.float()) * row_scale * column_scale
     else:
-        codes, row_scale = quantize_activations_group(x)
         total = torch.zeros(x.shape[0], weight.out_features)
-        for g in range(row_scale.shape[1]):
+        for g in range(-(-x.shape[1] // GROUP)):
             part = slice(g * GROUP, min((g + 1) * GROUP, x.shape[1]))
-            column_scale = scale[:, g].repeat_interleave(GROUP)[: weight.out_features]
+            if weight.kind == "block":
+                column_scale = scale[:, g].repeat_interleave(GROUP)[: weight.out_features]
+            else:
+                column_scale = scale[:, 0]
             product = matmul_rows(
                 codes[:, part].float().contiguous(), weight.data[:, part].float().contiguous()
             )
-            total = total + product * row_scale[:, g : g + 1] * column_scale
+            own_scale = row_scale if by_token else row_scale[:, g : g + 1]
+            total = total + product * own_scale * column_scale
     if weight.bias is not None:
         total = total + weight.bias.float()
     return total.to(x.dtype)

@@ -86,7 +86,8 @@ def log_softmax(logits: torch.Tensor) -> torch.Tensor:
     """(B, V) float32 → (B, V) float32; the sum is a fixed tree over V."""
     top = logits.amax(dim=-1, keepdim=True)
     total = tree_sum(torch.exp(logits - top)).unsqueeze(-1)
-    return logits - (top + torch.log(total))
+    # not logits - (top + log): a large top would swallow the logarithm's digits
+    return (logits - top) - torch.log(total)
 
 
 def sample(logits: torch.Tensor, rules: Sequence[Rule]) -> list[Draw]:
@@ -110,14 +111,20 @@ def sample(logits: torch.Tensor, rules: Sequence[Rule]) -> list[Draw]:
         _support(lp_temp[row], rule) if rule.cuts_support else None
         for row, rule in enumerate(rules)
     ]
+    tops = [0.0] * len(rules)
     for row, ids in enumerate(kept):
         if ids is not None:
+            # relative to the best kept id: what a ban leaves may have underflowed
+            lp = lp_temp[row, ids].double()
+            top = lp.max()
             only = torch.zeros_like(weights[row])
-            only[ids] = weights[row, ids]
-            weights[row] = only
+            only[ids] = torch.exp(lp - top)
+            weights[row], tops[row] = only, float(top)
     tokens, masses = _draw(weights, rules)
     return [
-        _describe(row, rule, tokens[row], masses[row], kept[row], lp_temp, lp_raw)
+        _describe(
+            row, rule, tokens[row], tops[row] + math.log(masses[row]), kept[row], lp_temp, lp_raw
+        )
         for row, rule in enumerate(rules)
     ]
 
@@ -126,7 +133,7 @@ def _penalise(logits: torch.Tensor, rule: Rule) -> None:
     """Apply penalties and bias to one row, in place (each id once, whatever the order)."""
     counts = Counter(rule.output_ids)
     if rule.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted({*rule.prompt_ids, *counts}))
+        seen = torch.tensor(sorted({*rule.prompt_ids, *counts}), dtype=torch.int64)
         values = logits[seen]
         penalty = rule.repetition_penalty
         logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
@@ -198,10 +205,12 @@ def _draw(weights: torch.Tensor, rules: Sequence[Rule]) -> tuple[list[int], list
     """Inverse of the cumulative sums at one uniform number per row.
 
     weights  (B, V) float64, zero outside the support
-    returns  token ids, and the mass of the support
+    returns  token ids, and the sum of each row
     """
     rows, vocab = weights.shape
-    padded = torch.nn.functional.pad(weights, (0, -vocab % CDF_BLOCK)).view(rows, -1, CDF_BLOCK)
+    blocks = -(-vocab // CDF_BLOCK)
+    padded = torch.nn.functional.pad(weights, (0, -vocab % CDF_BLOCK))
+    padded = padded.view(rows, blocks, CDF_BLOCK)
     sums = torch.cumsum(tree_sum(padded), dim=-1)
     u = torch.from_numpy(uniforms([r.seed for r in rules], [r.position for r in rules]))
     masses = sums[:, -1]
@@ -231,28 +240,28 @@ def _describe(
     row: int,
     rule: Rule,
     token: int,
-    mass: float,
+    log_mass: float,
     kept: torch.Tensor | None,
     lp_temp: torch.Tensor,
     lp_raw: torch.Tensor | None,
 ) -> Draw:
-    lp = float(lp_temp[row, token])
     is_cut = kept is not None and kept.shape[0] < lp_temp.shape[1]
     # an uncut support has mass 1 by definition, whatever the rounding of its sum
-    kept_mass = min(mass, 1.0) if is_cut else 1.0
-    lp_sampled = (
-        0.0 if kept is not None and kept.shape[0] == 1 else min(lp - math.log(kept_mass), 0.0)
-    )
-    draw = Draw(token, lp_sampled, lp, kept_mass, is_cut)
+    log_mass = min(log_mass, 0.0) if is_cut else 0.0
+    lp = float(lp_temp[row, token])
+    is_only = kept is not None and kept.shape[0] == 1
+    lp_sampled = 0.0 if is_only else min(lp - log_mass, 0.0)
+    draw = Draw(token, lp_sampled, lp, math.exp(log_mass), is_cut)
     if lp_raw is not None and rule.wants_raw:
         draw.lp_raw = float(lp_raw[row, token])
     if rule.wants_entropy:
         # p·ln p is 0 where p has underflowed, lp being finite
         draw.entropy = float(-tree_sum(torch.exp(lp_temp[row]) * lp_temp[row]))
-    if rule.wants_kept_ids and is_cut and kept is not None:
-        draw.kept_ids = kept.tolist()
+    if rule.wants_kept_ids:
+        # empty: nothing was cut
+        draw.kept_ids = kept.tolist() if is_cut and kept is not None else []
     if rule.num_top and lp_raw is not None:
-        draw.top = _alternatives(row, rule, kept, kept_mass, lp_temp, lp_raw)
+        draw.top = _alternatives(row, rule, kept, log_mass, lp_temp, lp_raw)
     return draw
 
 
@@ -260,14 +269,17 @@ def _alternatives(
     row: int,
     rule: Rule,
     kept: torch.Tensor | None,
-    kept_mass: float,
+    log_mass: float,
     lp_temp: torch.Tensor,
     lp_raw: torch.Tensor,
 ) -> list[tuple[int, float]]:
     values = lp_raw[row] if rule.top_of == "raw" else lp_temp[row]
     if rule.top_of == "sampled" and kept is not None:
-        values = torch.full_like(values, float("-inf"))
-        values[kept] = lp_temp[row, kept] - math.log(kept_mass)
+        # float64, as lp_sampled is: the drawn token is listed with its own number
+        values = torch.full_like(values, float("-inf"), dtype=torch.float64)
+        values[kept] = (lp_temp[row, kept].double() - log_mass).clamp(max=0.0)
+        if kept.shape[0] == 1:
+            values[kept] = 0.0
     ids = _best(values, min(rule.num_top, values.shape[0]))
     pairs = zip(ids.tolist(), values[ids].tolist(), strict=True)
     return [(token, lp) for token, lp in pairs if lp > float("-inf")]
