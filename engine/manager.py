@@ -20,7 +20,6 @@ from .detokenizer import Detokenizer
 from .errors import (
     ContextTooLong,
     Draining,
-    EngineDied,
     EngineUnavailable,
     EverstepError,
     InvalidRequest,
@@ -512,28 +511,30 @@ class RolloutManager:
     # --- a core that dies --------------------------------------------------------------
 
     async def _restart(self, died: Died, deaths: int) -> bool:
-        """Start the core again and give it what was live; False once that is given up."""
+        """Start the core again and give it what was live; False once that is given up.
+
+        deaths  in a row, without a token in between
+        """
         if self._is_draining:
             return False
         self._info = None
-        log.event("core.died", level="error", reason=died.message, deaths=deaths)
-        if deaths <= MAX_RESTARTS:
-            await asyncio.sleep(0.1 * 4 ** (deaths - 1))
+        for attempt in range(deaths, MAX_RESTARTS + 1):
+            log.event("core.died", level="error", reason=died.message, attempt=attempt)
+            await asyncio.sleep(0.1 * 4 ** (attempt - 1))
             try:
                 self._info = await self._backend.start()
+            except EngineUnavailable as error:
+                died = Died(str(error), error.code)
             except EverstepError as error:
                 died = Died(str(error), error.code)
+                break
             else:
                 self._restarts.add()
                 self._resubmit()
                 return True
         self._failure = f"the engine died: {died.message}"
         for entry in self._live(list(self._entries)):
-            self._end(
-                entry,
-                RolloutState.FAILED,
-                FinishReason("error", detail=str(EngineDied(self._failure))),
-            )
+            self._end(entry, RolloutState.FAILED, FinishReason("error", detail=self._failure))
         return False
 
     def _resubmit(self) -> None:

@@ -1,0 +1,81 @@
+"""A real core (loop, scheduler) over a FakeRunner, on the test's own event loop."""
+
+import asyncio
+from collections.abc import Sequence
+
+from everstep.engine.config import BatchConfig, ResolvedKV
+from everstep.engine.core import Core
+from everstep.engine.errors import EngineDied
+from everstep.engine.messages import Died, FromCore, Ready, ToCore
+from everstep.engine.scheduler import Scheduler
+from tests.fakes import FakeRunner
+
+KV = ResolvedKV(
+    block_size=4, num_blocks=200, max_model_len=64, prefix_caching=True, num_parking_blocks=8
+)
+
+
+class InlineBackend:
+    """Steps the core whenever somebody waits for news. `die()` is kill -9; `is_held` stops the core."""
+
+    def __init__(self, vocab_size: int = 300, *, start_failures: int = 0) -> None:
+        self.vocab_size = vocab_size
+        self.starts = 0
+        self.start_failures = start_failures
+        self.sent: list[ToCore] = []
+        self.core: Core | None = None
+        self._queue: list[FromCore] = []
+        self._dead: str | None = None
+        self._is_busy = False
+        self.is_held = False
+
+    async def start(self) -> Ready:
+        self.starts += 1
+        if self.start_failures:
+            self.start_failures -= 1
+            raise EngineDied("no core today")
+        scheduler = Scheduler(KV, BatchConfig(max_num_seqs=8, max_num_batched_tokens=16))
+        scheduler.set_version("v1")
+        self.core = Core(scheduler, FakeRunner(KV, vocab_size=self.vocab_size))
+        self._queue, self._dead = [], None
+        return Ready(
+            core_id=f"core-{self.starts}",
+            vocab_size=self.vocab_size,
+            max_model_len=KV.max_model_len,
+            num_blocks=KV.num_blocks,
+            block_size=KV.block_size,
+            max_num_seqs=8,
+            version=1,
+            digest="v1",
+            numerics="fake",
+            eos_ids=[],
+            num_moe_layers=1,
+            num_experts=4,
+            num_experts_per_tok=2,
+        )
+
+    def die(self, message: str = "killed") -> None:
+        self._dead = message
+
+    def send(self, messages: Sequence[ToCore]) -> None:
+        self.sent += messages
+        if self.core is not None and self._dead is None:
+            for message in messages:
+                self._queue += self.core.handle(message)
+
+    async def receive(self) -> list[FromCore]:
+        while True:
+            await asyncio.sleep(0 if self._is_busy else 0.002)
+            if self._dead is not None:
+                return [Died(self._dead)]
+            assert self.core is not None
+            found, self._queue = self._queue, []
+            events = None if self.is_held else self.core.step()
+            self._is_busy = events is not None
+            found += events or []
+            if found:
+                return found
+
+    async def close(self) -> None:
+        self.core = None
+        self._dead = "closed"
