@@ -1,5 +1,363 @@
-"""The command line (interface; the body follows)."""
+"""The commands: parse, build the settings, call. Heavy imports stand inside the commands.
+
+Whatever is the user's to mend ends in one line, `error: …`, and exit code 2.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import __version__
+from .engine.errors import EverstepError
+from .engine.rollout import SamplingParams
+from .flags import Settings, with_settings
+from .settings import log_format, nearest
+
+if TYPE_CHECKING:
+    from .clients.llm import LLM
+
+app = typer.Typer(
+    name="everstep",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_ENGINE = ("engine",)
+CHAT_SAMPLING = SamplingParams(temperature=0.7, top_p=0.95)
 
 
 def main() -> None:
-    raise NotImplementedError
+    """The console script."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line; returns the exit code."""
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(list(arguments), prog_name="everstep", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except EverstepError as error:
+        return _fail(str(error))
+    except BrokenPipeError:
+        # whoever read us has gone; nothing more can be said to them, at exit neither
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if error.strerror is None:
+            raise
+        return _fail(f"{error.filename or 'system'}: {error.strerror}")
+    except Exception as error:
+        # the parser's own errors (a bad flag, a missing argument) know how to say it
+        message = getattr(error, "format_message", None)
+        if message is None:
+            raise
+        return _fail(_explain(error, " ".join(message().split())))
+    return code if isinstance(code, int) else 0
+
+
+def _fail(message: str) -> int:
+    with contextlib.suppress(BrokenPipeError):
+        sys.stderr.write(f"error: {message}\n")
+    return 2
+
+
+def _explain(error: Exception, message: str) -> str:
+    """The parser's message; for a misspelt flag, the nearest of those that exist."""
+    flag, known = getattr(error, "option_name", None), getattr(error, "possibilities", None)
+    if flag is None or known is None:
+        return message
+    near = nearest(flag, known) if known else None
+    return f"no such flag: {flag}" + (f"; did you mean {near}?" if near else " (--help lists them)")
+
+
+def _say_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"everstep {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _version: Annotated[
+        bool,
+        typer.Option("--version", help="Say the version.", callback=_say_version, is_eager=True),
+    ] = False,
+) -> None:
+    """An exact, durable rollout engine for mixture-of-experts thinking models (Ring, Ling).
+
+    [b]everstep chat[/b]   talks to the embedded model, offline after its first use.
+
+    [b]everstep serve[/b]   answers OpenAI's API on http://127.0.0.1:8000/v1.
+
+    Every flag can also stand in a TOML file (--config); the flags of vLLM and SGLang are known.
+    """
+
+
+@app.command()
+@with_settings(_ENGINE, sampling=CHAT_SAMPLING)
+def chat(
+    settings: Settings,
+    sampling: SamplingParams,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="Answer this and end.")
+    ] = None,
+) -> None:
+    """Talk to a model: streaming, multi-turn; Ctrl-C stops an answer, Ctrl-D ends.
+
+    In a pipe: one prompt per line of standard input (one conversation), plain answers.
+
+    [dim]everstep chat[/dim]
+
+    [dim]everstep chat ./Ring-mini-2.0 --system "Be brief." --temperature 0 --max-tokens 200[/dim]
+
+    [dim]everstep chat --prompt "Why is the sky blue?" --seed 1[/dim]
+
+    [dim]printf 'Hello\\nAnd again?\\n' | everstep chat[/dim]
+    """
+    from . import chat as conversations
+
+    with _open_llm(settings) as llm:
+        conversation = conversations.Conversation(llm, system=system, sampling=sampling)
+        if prompt is not None:
+            conversations.one_answer(conversation, prompt, sys.stdout)
+        elif sys.stdin.isatty() and sys.stdout.isatty():
+            from rich.console import Console
+
+            console = Console()
+            model, info = settings.config.engine.model.path, llm.info
+            console.print(f"{model}, context {info.max_model_len}, {info.numerics}", style="dim")
+            conversations.on_a_terminal(conversation, console)
+        else:
+            conversations.in_a_pipe(conversation, iter(sys.stdin), sys.stdout)
+
+
+@contextlib.contextmanager
+def _open_llm(settings: Settings) -> "Iterator[LLM]":
+    from .clients.llm import LLM
+    from .progress import Stages
+
+    with Stages() as stages:
+        llm = LLM(
+            config=settings.config.engine,
+            skip_tokenizer_init=settings.config.skip_tokenizer_init,
+            on_progress=stages,
+        )
+    with llm:
+        yield llm
+
+
+@app.command()
+@with_settings(
+    ("engine", "openai.served_model_name", "skip_tokenizer_init"),
+    positional_model=False,
+    sampling=SamplingParams(),
+)
+def batch(
+    settings: Settings,
+    source: Annotated[Path, typer.Argument(metavar="IN", help="JSON lines.", show_default=False)],
+    sampling: SamplingParams,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="OUT", help="Records, one per line.")
+    ],
+    retry_errors: Annotated[
+        bool, typer.Option("--retry-errors", help="Run lines again whose record is an error.")
+    ] = False,
+    return_token_ids: Annotated[
+        bool, typer.Option("--return-token-ids", help="Put token_ids into every choice.")
+    ] = False,
+) -> None:
+    """Answer a file of prompts; after any kill the same command goes on where it stopped.
+
+    IN holds OpenAI batch lines ({"custom_id", "method", "url", "body"}) or plain ones:
+    {"prompt": text or ids} or {"messages": …}, with custom_id or id, and sampling fields.
+    The sampling flags below hold where a line says nothing.
+
+    OUT gets exactly one record per custom_id, in the order of completion; a line without one is
+    `line-N`. A bad line, and the second line with an id that was taken, become error records
+    and stop nothing. Without a seed a line draws from --seed (0) and its id: the same answers,
+    interrupted or not.
+
+    Exit code 0: every line is answered; 1: some are error records; 2: the run could not go on;
+    130: interrupted.
+
+    [dim]everstep batch prompts.jsonl -o answers.jsonl --max-tokens 200[/dim]
+
+    [dim]everstep batch in.jsonl -o out.jsonl --model ./Ring-mini-2.0 --retry-errors[/dim]
+    """
+    from .offline import run_batch
+
+    num_errors = run_batch(
+        settings.config,
+        source,
+        output,
+        sampling=sampling,
+        retry_errors=retry_errors,
+        return_token_ids=return_token_ids,
+    )
+    raise typer.Exit(1 if num_errors else 0)
+
+
+@app.command()
+@with_settings(("engine", "http", "openai", "skip_tokenizer_init"))
+def serve(
+    settings: Settings,
+    grace_s: Annotated[
+        float, typer.Option("--grace-s", min=0, help="Seconds to finish at SIGTERM or Ctrl-C.")
+    ] = 30.0,
+) -> None:
+    """Serve a model over OpenAI's API (completions, chat, models; /health, /metrics).
+
+    /health answers 503 while the model loads. SIGTERM drains: what runs may finish within
+    --grace-s seconds, then the server exits with 0. EVERSTEP_LOG=json logs JSON.
+
+    [dim]everstep serve[/dim]
+
+    [dim]everstep serve ./Ring-mini-2.0 --port 30000 --max-num-seqs 64 --served-model-name ring[/dim]
+
+    [dim]everstep serve --host 0.0.0.0 --api-key SECRET --config serve.toml[/dim]
+    """
+    from .engine import log
+    from .progress import Stages
+    from .server.launch import Serving
+    from .server.launch import serve as serve_until_signal
+
+    json_log = log_format() == "json"
+    log.setup(json_lines=json_log)
+    with Stages() as stages:
+
+        def on_serving(serving: Serving) -> None:
+            stages.close()
+            for line in _banner(serving):
+                typer.echo(line, err=True)
+
+        serve_until_signal(
+            settings.config,
+            on_progress=stages,
+            on_serving=on_serving,
+            json_log=json_log,
+            grace_s=grace_s,
+        )
+
+
+def _banner(serving: Any) -> list[str]:
+    ready = serving.ready
+    return [
+        f"everstep {__version__} serves {', '.join(serving.names)}",
+        f"  weights   version {ready.version}@{ready.digest[:8]}, {ready.numerics}",
+        f"  context   {ready.max_model_len} tokens; {ready.num_blocks} KV blocks of "
+        f"{ready.block_size}; {ready.max_num_seqs} rollouts at once",
+        f"  run seed  {serving.run_seed}",
+        f"  URL       {serving.url}/v1",
+    ]
+
+
+@app.command()
+@with_settings(("engine", "http", "openai", "skip_tokenizer_init"))
+def doctor(
+    settings: Settings,
+    determinism: Annotated[
+        bool,
+        typer.Option(
+            "--determinism",
+            help="Run rollouts alone, batched, chunked, cached, preempted, resumed; compare bits.",
+        ),
+    ] = False,
+) -> None:
+    """Say what this machine has, what was picked and why, and every setting with its origin.
+
+    Kernels are shown for MODEL, without it for a tiny model made on the spot.
+
+    [dim]everstep doctor[/dim]
+
+    [dim]everstep doctor default --determinism[/dim]   exits with 1 unless all bits are equal
+    """
+    from . import doctor as reports
+
+    if determinism:
+        raise typer.Exit(0 if reports.determinism(settings.config.engine.model) else 1)
+    reports.report(settings)
+
+
+@app.command()
+def verify(
+    checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="A folder, hub id, `default`.")],
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32: what the engine runs in.")] = (
+        "float32"
+    ),
+    numerics: Annotated[str, typer.Option(help="exact or w8a8.")] = "exact",
+    num_tokens: Annotated[int, typer.Option(min=1, help="Length of the random prompt.")] = 32,
+) -> None:
+    """Compare the engine with the published definition, layer by layer, in float64.
+
+    Exits with 1 if they differ by more than rounding does.
+
+    [dim]everstep verify ./Ring-mini-2.0 --dtype float32[/dim]
+    """
+    from .offline import run_verify
+
+    is_right = run_verify(checkpoint, dtype=dtype, numerics=numerics, num_tokens=num_tokens)
+    raise typer.Exit(0 if is_right else 1)
+
+
+@app.command()
+def convert(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New or empty folder.")],
+    dense: Annotated[
+        bool, typer.Option("--dense", help="Write the plain Llama twin, for parity checks.")
+    ] = False,
+) -> None:
+    """Write the embedded default model as a Ring checkpoint.
+
+    [dim]everstep convert ./smollm2-ring[/dim]
+    """
+    from .engine.convert import convert_default
+    from .progress import Stages
+
+    with Stages() as stages:
+        folder = convert_default(out, dense=dense, on_progress=stages)
+    typer.echo(folder)
+
+
+@app.command("make-checkpoint")
+def make_checkpoint(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New or empty folder.")],
+    shape: Annotated[str, typer.Option(help="tiny, mini, flash or 1T.")] = "tiny",
+    format: Annotated[str, typer.Option(help="bf16, f32, fp8-block or fp8-channel.")] = "bf16",
+    shards: Annotated[
+        int | None, typer.Option(min=1, help="Number of files; default: by size.")
+    ] = None,
+    max_shard_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Largest file; default: 10 GiB.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same weights.")] = 0,
+    mtp: Annotated[int, typer.Option(min=0, help="Multi-token-prediction layers.")] = 0,
+) -> None:
+    """Write a checkpoint of random weights in the published layout, with a tokenizer.
+
+    [dim]everstep make-checkpoint ./tiny[/dim]
+
+    [dim]everstep make-checkpoint ./mini-fp8 --shape mini --format fp8-block[/dim]
+    """
+    from .offline import run_make_checkpoint
+
+    folder = run_make_checkpoint(
+        out,
+        shape=shape,
+        format=format,
+        shards=shards,
+        max_shard_bytes=max_shard_bytes,
+        seed=seed,
+        mtp=mtp,
+    )
+    typer.echo(folder)

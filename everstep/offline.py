@@ -1,0 +1,226 @@
+"""Commands that run to an end: batch, verify, make-checkpoint; each ends with what it wrote."""
+
+import asyncio
+import contextlib
+import sys
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .engine.errors import ConfigError
+from .engine.rollout import SamplingParams
+from .progress import BatchProgress, Stages, duration
+from .server.config import ServeConfig
+
+if TYPE_CHECKING:
+    from .clients.batch import Counts
+    from .clients.batch_output import BatchOutput
+
+
+def run_batch(
+    config: ServeConfig,
+    source: Path,
+    target: Path,
+    *,
+    sampling: SamplingParams,
+    retry_errors: bool,
+    return_token_ids: bool,
+) -> int:
+    """Run a batch to its end; returns the number of error records in the output."""
+    from .clients.batch import check_paths
+    from .clients.batch_lines import Defaults
+    from .clients.batch_output import BatchOutput
+
+    check_paths(source, target)
+    defaults = Defaults(
+        sampling=sampling,
+        run_seed=config.engine.seed or 0,
+        model_names=tuple(dict.fromkeys((*config.model_names, config.engine.model.path))),
+        return_token_ids=return_token_ids,
+    )
+    output = BatchOutput(target)
+    try:
+        if retry_errors and (dropped := output.drop_errors()):
+            sys.stderr.write(f"retrying {dropped} lines whose record was an error\n")
+        with contextlib.closing(BatchProgress()) as progress:
+            counts = asyncio.run(_batch(config, source, output, defaults, progress))
+    except KeyboardInterrupt:
+        sys.stderr.write(f"interrupted; the same command goes on ({len(output.ids)} lines done)\n")
+        raise
+    finally:
+        output.close()
+    _show_batch(counts, output)
+    return output.num_errors
+
+
+async def _batch(
+    config: ServeConfig,
+    source: Path,
+    output: "BatchOutput",
+    defaults: Any,
+    progress: BatchProgress,
+) -> "Counts":
+    import msgspec
+
+    from .clients.batch import WINDOW, BatchRun
+    from .engine.hub import resolve
+    from .engine.manager import RolloutManager
+    from .engine.messages import Loading
+    from .engine.native import ThreadBackend
+    from .engine.tokenizer import Tokenizer
+
+    with Stages() as stages:
+        folder = resolve(config.engine.model.path, stages)
+        tokenizer = None if config.skip_tokenizer_init else Tokenizer.from_folder(folder)
+        model = msgspec.structs.replace(config.engine.model, path=str(folder))
+
+        def on_loading(loading: Loading) -> None:
+            stages(loading.stage, loading.done, loading.total)
+
+        engine = msgspec.structs.replace(config.engine, model=model)
+        manager = RolloutManager(
+            ThreadBackend(engine, on_loading=on_loading), tokenizer, run_seed=defaults.run_seed
+        )
+        try:
+            await manager.start()
+        except BaseException:
+            await manager.close()
+            raise
+    try:
+        run = BatchRun(
+            manager,
+            tokenizer,
+            source,
+            output,
+            defaults=defaults,
+            read_answer=_read_answer,
+            window=WINDOW * config.engine.batch.max_num_seqs,
+            on_counts=progress,
+        )
+        return await run.run()
+    finally:
+        await manager.close()
+
+
+def _read_answer(prompt: str, text: str, has_tools: bool) -> Any:
+    """As the server reads an output: reasoning apart, tool calls parsed."""
+    from msgspec import UNSET
+
+    from .clients.batch_records import Message, id_of
+    from .server.parsers import (
+        OutputParser,
+        ReasoningParser,
+        ToolParser,
+        parse_output,
+        starts_in_reasoning,
+    )
+
+    reasoning = ReasoningParser(is_open=starts_in_reasoning(prompt))
+    parsed = parse_output(text, OutputParser(reasoning, ToolParser() if has_tools else None))
+    calls = [
+        {
+            "id": f"call_{id_of(f'{prompt}{text}{call.index}')}",
+            "type": "function",
+            "function": {"name": call.name, "arguments": call.arguments},
+        }
+        for call in parsed.calls
+    ]
+    return Message(
+        content=parsed.content if parsed.content or not calls else None,
+        reasoning_content=parsed.reasoning or UNSET,
+        tool_calls=calls or UNSET,
+    )
+
+
+def _show_batch(counts: "Counts", output: "BatchOutput") -> None:
+    rows = [
+        ("answered", str(counts.num_answered)),
+        ("error records", str(counts.num_errors)),
+        ("done before", str(counts.num_skipped)),
+        ("records in all", f"{len(output.ids)} ({output.num_errors} errors)"),
+        ("prompt tokens", str(counts.prompt_tokens)),
+        ("output tokens", str(counts.output_tokens)),
+        ("time", f"{duration(counts.elapsed_s)}, {counts.tokens_per_s:.1f} tok/s"),
+    ]
+    show_table(rows)
+    sys.stdout.write(f"{output.path}\n")
+
+
+def show_table(
+    rows: Sequence[tuple[str, ...]], *, header: tuple[str, ...] = (), to_stdout: bool = False
+) -> None:
+    """A small table; on standard error where standard output is for the path alone."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE, show_header=bool(header))
+    for name in header or [""] * len(rows[0]):
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console(stderr=not to_stdout, highlight=False).print(table)
+
+
+def run_verify(checkpoint: str, *, dtype: str, numerics: str, num_tokens: int) -> bool:
+    """Compare the engine with the reference; True if they agree."""
+    from .engine.hub import resolve
+    from .engine.verify import Dtype, Numerics, verify
+
+    with Stages() as stages:
+        report = verify(
+            resolve(checkpoint, stages),
+            num_tokens=num_tokens,
+            dtype=one_of(Dtype, dtype, "--dtype"),
+            numerics=one_of(Numerics, numerics, "--numerics"),
+            on_progress=stages,
+        )
+    header, *rows = report.rows()
+    show_table(rows, header=header, to_stdout=True)
+    bounds = report.bounds
+    for name, value, bound in (
+        ("max |Δlogit|", report.max_logit, bounds.max_logit),
+        ("mean |Δlogprob|", report.mean_logprob, bounds.mean_logprob),
+        ("p99 |Δlogprob|", report.p99_logprob, bounds.p99_logprob),
+    ):
+        sys.stdout.write(f"{name:<16} {value:.2e}  (at most {bound:.2e})\n")
+    sys.stdout.write(f"{'equal argmax':<16} {report.argmax_agreement:.2%}\n")
+    sys.stdout.writelines(f"FAILED {failure}\n" for failure in report.failures)
+    verdict = "agrees with the definition" if report.passed else "does NOT agree"
+    sys.stdout.write(f"{report.folder}: {report.dtype}, {report.numerics}: {verdict}\n")
+    return report.passed
+
+
+def run_make_checkpoint(
+    out: Path,
+    *,
+    shape: str,
+    format: str,
+    shards: int | None,
+    max_shard_bytes: int | None,
+    seed: int,
+    mtp: int,
+) -> Path:
+    """Write a random checkpoint; returns its folder."""
+    from .engine.make_checkpoint import Format, make_checkpoint
+
+    with Stages() as stages:
+        return make_checkpoint(
+            out,
+            shape=shape,
+            format=one_of(Format, format, "--format"),
+            shards=shards,
+            max_shard_bytes=max_shard_bytes,
+            seed=seed,
+            mtp=mtp,
+            on_progress=stages,
+        )
+
+
+def one_of(accepted: Any, value: str, flag: str) -> Any:
+    """The value, if it is one of a Literal's; raises ConfigError naming them."""
+    values = typing.get_args(accepted)
+    if value not in values:
+        raise ConfigError(f"{flag} must be {' or '.join(map(str, values))}, got {value!r}")
+    return value
