@@ -18,7 +18,6 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import decoders
 
-from .detokenizer import Detokenizer as Detokenizer
 from .errors import CheckpointError, InvalidRequest
 
 STRUCTURAL_TAGS = (

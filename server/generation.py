@@ -32,7 +32,7 @@ from .openai_types import (
     PromptTokensDetails,
     Usage,
 )
-from .stream import RolloutFailed, unless_disconnected
+from .stream import failure, unless_disconnected
 
 # longer texts are encoded on a thread, so that the event loop goes on
 LONG_TEXT = 20_000
@@ -146,14 +146,12 @@ class Generation:
         seen: dict[tuple[int, ...], int] = {}
         for prompt_ids in prompts:
             prompt_ids = _truncated(prompt_ids, self.request, sampling, self.info)
-            # the same prompt twice in one request must not give the same sample twice
-            repeat = seen.setdefault(tuple(prompt_ids), 0)
-            seen[tuple(prompt_ids)] += 1
             own = sampling
-            if sampling.seed is not None and repeat:
-                # 64 bits without a sign, into a field that has one
-                seed = derive_seed("repeat", sampling.seed, repeat) - 2**63
-                own = structs.replace(sampling, seed=seed)
+            if sampling.seed is not None:
+                # the same prompt twice in one request must not give the same sample twice
+                repeat = seen.setdefault(tuple(prompt_ids), 0)
+                seen[tuple(prompt_ids)] += 1
+                own = _for_repeat(sampling, sampling.seed, repeat)
             self.rollouts += self.service.manager.submit(
                 Submission(
                     prompt_ids=prompt_ids,
@@ -189,7 +187,7 @@ class Generation:
         for rollout in self.rollouts:
             await self.service.manager.wait(rollout.id)
             if rollout.state is RolloutState.FAILED:
-                raise RolloutFailed(rollout.finish_reason)
+                raise failure(self.service.manager, rollout)
 
     # --- parts of an answer
 
@@ -275,3 +273,10 @@ def _truncated(
     if keep == -1:
         keep = max(1, info.max_model_len - (sampling.max_tokens or 1))
     return prompt_ids[-keep:]
+
+
+def _for_repeat(sampling: SamplingParams, seed: int, repeat: int) -> SamplingParams:
+    if not repeat:
+        return sampling
+    # 64 bits without a sign, into a field that has one
+    return structs.replace(sampling, seed=derive_seed("repeat", seed, repeat) - 2**63)

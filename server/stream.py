@@ -12,9 +12,9 @@ from typing import TypeVar
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
-from ..engine.errors import EverstepError
+from ..engine.errors import EngineDied, EverstepError
 from ..engine.manager import Delta, RolloutManager
-from ..engine.rollout import FinishReason, RolloutState
+from ..engine.rollout import FinishReason, Rollout, RolloutState
 
 HEARTBEAT = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
@@ -34,6 +34,13 @@ class RolloutFailed(EverstepError):
         word = detail.partition(":")[0]
         if word.isidentifier():
             self.code = word
+
+
+def failure(manager: RolloutManager, rollout: Rollout) -> EverstepError:
+    """What to answer for a failed rollout: try elsewhere when the engine is gone for good."""
+    if manager.is_healthy:
+        return RolloutFailed(rollout.finish_reason)
+    return EngineDied(str(RolloutFailed(rollout.finish_reason)))
 
 
 def event(data: bytes) -> bytes:
@@ -172,7 +179,7 @@ async def unless_disconnected(request: Request, work: Awaitable[ResultT]) -> Res
 async def deltas(
     manager: RolloutManager, rollout_ids: Sequence[str]
 ) -> AsyncGenerator[tuple[int, Delta]]:
-    """(choice, delta) of all rollouts as they come. Raises RolloutFailed when one failed.
+    """(choice, delta) of all rollouts as they come. Raises `failure` when one failed.
 
     Each rollout waits with its next delta until the last one was taken.
     """
@@ -208,7 +215,7 @@ async def _deltas_of(manager: RolloutManager, rollout_id: str) -> AsyncGenerator
     num_shown = 0
     async for delta in manager.stream(rollout_id):
         if delta.is_last and delta.rollout.state is RolloutState.FAILED:
-            raise RolloutFailed(delta.rollout.finish_reason)
+            raise failure(manager, delta.rollout)
         # by a cursor of our own: what became final while a reader was busy is not lost
         delta.text = delta.rollout.text[num_shown:]
         num_shown += len(delta.text)

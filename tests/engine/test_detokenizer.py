@@ -67,14 +67,18 @@ def ids_of(tokenizer: Tokenizer) -> st.SearchStrategy[list[int]]:
     return st.lists(any_id, max_size=30)
 
 
-def naive(tokenizer, ids, stop, include_stop, skip):
+def naive(tokenizer, ids, stop, include_stop, skip, min_tokens):
     """The text and number of tokens by decoding all ids again after each token."""
+    base = 0
     for n in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[:n], skip_special_tokens=skip)
         # what later bytes could change is not looked at yet
         while text.endswith("\ufffd"):
             text = text[:-1]
-        ends = [(text.find(s) + len(s), -len(s), s) for s in stop if s in text]
+        if n <= min_tokens:
+            base = len(text)
+            continue
+        ends = [(text.find(s, base) + len(s), -len(s), s) for s in stop if s in text[base:]]
         if ends:
             end, _, matched = min(ends)
             return text[: end if include_stop else end - len(matched)], n, matched
@@ -82,7 +86,7 @@ def naive(tokenizer, ids, stop, include_stop, skip):
 
 
 @pytest.mark.parametrize("kind", sorted(BUILT))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_text_is_a_prefix_of_decode_at_every_token(kind, data):
     tokenizer = BUILT[kind]
@@ -101,7 +105,7 @@ def test_text_is_a_prefix_of_decode_at_every_token(kind, data):
     assert detokenizer.offset == detokenizer.position == len(text)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(data=st.data())
 def test_stop_strings_equal_those_of_decoding_anew_after_each_token(data):
     ids = data.draw(ids_of(BYTES))
@@ -109,9 +113,12 @@ def test_stop_strings_equal_those_of_decoding_anew_after_each_token(data):
     pieces = [whole[i : i + n] for i in range(len(whole)) for n in (1, 2, 3, 7)] or ["x"]
     stop = data.draw(st.lists(st.sampled_from([*pieces, "stop", "aab", "é"]), max_size=4))
     include_stop, skip = data.draw(st.booleans()), data.draw(st.booleans())
-    expected = naive(BYTES, ids, stop, include_stop, skip)
+    min_tokens = data.draw(st.integers(0, 3))
+    expected = naive(BYTES, ids, stop, include_stop, skip, min_tokens)
 
-    detokenizer = Detokenizer(BYTES, stop=stop, include_stop=include_stop, skip_special_tokens=skip)
+    detokenizer = Detokenizer(
+        BYTES, stop=stop, include_stop=include_stop, skip_special_tokens=skip, min_tokens=min_tokens
+    )
     text, used, rest = "", 0, ids
     while rest and detokenizer.matched is None:
         size = data.draw(st.integers(1, len(rest)))
@@ -178,7 +185,7 @@ def test_structural_tags_are_text_and_other_specials_are_not():
     assert shown.extend([end, tag])[0] == "<|end|></think>"
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(
     data=st.lists(
         st.sampled_from([0x41, 0xC0, 0xC2, 0xE0, 0xE2, 0xED, 0xEF, 0xF0, 0xF4, 0xF5, 0xFF])

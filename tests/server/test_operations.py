@@ -1,6 +1,8 @@
 """Health, readiness and metrics."""
 
 import asyncio
+import subprocess
+import sys
 
 import httpx
 import pytest
@@ -103,3 +105,8 @@ async def test_histogram_buckets_are_cumulative(server):
     counts = [float(line.split()[1]) for line in text.splitlines() if line.startswith(prefix)]
     assert counts == sorted(counts)
     assert counts[-1] == 3.0
+
+
+def test_the_front_imports_no_torch():
+    code = "import sys, everstep.server.app; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

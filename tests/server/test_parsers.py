@@ -139,7 +139,7 @@ PIECES = st.sampled_from(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(data=st.data())
 def test_the_result_does_not_depend_on_the_pieces(data):
     text = "".join(data.draw(st.lists(PIECES, max_size=12)))

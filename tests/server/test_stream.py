@@ -5,6 +5,8 @@ import json
 
 import pytest
 
+from everstep.engine.errors import EngineDied
+
 from .conftest import call, serve
 
 pytestmark = pytest.mark.anyio
@@ -152,3 +154,21 @@ async def test_halves_of_a_character_are_never_sent(server):
     text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
     assert text == "a😀é</think>你"
     assert "\ufffd" not in json.dumps(chunks, ensure_ascii=False)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_an_engine_that_is_gone_for_good_is_503(server, stream):
+    server.backend.gate.clear()
+    request = call(server.app, TEXT, {"prompt": "Hi", "stream": stream})
+    await settle()
+
+    async def refuse():
+        raise EngineDied("no memory")
+
+    server.backend.start = refuse
+    server.backend.die()
+    head = await asyncio.wait_for(request.sent.get(), 10)
+    assert head["status"] == 503
+    assert b"the engine died" in await request.body()
+    assert (await server.http.get("/health")).status_code == 503
+    await request.task
