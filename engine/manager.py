@@ -216,9 +216,11 @@ class RolloutManager:
         while True:
             news = entry.news
             end, is_last = len(rollout.output_ids), rollout.state.is_ended
-            if end > start or len(rollout.text) > text or is_last:
-                yield Delta(rollout, start, end, rollout.text[text:], is_last)
-                start, text = end, len(rollout.text) if is_last else max(text, len(rollout.text))
+            new = rollout.text[text:]
+            if end > start or new or is_last:
+                yield Delta(rollout, start, end, new, is_last)
+                # while the reader took its time the rollout went on: count what was given
+                start, text = end, text + len(new)
             if is_last:
                 return
             if entry.news is news:
@@ -444,8 +446,9 @@ class RolloutManager:
         skip = len(rollout.output_ids) - tokens.start
         count = len(tokens.ids)
         matched = None
+        silent = self._silent_token(rollout, tokens)
         for index in range(max(skip, 0), len(tokens.ids)):
-            if detokenizer is not None:
+            if detokenizer is not None and index != silent:
                 rollout.text += detokenizer.push(tokens.ids[index])
                 rollout.text_offset = detokenizer.offset
                 matched = detokenizer.matched
@@ -471,6 +474,13 @@ class RolloutManager:
         rollout.top += tokens.top[part]
         return matched
 
+    def _silent_token(self, rollout: Rollout, tokens: RolloutTokens) -> int | None:
+        """Index of a stop token whose text is not shown (as vLLM does); None: all are."""
+        finish = tokens.finish
+        if finish is None or not isinstance(finish.matched, int):
+            return None
+        return None if rollout.sampling.include_stop_str_in_output else len(tokens.ids) - 1
+
     def _open_segment(self, rollout: Rollout, message: Tokens) -> None:
         last = rollout.segments[-1] if rollout.segments else None
         info = self.info
@@ -491,9 +501,7 @@ class RolloutManager:
 
     def _end(self, entry: _Entry, state: RolloutState, reason: FinishReason) -> None:
         rollout = entry.rollout
-        if entry.detokenizer is not None:
-            rollout.text += entry.detokenizer.finish()
-            rollout.text_offset = len(rollout.text)
+        self._flush_text(entry, reason)
         rollout.move(state)
         rollout.finish_reason = reason
         rollout.ended_s = time.time()
@@ -507,6 +515,21 @@ class RolloutManager:
         if reason.type == "error":
             log.event("rollout.failed", level="error", rollout=rollout.id, detail=reason.detail)
         entry.publish()
+
+    def _flush_text(self, entry: _Entry, reason: FinishReason) -> None:
+        """Give what was held back. Before a silent stop token half a character may be open,
+        which that token would have completed: then it is not text of this rollout."""
+        rollout, detokenizer = entry.rollout, entry.detokenizer
+        if detokenizer is None or self._tokenizer is None:
+            return
+        tail = detokenizer.finish()
+        if tail and isinstance(reason.matched, int):
+            skip = rollout.sampling.skip_special_tokens
+            whole = self._tokenizer.decode(rollout.output_ids, skip_special_tokens=skip)
+            if not whole.startswith(rollout.text + tail):
+                tail = ""
+        rollout.text += tail
+        rollout.text_offset = len(rollout.text)
 
     # --- a core that dies --------------------------------------------------------------
 

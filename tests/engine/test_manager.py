@@ -121,6 +121,45 @@ def test_a_stop_string_ends_the_rollout_at_the_token_that_completes_it():
     run(body())
 
 
+@pytest.mark.parametrize("include", [False, True])
+def test_a_stop_tokens_text_is_shown_only_on_request(include):
+    async def body():
+        tokenizer = small_tokenizer()
+        async with managed(tokenizer) as (manager, _):
+            for seed in range(12):
+                [plain] = manager.submit(ask(seed=seed))
+                whole = await manager.wait(plain.id)
+                stop = whole.output_ids[4]
+                asked = ask(seed=seed, stop_token_ids=(stop,), include_stop_str_in_output=include)
+                [cut] = manager.submit(asked)
+                done = await manager.wait(cut.id)
+                at = whole.output_ids.index(stop)
+                assert done.output_ids == whole.output_ids[: at + 1]
+                assert done.finish_reason.matched == stop
+                text = tokenizer.decode(done.output_ids)
+                assert text[: done.text_offset] == done.text
+                if include:
+                    assert done.text == text
+                else:
+                    assert tokenizer.decode(done.output_ids[:-1]).startswith(done.text)
+                    assert len(done.text) < len(text)
+
+    run(body())
+
+
+def test_a_slow_reader_of_a_stream_misses_nothing():
+    async def body():
+        async with managed(small_tokenizer()) as (manager, _):
+            [rollout] = manager.submit(ask())
+            text = ""
+            async for delta in manager.stream(rollout.id):
+                await asyncio.sleep(0.004)
+                text += delta.text
+            assert text == rollout.text
+
+    run(body())
+
+
 def test_cancel_frees_at_once_and_an_ended_rollout_is_left_alone():
     async def body():
         async with managed() as (manager, backend):
