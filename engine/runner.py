@@ -132,7 +132,7 @@ class ModelRunner:
         results = [RowResult(nonfinite=bad.get(i)) for i in range(len(rows))]
         for row, span, result in zip(rows, spans, results, strict=True):
             if result.nonfinite is None:
-                self._record_prompt(row, span, out, result)
+                self._record_prompt(row, span, out, result, plan.step)
                 self._record_routing(row, span, out, result)
         self._draw(rows, spans, out, results, plan.step)
         return results
@@ -168,7 +168,9 @@ class ModelRunner:
                 found[index] = f"step {step}, layer {layer}"
         return found
 
-    def _record_prompt(self, row: Row, span: QuerySpan, out: Forward, result: RowResult) -> None:
+    def _record_prompt(
+        self, row: Row, span: QuerySpan, out: Forward, result: RowResult, step: int
+    ) -> None:
         """lp_raw of the prompt tokens that this row's tokens predict."""
         count = row.sampling.prompt_logprobs
         last = min(row.start + len(row.token_ids), row.num_prompt - 1)
@@ -183,7 +185,7 @@ class ModelRunner:
             if count:
                 result.prompt_top += [top_of(one, count) for one in lp]
         if not all(map(math.isfinite, result.prompt_lp)):
-            result.nonfinite = f"step of the prompt, layer {len(self.weights.layers)}"
+            result.nonfinite = f"step {step}, layer {len(self.weights.layers)} (head)"
 
     def _record_routing(self, row: Row, span: QuerySpan, out: Forward, result: RowResult) -> None:
         """Expert ids and weights of this row's tokens, (tokens, L, K)."""
