@@ -133,7 +133,13 @@ def matmul_rows(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     start = 0
     while start < padded:
         tile = next(t for t in tiles if t <= padded - start)
-        _product(x[start : start + tile], w, out[start : start + tile])
+        if tile == 1:
+            # memory of its own, aligned: a library may sum a single row by its address
+            own = torch.empty(1, w.shape[0], dtype=w.dtype)
+            _product(x[start : start + 1].clone(), w, own)
+            out[start] = own[0]
+        else:
+            _product(x[start : start + tile], w, out[start : start + tile])
         start += tile
     return out[:rows]
 

@@ -1,6 +1,7 @@
 """What the kernel tests share: poisoned memory, bits, odd sizes, weights in every format."""
 
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -46,13 +47,14 @@ def poisoned(monkeypatch):
         )
 
 
-@pytest.fixture(params=[1, 2])
-def threads(request):
-    """Each test with one and with two threads."""
+@contextmanager
+def threads(count):
     before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def bits(tensor):

@@ -57,9 +57,9 @@ class Paged:
         for cache, tokens in zip(caches, (self.k, self.v), strict=True):
             cache[0] = 0.0
             for own, table, end in zip(tokens, self.tables, ends, strict=True):
-                for p in range(end):
-                    block = table[p // self.block_size]
-                    cache[block * self.block_size + p % self.block_size] = own[p]
+                p = torch.arange(end)
+                blocks = torch.tensor(table)[p // self.block_size]
+                cache[blocks * self.block_size + p % self.block_size] = own[:end]
         return caches
 
     def step(self, shares, attend):
