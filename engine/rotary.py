@@ -5,7 +5,8 @@ import math
 import numpy as np
 import torch
 
-from .ring_config import LinearScaling, RingConfig, YarnScaling
+from .ring_config import RingConfig
+from .rope_config import LinearScaling, YarnScaling
 
 
 def inverse_frequencies(config: RingConfig) -> tuple[np.ndarray, float]:

@@ -19,7 +19,20 @@ BELOW = {
     "clients": {"engine", "server"},
     "everstep": {"kernels", "engine", "trainer_bridge", "server", "clients"},
 }
-WORDS = {"errors", "rollout", "messages", "config", "ring_config", "log", "metrics", "plan"}
+WORDS = {
+    "config",
+    "errors",
+    "expected_tensors",
+    "json_keys",
+    "log",
+    "messages",
+    "metrics",
+    "plan",
+    "quant_format",
+    "ring_config",
+    "rollout",
+    "rope_config",
+}
 BOOKS = {
     "admission",
     "backend",
@@ -31,6 +44,7 @@ BOOKS = {
     "native",
     "planner",
     "prefix_watch",
+    "random_tokenizer",
     "reporting",
     "roster",
     "scheduler",

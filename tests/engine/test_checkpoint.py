@@ -14,12 +14,12 @@ from everstep.engine.checkpoint import (
     StoredLinear,
     combine_digests,
     dequantize,
-    expected_tensors,
-    is_ignored,
     tensor_digest,
 )
 from everstep.engine.errors import CheckpointError
+from everstep.engine.expected_tensors import expected_tensors
 from everstep.engine.make_checkpoint import make_checkpoint
+from everstep.engine.quant_format import is_ignored
 
 EXPERT = "model.layers.1.mlp.experts.3.up_proj"
 
@@ -228,6 +228,26 @@ def test_mtp_count_that_disagrees_is_refused(copy):
     folder = copy()
     edit_config(folder, num_nextn_predict_layers=2)
     assert "num_nextn_predict_layers" in refusal(folder)
+
+
+@pytest.mark.parametrize("nextn", [0, 1])
+def test_folder_of_an_mtp_layer_alone_is_refused_as_such(copy, nextn):
+    folder = copy()
+
+    def keep_mtp(tensors):
+        for name in list(tensors):
+            tensor = tensors.pop(name)
+            if name.startswith("model.layers.4."):
+                tensors[name.replace("layers.4.", "layers.0.")] = tensor
+
+    edit_tensors(folder, keep_mtp)
+    edit_config(
+        folder, num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=nextn
+    )
+    message = refusal(folder)
+    assert "MTP-only" in message
+    assert "whole model" in message
+    assert "\n" not in message
 
 
 # what is ignored

@@ -10,13 +10,8 @@ from hypothesis import strategies as st
 from everstep.engine import log
 from everstep.engine.errors import CheckpointError
 from everstep.engine.make_checkpoint import SHAPES, config_json
-from everstep.engine.ring_config import (
-    LinearScaling,
-    YarnScaling,
-    context_length,
-    parse_config,
-    read_config,
-)
+from everstep.engine.ring_config import context_length, parse_config, read_config
+from everstep.engine.rope_config import LinearScaling, YarnScaling
 
 ARCHITECTURE = "BailingMoeV2ForCausalLM"
 
