@@ -301,7 +301,7 @@ def read_lines(source: BinaryIO) -> Iterator[Line]:
 def fingerprint_of(manager: RolloutManager, defaults: Defaults) -> str:
     """What answers depend on outside their line: weights, numerics, run seed, default sampling."""
     info = manager.info
-    parts = (info.digest, info.numerics, info.max_model_len, defaults.run_seed, defaults.sampling)
+    parts = (info.digest, info.numerics, defaults.run_seed, defaults.sampling)
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=6).hexdigest()
     return f"everstep-{info.digest[:8]}-{digest}"
 

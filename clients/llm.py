@@ -13,10 +13,9 @@ import contextlib
 import difflib
 import queue
 import secrets
-import threading
 import weakref
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -26,10 +25,11 @@ from ..engine.config import EngineConfig
 from ..engine.errors import ConfigError, EngineUnavailable, InvalidRequest
 from ..engine.hub import Progress, ignore_progress, resolve
 from ..engine.manager import Delta, RolloutManager, Submission
-from ..engine.messages import Loading, Ready
+from ..engine.messages import Died, Loading, Ready
 from ..engine.native import ThreadBackend
 from ..engine.rollout import Rollout, SamplingParams, check_prompt
 from ..engine.tokenizer import Tokenizer
+from .loop_thread import LoopThread
 
 T = TypeVar("T")
 Prompt = str | Sequence[int]
@@ -85,15 +85,14 @@ class LLM:
             on_progress(loading.stage, loading.done, loading.total)
 
         run_seed = secrets.randbits(63) if self.config.seed is None else self.config.seed
-        self._loop = _LoopThread()
+        made = backend(located, on_loading=on_loading)
+        self._loop = LoopThread()
         try:
-            self._manager: RolloutManager = self._loop.call(
-                _start(backend, located, on_loading, self._tokenizer, run_seed)
-            )
+            self._manager: RolloutManager = self._loop.call(_start(made, self._tokenizer, run_seed))
         except BaseException:
             self._loop.stop()
             raise
-        self._closing = weakref.finalize(self, _close, self._loop, self._manager)
+        self._closing = weakref.finalize(self, _close, self._loop, self._manager, made)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -277,14 +276,8 @@ def _per_prompt(
     return sampling
 
 
-async def _start(
-    make: MakeBackend,
-    config: EngineConfig,
-    on_loading: Callable[[Loading], None],
-    tokenizer: Tokenizer | None,
-    run_seed: int,
-) -> RolloutManager:
-    manager = RolloutManager(make(config, on_loading=on_loading), tokenizer, run_seed=run_seed)
+async def _start(backend: Backend, tokenizer: Tokenizer | None, run_seed: int) -> RolloutManager:
+    manager = RolloutManager(backend, tokenizer, run_seed=run_seed)
     try:
         await manager.start()
     except BaseException:
@@ -352,49 +345,18 @@ def _bar(total: int) -> Iterator[OnDone]:
         yield lambda: bar.advance(task)
 
 
-class _LoopThread:
-    """An event loop on a thread of its own."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        # one worker, ended with the loop, so that no thread outlives it
-        self._executor = ThreadPoolExecutor(max_workers=1)
-        self._loop.set_default_executor(self._executor)
-        self._thread = threading.Thread(target=self._run, name="everstep-llm", daemon=True)
-        self._thread.start()
-
-    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-
-    def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run and wait; if the waiting is interrupted, the coroutine is cancelled and awaited."""
-        future = self.submit(coroutine)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
-
-    def stop(self) -> None:
-        with contextlib.suppress(RuntimeError):  # stopped before
-            self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-
-    def _run(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        try:
-            self._loop.run_forever()
-            tasks = asyncio.all_tasks(self._loop)
-            for task in tasks:
-                task.cancel()
-            self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-        finally:
-            self._executor.shutdown(wait=True)
-            self._loop.close()
-
-
-def _close(loop: _LoopThread, manager: RolloutManager) -> None:
-    # while the interpreter ends no executor takes work; the core was told to end before that
-    with contextlib.suppress(RuntimeError):
+def _close(loop: LoopThread, manager: RolloutManager, backend: Backend) -> None:
+    try:
         loop.call(manager.close())
+    except RuntimeError:
+        # the interpreter is ending and starts no thread to join the core's; the core was told to
+        # end, and must have, for a thread inside torch at the very end aborts the process
+        with contextlib.suppress(TimeoutError):
+            loop.call(asyncio.wait_for(_last_word(backend), 10))
     loop.stop()
+
+
+async def _last_word(backend: Backend) -> None:
+    """Wait until the core has said that it is gone."""
+    while not any(isinstance(message, Died) for message in await backend.receive()):
+        pass
