@@ -27,10 +27,17 @@ TOLERANCES = {
 
 TINY = torch.finfo(torch.float32).tiny
 
-# a logprob in float32: absolute (of the reference's float64 value), and relative to the logits
+# a logprob in float32: absolute, and per unit of the largest logit beside it
 LOGPROB = 2e-6
+LOGPROB_OF_LOGITS = 3e-7
 # one cell of a chi-square statistic: standard deviations that a fixed seed may be away
 CHI_SQUARE_SIGMAS = 4.0
+
+
+def logprob_tolerance(logits, temperature=1.0):
+    """How far a float32 logprob may be off, for a row of such logits."""
+    size = max(abs(value) for value in logits) / (temperature or 1.0)
+    return LOGPROB + LOGPROB_OF_LOGITS * size
 
 
 def assert_close(actual, expected, terms=None):
