@@ -1,4 +1,4 @@
-"""Stand-ins for the slow and the outside: a runner without a model, a clock that is told the time.
+"""Stand-ins for the slow and the outside: a runner without a model, a front without HTTP, a clock.
 
 `FakeRunner` keeps KV memory for real. Every slot of every block remembers the token, the whole
 context and the weights that wrote it, so a stale, aliased, poisoned or lost entry is caught at
@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from msgspec import Struct
 
 from everstep.engine.config import ResolvedKV
+from everstep.engine.messages import Add, FromCore, RolloutTokens, StateChanged, Tokens
 from everstep.engine.plan import Row, RowResult, Sampled, StepPlan, StepResult
-from everstep.engine.rollout import SAMPLED, SamplingParams
+from everstep.engine.rollout import SAMPLED, Rollout, RolloutState, SamplingParams
 
 ROUTING_RECORD = 2
 """Bytes of routing ids per token; the weights take four times as many."""
@@ -129,6 +130,11 @@ class FakeRunner:
 
     def set_version(self, version: int, digest: str) -> None:
         self.version, self.digest = version, digest
+
+    def forget(self, rollout_id: str) -> None:
+        """The id may come again, for a rollout that has computed nothing yet."""
+        self._own.pop(rollout_id, None)
+        self.nonfinite.discard(rollout_id)
 
     @property
     def num_parked_blocks(self) -> int:
@@ -249,3 +255,104 @@ def _add_extras(sampled: Sampled, sampling: SamplingParams) -> None:
         sampled.kept_ids = [sampled.token_id]
     if sampling.top_logprobs:
         sampled.top = [(sampled.token_id, sampled.lp_sampled)]
+
+
+class FakeFront:
+    """Keeps what a core tells of its rollouts, and checks that it is complete, once and legal."""
+
+    def __init__(self) -> None:
+        self.rollouts: dict[str, Rollout] = {}
+        self.adds: dict[str, Add] = {}
+
+    def add(self, add: Add) -> Rollout:
+        """Note a rollout as it is handed to a core."""
+        rollout = Rollout(
+            id=add.rollout_id,
+            group_id=add.rollout_id,
+            prompt_ids=list(add.prompt_ids),
+            sampling=add.sampling,
+            seed=add.seed,
+            max_tokens=add.max_tokens,
+            output_ids=list(add.output_ids),
+            num_cached_tokens=-1,
+        )
+        self.rollouts[rollout.id] = rollout
+        self.adds[rollout.id] = add
+        return rollout
+
+    def receive(self, messages: Sequence[FromCore]) -> None:
+        for message in messages:
+            if isinstance(message, StateChanged):
+                for rollout_id, state in message.moves:
+                    self.rollouts[rollout_id].move(RolloutState(state))
+            elif isinstance(message, Tokens):
+                for tokens in message.rollouts:
+                    self._receive_tokens(self.rollouts[tokens.rollout_id], tokens, message.version)
+
+    def _receive_tokens(self, rollout: Rollout, tokens: RolloutTokens, version: int) -> None:
+        where = rollout.id
+        if tokens.num_cached_tokens is not None:
+            assert rollout.num_cached_tokens == -1, f"{where}: num_cached_tokens came twice"
+            rollout.num_cached_tokens = tokens.num_cached_tokens
+        assert tokens.start == len(rollout.output_ids), f"{where}: tokens from {tokens.start}"
+        for values in (tokens.lp_sampled, tokens.lp_temp, tokens.kept_mass, tokens.flags):
+            assert len(values) == len(tokens.ids)
+        rollout.output_ids += tokens.ids
+        rollout.versions += [version] * len(tokens.ids)
+        rollout.lp_raw += tokens.lp_raw
+        rollout.entropy += tokens.entropy
+        rollout.top += tokens.top
+        if tokens.prompt_lp:
+            assert tokens.prompt_start == len(rollout.prompt_lp), f"{where}: prompt_lp twice"
+            assert len(tokens.prompt_lp) == len(tokens.prompt_top)
+            rollout.prompt_lp += tokens.prompt_lp
+        if tokens.routing_ids:
+            num_records = len(rollout.routing_ids) // ROUTING_RECORD
+            assert tokens.routing_start == num_records, f"{where}: routing twice, or a hole"
+            assert len(tokens.routing_weights) == 4 * len(tokens.routing_ids)
+            rollout.routing_ids += tokens.routing_ids
+        if tokens.finish is not None:
+            rollout.finish_reason = tokens.finish
+            is_error = tokens.finish.type == "error"
+            rollout.move(RolloutState.FAILED if is_error else RolloutState.FINISHED)
+
+    def alone(self, rollout_id: str, vocab_size: int) -> list[int]:
+        """The output that this rollout has when nothing ever disturbs it."""
+        add = self.adds[rollout_id]
+        return generate_alone(
+            add.prompt_ids,
+            seed=add.seed,
+            max_tokens=add.max_tokens,
+            stop_ids=add.stop_ids,
+            banned_ids=add.banned_ids,
+            min_tokens=add.sampling.min_tokens,
+            vocab_size=vocab_size,
+        )
+
+    def check(self, rollout_id: str, vocab_size: int) -> None:
+        """Raise AssertionError unless tokens and records are those of the rollout alone.
+
+        An unfinished rollout has the beginning of them.
+        """
+        rollout, add = self.rollouts[rollout_id], self.adds[rollout_id]
+        alone = self.alone(rollout_id, vocab_size)
+        is_finished = rollout.state is RolloutState.FINISHED
+        num_output = len(alone) if is_finished else len(rollout.output_ids)
+        assert rollout.output_ids == alone[:num_output], f"{rollout_id}: other tokens than alone"
+        if is_finished:
+            assert rollout.finish_reason is not None
+            is_stop = alone[-1] in add.stop_ids
+            assert rollout.finish_reason.type == ("stop" if is_stop else "length")
+            assert rollout.finish_reason.matched == (alone[-1] if is_stop else None)
+            assert rollout.num_cached_tokens >= 0
+        ids = rollout.prompt_ids + rollout.output_ids
+        if add.sampling.prompt_logprobs is not None:
+            expected = [
+                fake_logprob(ids[: i + 1]) if i else None for i in range(len(add.prompt_ids))
+            ]
+            known = len(expected) if is_finished else len(rollout.prompt_lp)
+            assert rollout.prompt_lp == expected[:known], f"{rollout_id}: prompt_lp"
+        if "routing" in add.sampling.record:
+            num_rows = len(ids) - 1 if is_finished else len(rollout.routing_ids) // ROUTING_RECORD
+            routing = b"".join(fake_routing(ids[: i + 1]) for i in range(num_rows))
+            assert rollout.routing_ids == routing, f"{rollout_id}: routing"

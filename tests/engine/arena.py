@@ -1,0 +1,158 @@
+"""A scheduler between a fake front and a fake runner, checked at every step."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import msgspec
+
+from everstep.engine.config import BatchConfig, ResolvedKV
+from everstep.engine.messages import Add, FromCore
+from everstep.engine.plan import StepPlan
+from everstep.engine.rollout import Rollout, RolloutState, SamplingParams
+from everstep.engine.scheduler import Scheduler
+
+from ..fakes import FakeFront, FakeRunner
+from ..strategies import VOCAB_SIZE
+
+
+def make_kv(
+    *,
+    block_size: int = 4,
+    num_blocks: int = 33,
+    max_model_len: int = 64,
+    prefix_caching: bool = True,
+    num_parking_blocks: int = 0,
+) -> ResolvedKV:
+    return ResolvedKV(
+        block_size=block_size,
+        num_blocks=num_blocks,
+        max_model_len=max_model_len,
+        prefix_caching=prefix_caching,
+        num_parking_blocks=num_parking_blocks,
+    )
+
+
+def make_batch(*, max_num_seqs: int = 8, max_num_batched_tokens: int = 64) -> BatchConfig:
+    return BatchConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
+
+
+class Arena:
+    """Calls as a core makes them. After each, the books agree; at each ending, the tokens are
+    those of the rollout alone; at each read, the KV is what it should be (FakeRunner)."""
+
+    def __init__(self, kv: ResolvedKV, batch: BatchConfig) -> None:
+        self.scheduler = Scheduler(kv, batch)
+        self.runner = FakeRunner(kv, vocab_size=VOCAB_SIZE)
+        self.scheduler.set_version(self.runner.digest)
+        self.front = FakeFront()
+        self.batch = batch
+        self.plans: list[StepPlan] = []
+
+    @property
+    def live(self) -> list[str]:
+        return [r.id for r in self.front.rollouts.values() if not r.state.is_ended]
+
+    def rollout(self, rollout_id: str) -> Rollout:
+        return self.front.rollouts[rollout_id]
+
+    def state(self, rollout_id: str) -> str:
+        """The state that the front knows once all events have come."""
+        self.settle()
+        return self.rollout(rollout_id).state.value
+
+    def add(self, add: Add) -> str:
+        if not add.rollout_id:
+            add = msgspec.structs.replace(add, rollout_id=f"r{len(self.front.rollouts)}")
+        self.scheduler.add(add)
+        self.front.add(add)
+        self.scheduler.check_invariants()
+        return add.rollout_id
+
+    def ask(
+        self,
+        prompt_ids: Sequence[int],
+        rollout_id: str = "",
+        *,
+        max_tokens: int = 4,
+        seed: int = 0,
+        priority: int = 0,
+        client: str = "",
+        sampling: SamplingParams | None = None,
+        stop_ids: Sequence[int] = (),
+        output_ids: Sequence[int] = (),
+        start_paused: bool = False,
+    ) -> str:
+        """Add one rollout; returns its id."""
+        return self.add(
+            Add(
+                rollout_id=rollout_id,
+                prompt_ids=list(prompt_ids),
+                output_ids=list(output_ids),
+                sampling=sampling or SamplingParams(),
+                seed=seed,
+                max_tokens=max_tokens,
+                stop_ids=list(stop_ids),
+                banned_ids=list(stop_ids),
+                priority=priority,
+                client=client,
+                start_paused=start_paused,
+            )
+        )
+
+    def step(self, count: int = 1, *, in_flight: Callable[[], object] | None = None) -> StepPlan:
+        """Steps; `in_flight` is called between the plan and its results. Returns the last plan."""
+        for _ in range(count):
+            plan = self.scheduler.schedule()
+            self.plans.append(plan)
+            assert len(plan.rows) <= self.batch.max_num_seqs
+            num_tokens = sum(len(row.token_ids) for row in plan.rows)
+            assert num_tokens <= self.batch.max_num_batched_tokens
+            if in_flight is not None:
+                in_flight()
+            if plan.has_work:
+                self.receive(self.scheduler.commit(plan, self.runner.run(plan)))
+            else:
+                assert in_flight or not self.scheduler.has_unpaused
+                self.settle()
+            self.scheduler.check_invariants()
+        return plan
+
+    def run(self, max_steps: int = 3000) -> int:
+        """Steps until nothing unpaused is left; returns their number."""
+        for number in range(max_steps):
+            if not self.step().has_work:
+                return number
+        raise AssertionError(f"not done after {max_steps} steps: {self.live}")
+
+    def receive(self, messages: Sequence[FromCore]) -> None:
+        before = self.live
+        self.front.receive(messages)
+        for rollout_id in set(before) - set(self.live):
+            self.front.check(rollout_id, VOCAB_SIZE)
+
+    def settle(self) -> None:
+        self.receive(self.scheduler.take_events())
+
+    def cancel(self, rollout_ids: Iterable[str]) -> None:
+        """As a front does it: the rollout has ended for it at once."""
+        self.settle()
+        for rollout_id in rollout_ids:
+            if not self.rollout(rollout_id).state.is_ended:
+                self.scheduler.cancel([rollout_id, "unknown"])
+                self.rollout(rollout_id).move(RolloutState.ABORTED)
+                self.front.check(rollout_id, VOCAB_SIZE)
+        self.scheduler.check_invariants()
+
+    def flip(self, version: int) -> None:
+        self.runner.set_version(version, f"v{version}")
+        self.scheduler.set_version(f"v{version}")
+        self.scheduler.check_invariants()
+
+    def finish(self) -> None:
+        """Once all are resumed, all end, and nothing is left behind."""
+        self.scheduler.resume()
+        self.run()
+        assert not self.live, f"never ended: {self.live}"
+        stats = self.scheduler.stats()
+        assert (stats.num_running, stats.num_waiting, stats.num_paused) == (0, 0, 0)
+        assert stats.num_blocks_used == 0
+        assert self.runner.num_parked_blocks == 0
