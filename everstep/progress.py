@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from .clients.batch import Counts
 
 LINE_EVERY_S = 10.0
-LINE_EVERY_FRACTION = 0.05
+# a hair below 5 %, so that rounding does not skip a line
+LINE_EVERY_FRACTION = 0.05 - 1e-9
 
 
 def duration(seconds: float | None) -> str:
@@ -138,6 +139,7 @@ class BatchProgress:
         is_due = (
             now - self._said_s >= LINE_EVERY_S
             or counts.fraction - self._said_fraction >= LINE_EVERY_FRACTION
+            or self._said_fraction < counts.fraction == 1.0
         )
         if is_due:
             self._said_s, self._said_fraction = now, counts.fraction
