@@ -101,6 +101,10 @@ class Shares:
     def __init__(self) -> None:
         self._by_client: dict[str, Share] = {}
 
+    @property
+    def num_clients(self) -> int:
+        return len(self._by_client)
+
     def activate(self, rollout: LiveRollout) -> None:
         """The rollout wants to run."""
         if rollout.is_counted_active:

@@ -1,6 +1,7 @@
 """Makes the plan of one step: decode rows, chunks, admissions; finds room for them.
 
-Decode rows come first, so that a long prompt never holds them up. Blocks are taken, in this
+Decode rows come first, so that a long prompt never holds them up; then, by priority, the chunks
+of those that run and whoever outranks them in the queue; then the rest of the queue. Blocks are taken, in this
 order, from the paused, from those that wait, from the least important running rollout (lowest
 priority, then latest admitted). The most important one is never preempted, so it ends; hence
 every rollout ends.
@@ -49,18 +50,19 @@ class Planner:
     def make(self) -> Draft:
         """The next step. Where nothing unpaused is live it is empty, else it has rows."""
         draft = self._draft = Draft(self._budget)
-        self._plan_running()
-        while draft.budget > 0:
-            rollout = self._roster.waiting.best()
-            if rollout is None or not self._admit(rollout):
-                break
+        for rollout in self._plan_decodes():
+            self._admit_waiting(above=rollout.add.priority)
+            if rollout.state == "running" and draft.budget > 0:
+                self._plan_chunk(rollout)
+        self._admit_waiting(above=None)
         self._kv.end_plan()
         assert draft.rows or not (self._roster.running or self._roster.num_waiting), "no progress"
         return draft
 
     # rows
 
-    def _plan_running(self) -> None:
+    def _plan_decodes(self) -> list[LiveRollout]:
+        """Rows for gaps of one; returns the running rollouts with larger gaps, best first."""
         size = self._kv.block_size
         chunks: list[LiveRollout] = []
         for rollout in list(self._roster.running):
@@ -77,9 +79,8 @@ class Planner:
                 self._kv.grow(kv, start + 1)
             self._plan_row(rollout, start, start + 1)
         chunks.sort(key=importance, reverse=True)
-        for rollout in chunks:
-            if rollout.state == "running" and self._draft.budget > 0:
-                self._plan_chunk(rollout)
+        self._draft.prefilling = [rollout for rollout in chunks if rollout.state == "running"]
+        return chunks
 
     def _plan_chunk(self, rollout: LiveRollout) -> None:
         """As much of the gap as the budget allows; the caller has checked the latter."""
@@ -88,7 +89,6 @@ class Planner:
         if self._make_room(rollout, self._kv.missing_blocks(rollout.kv, end)):
             self._kv.grow(rollout.kv, end)
             self._plan_row(rollout, start, end)
-            self._draft.prefilling.append(rollout)
 
     def _plan_row(self, rollout: LiveRollout, start: int, end: int) -> None:
         draft, ids, add = self._draft, rollout.ids, rollout.add
@@ -126,6 +126,15 @@ class Planner:
 
     # admission
 
+    def _admit_waiting(self, *, above: int | None) -> None:
+        """Admit while there is budget; with `above`, only who has more than this priority."""
+        while self._draft.budget > 0:
+            rollout = self._roster.waiting.best()
+            if rollout is None or (above is not None and rollout.add.priority <= above):
+                return
+            if not self._admit(rollout):
+                return
+
     def _admit(self, rollout: LiveRollout) -> bool:
         """Admit the best of the queue, or let it follow; False: nobody gets in this step."""
         kv, roster = rollout.kv, self._roster
@@ -162,6 +171,7 @@ class Planner:
         self._roster.start(rollout)
         if len(rollout.ids) - rollout.kv.num_computed_tokens > 1:
             self._roster.watch.begin(rollout)
+        self._draft.prefilling.append(rollout)
         self._plan_chunk(rollout)
 
     def _count_admission(self, rollout: LiveRollout, match: Match) -> None:

@@ -85,7 +85,8 @@ def _add_row_records(
         if row.start + skip == 0:
             tokens.prompt_start = 0
             tokens.prompt_lp.insert(0, None)
-            tokens.prompt_top = [[], *tokens.prompt_top]
+            if rollout.add.sampling.prompt_logprobs:
+                tokens.prompt_top = [[], *tokens.prompt_top]
         has_news = bool(tokens.prompt_lp)
     if result.routing_ids:
         tokens.routing_start = row.start + skip

@@ -202,7 +202,8 @@ class FakeRunner:
             for prefix in prefixes[: max(0, row.num_prompt - 1 - row.start)]:
                 logprob = fake_logprob(row.all_ids[: len(prefix) + 1])
                 result.prompt_lp.append(logprob)
-                result.prompt_top.append([(row.all_ids[len(prefix)], logprob)])
+                if row.sampling.prompt_logprobs:
+                    result.prompt_top.append([(row.all_ids[len(prefix)], logprob)])
         if "routing" in row.sampling.record:
             result.routing_ids = b"".join(fake_routing(prefix) for prefix in prefixes)
             result.routing_weights = b"".join(fake_routing(prefix) * 4 for prefix in prefixes)
@@ -304,8 +305,10 @@ class FakeFront:
         rollout.top += tokens.top
         if tokens.prompt_lp:
             assert tokens.prompt_start == len(rollout.prompt_lp), f"{where}: prompt_lp twice"
-            assert len(tokens.prompt_lp) == len(tokens.prompt_top)
+            has_tops = bool(rollout.sampling.prompt_logprobs)
+            assert len(tokens.prompt_top) == (len(tokens.prompt_lp) if has_tops else 0)
             rollout.prompt_lp += tokens.prompt_lp
+            rollout.prompt_top += tokens.prompt_top
         if tokens.routing_ids:
             num_records = len(rollout.routing_ids) // ROUTING_RECORD
             assert tokens.routing_start == num_records, f"{where}: routing twice, or a hole"
