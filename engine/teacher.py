@@ -109,7 +109,8 @@ def layers(
     numerics: Literal["exact", "w8a8"] = "exact",
     replay_routes: Ints | None = None,
 ) -> Iterator[LayerResult]:
-    """The same layer by layer, holding the weights of one layer at a time."""
+    """The same layer by layer and expert by expert: at no time more than the attention, the router
+    and one expert of a layer are in memory (beside the embedding, then the head)."""
     reader = WeightReader(
         Checkpoint.open(folder), ModelConfig(path=str(folder), dtype=dtype, numerics=numerics)
     )
@@ -120,7 +121,7 @@ def layers(
     x = reader.embedding()[torch.tensor(list(ids))]
     num_moe = 0
     for index in range(config.num_hidden_layers):
-        layer = reader.layer(index)
+        layer = reader.layer(index, streamed=True)
         replay = None
         if replay_routes is not None and num_moe < len(replay_routes):
             replay = torch.from_numpy(replay_routes[num_moe])

@@ -4,8 +4,9 @@ Everything is copied out of the memory map into aligned memory: a library may ro
 on unaligned data. Head and router are held in float32 (their products are; PAPER.md §3).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 
@@ -34,9 +35,9 @@ class Moe:
 
     router: torch.Tensor
     bias: torch.Tensor
-    gate: tuple[Weight, ...]
-    up: tuple[Weight, ...]
-    down: tuple[Weight, ...]
+    gate: Sequence[Weight]
+    up: Sequence[Weight]
+    down: Sequence[Weight]
     shared: Mlp | None
 
 
@@ -125,22 +126,19 @@ class WeightReader:
             return gate, self.tensor(f"{prefix}.expert_bias", torch.float32)
         return gate, torch.zeros(gate.shape[0])
 
-    def moe(self, layer: int) -> Moe:
+    def moe(self, layer: int, *, streamed: bool = False) -> Moe:
+        """streamed: an expert is read each time it is used, and not kept."""
         prefix = f"model.layers.{layer}.mlp"
         gate, bias = self.router(layer)
-        parts = [self.mlp(f"{prefix}.experts.{e}") for e in range(self.config.num_experts)]
+        parts: list[Sequence[Weight]] = []
+        for part in ("gate", "up", "down"):
+            lazy = _Streamed(self, f"{prefix}.experts", part, self.config.num_experts)
+            parts.append(lazy if streamed else tuple(lazy))
         shared = self.mlp(f"{prefix}.shared_experts") if self.config.num_shared_experts else None
-        return Moe(
-            router=gate,
-            bias=bias,
-            gate=tuple(part.gate for part in parts),
-            up=tuple(part.up for part in parts),
-            down=tuple(part.down for part in parts),
-            shared=shared,
-        )
+        return Moe(gate, bias, parts[0], parts[1], parts[2], shared)
 
-    def layer(self, index: int) -> Layer:
-        """One decoder layer, whole."""
+    def layer(self, index: int, *, streamed: bool = False) -> Layer:
+        """One decoder layer; streamed: without its experts' weights in memory."""
         p = f"model.layers.{index}"
         norms = (
             [self.tensor(f"{p}.attention.{which}_layernorm.weight") for which in ("query", "key")]
@@ -155,7 +153,7 @@ class WeightReader:
             key_norm=norms[1],
             dense=self.linear(f"{p}.attention.dense"),
             post_norm=self.tensor(f"{p}.post_attention_layernorm.weight"),
-            ffn=self.moe(index) if is_moe else self.mlp(f"{p}.mlp"),
+            ffn=self.moe(index, streamed=streamed) if is_moe else self.mlp(f"{p}.mlp"),
         )
 
     def embedding(self) -> torch.Tensor:
@@ -167,6 +165,27 @@ class WeightReader:
         return self.tensor(
             "model.word_embeddings.weight" if tied else "lm_head.weight", torch.float32
         )
+
+
+class _Streamed(Sequence[Weight]):
+    """One projection of every expert of a layer, read from the checkpoint at each use."""
+
+    def __init__(self, reader: WeightReader, prefix: str, part: str, count: int) -> None:
+        self._reader, self._prefix, self._part, self._count = reader, prefix, part, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> Weight: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Weight]: ...
+    def __getitem__(self, index: int | slice) -> Weight | Sequence[Weight]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self._count))]
+        if not 0 <= index < self._count:
+            raise IndexError(index)
+        return self._reader.linear(f"{self._prefix}.{index}.{self._part}_proj")
 
 
 def compute_dtype(config: RingConfig, model: ModelConfig) -> torch.dtype:

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from .activation import swiglu
-from .gemm import Weight, linear
+from .activation import sigmoid, swiglu
+from .gemm import Weight, linear, linear_float
 
 
 def experts(
@@ -26,17 +26,33 @@ def experts(
     tokens, slots = ids.shape
     order = torch.sort(ids.reshape(-1), stable=True)
     counts = torch.bincount(order.values, minlength=len(gate)).tolist()
-    outputs = torch.empty(tokens * slots, x.shape[1], dtype=x.dtype)
+    flat_weights = weights.reshape(-1, 1)
+    weighted = torch.empty(tokens * slots, x.shape[1], dtype=torch.float32)
     start = 0
     for expert, count in enumerate(counts):
         if count:
             places = order.indices[start : start + count]
             rows = x.index_select(0, places // slots)
-            hidden = swiglu(linear(rows, gate[expert]), linear(rows, up[expert]))
-            outputs[places] = linear(hidden, down[expert])
+            weighted[places] = _expert(
+                rows, gate[expert], up[expert], down[expert], flat_weights[places]
+            )
             start += count
-    outputs = outputs.view(tokens, slots, x.shape[1])
-    total = outputs[:, 0].float() * weights[:, 0:1]
+    weighted = weighted.view(tokens, slots, x.shape[1])
+    total = weighted[:, 0]
     for slot in range(1, slots):
-        total = total + outputs[:, slot].float() * weights[:, slot : slot + 1]
+        total = total + weighted[:, slot]
     return total.to(x.dtype)
+
+
+def _expert(
+    x: torch.Tensor, gate: Weight, up: Weight, down: Weight, weight: torch.Tensor
+) -> torch.Tensor:
+    """One expert's rows times their routing weights (M, 1), float32.
+
+    W8A8 rounds where FP8 serving does (MODEL.md §2.3): SwiGLU once, and the weighted output once.
+    """
+    if gate.activations == "none":
+        return linear(swiglu(linear(x, gate), linear(x, up)), down).float() * weight
+    wide = linear(x, gate).float()
+    hidden = (wide * sigmoid(wide) * linear(x, up).float()).to(x.dtype)
+    return (linear_float(hidden, down) * weight).to(x.dtype).float()

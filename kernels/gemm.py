@@ -187,17 +187,27 @@ def linear(x: torch.Tensor, weight: Weight) -> torch.Tensor:
     Weight-only FP8 equals the same call on `weight.expanded()` to the bit.
     Source: MODEL.md §3.1, and §2.3 for W8A8.
     """
+    is_w8a8 = weight.activations != "none" and weight.scale is not None
+    if is_w8a8 or weight.bias is not None:
+        return linear_float(x, weight).to(x.dtype)
+    return matmul_rows(x.contiguous(), weight.expanded())
+
+
+def linear_float(x: torch.Tensor, weight: Weight) -> torch.Tensor:
+    """x Wᵀ + b before it is rounded to T: the bias, or a routing weight, meets the float32 sum.
+
+    x        (M, K) T, M >= 0
+    returns  (M, N) float32
+    """
     x = x.contiguous()
     if weight.activations != "none" and weight.scale is not None:
-        return _linear_w8a8(x, weight)
-    if weight.bias is None:
-        return matmul_rows(x, weight.expanded())
-    # the sum must not be rounded before the bias is added
-    wide = matmul_rows(x.float(), weight.expanded().float())
-    return (wide + weight.bias.float()).to(x.dtype)
+        total = _product_w8a8(x, weight)
+    else:
+        total = matmul_rows(x.float(), weight.expanded().float())
+    return total if weight.bias is None else total + weight.bias.float()
 
 
-def _linear_w8a8(x: torch.Tensor, weight: Weight) -> torch.Tensor:
+def _product_w8a8(x: torch.Tensor, weight: Weight) -> torch.Tensor:
     """Products of FP8 codes summed in float32, scaled per group or per row (MODEL.md §2.3)."""
     scale = weight.scale
     assert scale is not None
@@ -220,9 +230,7 @@ def _linear_w8a8(x: torch.Tensor, weight: Weight) -> torch.Tensor:
             )
             own_scale = row_scale if by_token else row_scale[:, g : g + 1]
             total = total + product * own_scale * column_scale
-    if weight.bias is not None:
-        total = total + weight.bias.float()
-    return total.to(x.dtype)
+    return total
 
 
 def explain() -> dict[str, str]:

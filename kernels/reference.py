@@ -88,6 +88,11 @@ def expand(weight: Weight) -> Tensor:
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
     """T(x Wᵀ + b) in every weight format; (M, K) T → (M, N) T."""
+    return product(x, weight).to(x.dtype)
+
+
+def product(x: Tensor, weight: Weight) -> Tensor:
+    """x Wᵀ + b in float64, before it is rounded."""
     if weight.scale is None or weight.activations == "none":
         total = x.double() @ expand(weight).double().t()
     else:
@@ -99,7 +104,7 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
         total = quantised @ (weight.data.double() * scale_of(weight)).t()
     if weight.bias is not None:
         total = total + weight.bias.double()
-    return total.to(x.dtype)
+    return total
 
 
 def quantise(group: Tensor, activations: str) -> Tensor:
@@ -171,15 +176,21 @@ def experts(
     up: Sequence[Weight],
     down: Sequence[Weight],
 ) -> Tensor:
-    """T(Σ_slot mlp_{ids[slot]}(x) · weights[slot]); each expert's output is rounded to T first."""
+    """T(Σ_slot mlp_{ids[slot]}(x) · weights[slot]); each expert's output is rounded to T first
+    (in W8A8 after its weight)."""
     out = torch.zeros_like(x)
     for t in range(x.shape[0]):
         row = x[t : t + 1]
         total = torch.zeros(1, x.shape[1], dtype=torch.float64)
         for slot in range(ids.shape[1]):
             e = int(ids[t, slot])
-            hidden = swiglu(linear(row, gate[e]), linear(row, up[e]))
-            total += linear(hidden, down[e]).double() * weights[t, slot].double()
+            a, b, weight = linear(row, gate[e]), linear(row, up[e]), weights[t, slot].double()
+            if gate[e].activations == "none":
+                total += linear(swiglu(a, b), down[e]).double() * weight
+            else:
+                # FP8 serving rounds SwiGLU once and the weighted output once (MODEL.md §2.3)
+                hidden = (a.double() / (1.0 + torch.exp(-a.double())) * b.double()).to(x.dtype)
+                total += (product(hidden, down[e]) * weight).to(x.dtype).double()
         out[t] = total[0].to(x.dtype)
     return out
 
