@@ -44,11 +44,14 @@ class LiveRollout:
         "is_queued",
         "kv",
         "max_length",
+        "min_length",
         "needs_every_row",
         "num_cached_tokens",
         "num_prompt",
         "num_reported_rows",
         "parent_hash",
+        "sampling",
+        "seed",
         "share",
         "state",
         "stop_ids",
@@ -63,7 +66,10 @@ class LiveRollout:
         self.num_prompt = len(add.prompt_ids)
         self.max_length = self.num_prompt + add.max_tokens
         self.stop_ids = frozenset(add.stop_ids)
-        sampling = add.sampling
+        sampling = self.sampling = add.sampling
+        self.seed = add.seed
+        self.min_length = self.num_prompt + sampling.min_tokens
+        """Up to here the ids of `add.banned_ids` are not drawn."""
         records_routing = "routing" in sampling.record
         self.needs_every_row = sampling.prompt_logprobs is not None or records_routing
         self.has_extras = self.needs_every_row or bool(sampling.record or sampling.top_logprobs)

@@ -132,6 +132,21 @@ class BlockPool:
         self._children.setdefault(place, {})[block] = content
         return True
 
+    def complete(self, block: int, key: bytes, tokens: Sequence[int]) -> bool:
+        """A block that was being filled is full; False if the index has it not as such.
+
+        Where another block holds the same full content, this one is forgotten.
+        """
+        content = self._contents.get(block)
+        if content is None or content.writer is None:
+            return False
+        if key in self._by_key:
+            self.forget(block)
+        else:
+            content.key, content.ids, content.start, content.writer = key, tokens, 0, None
+            self._by_key[key] = block
+        return True
+
     def freeze(self, block: int) -> None:
         """The writer of a block lets go of it: what it has computed so far stays findable."""
         content = self._contents.get(block)

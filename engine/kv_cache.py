@@ -317,17 +317,19 @@ class KVCacheManager:
 
     def _register(self, kv: RolloutKV) -> None:
         """Tell the index of blocks that became full, and of the one being filled."""
-        size = self.block_size
+        size, pool = self.block_size, self._pool
         num_full = kv.num_computed_tokens // size
         for index in range(kv.num_registered, num_full):
-            parent = self._hash(kv, index - 1) if index else self._root
+            block, key = kv.blocks[index], self._hash(kv, index)
             tokens = kv.ids[index * size : (index + 1) * size]
-            self._pool.register(kv.blocks[index], Content(parent, self._hash(kv, index), tokens))
+            if not pool.complete(block, key, tokens):
+                parent = kv.hashes[index - 1] if index else self._root
+                pool.register(block, Content(parent, key, tokens))
         kv.num_registered = num_full
         start = num_full * size
         if kv.num_computed_tokens > start:
-            content = Content(self.parent_hash(kv), None, kv.ids, start, kv)
-            self._pool.register(kv.blocks[num_full], content)
+            parent = kv.hashes[num_full - 1] if num_full else self._root
+            pool.register(kv.blocks[num_full], Content(parent, None, kv.ids, start, kv))
             kv.next_registration = start + size
         else:
             kv.next_registration = start + 1

@@ -62,8 +62,11 @@ class Planner:
     # rows
 
     def _plan_decodes(self) -> list[LiveRollout]:
-        """Rows for gaps of one; returns the running rollouts with larger gaps, best first."""
-        size = self._kv.block_size
+        """Rows for gaps of one; returns the running rollouts with larger gaps, best first.
+
+        The one loop whose length is that of the batch in every step: it is kept short.
+        """
+        size, draft = self._kv.block_size, self._draft
         chunks: list[LiveRollout] = []
         for rollout in list(self._roster.running):
             if rollout.state != "running":
@@ -77,9 +80,12 @@ class Planner:
                 if not self._make_room(rollout, 1):
                     continue
                 self._kv.grow(kv, start + 1)
-            self._plan_row(rollout, start, start + 1)
+            draft.rows.append(_row(rollout, start, start + 1))
+            draft.rollouts.append(rollout)
+            rollout.share.served_tokens += 1
+        draft.budget = self._budget - len(draft.rows)
         chunks.sort(key=importance, reverse=True)
-        self._draft.prefilling = [rollout for rollout in chunks if rollout.state == "running"]
+        draft.prefilling = [rollout for rollout in chunks if rollout.state == "running"]
         return chunks
 
     def _plan_chunk(self, rollout: LiveRollout) -> None:
@@ -91,23 +97,8 @@ class Planner:
             self._plan_row(rollout, start, end)
 
     def _plan_row(self, rollout: LiveRollout, start: int, end: int) -> None:
-        draft, ids, add = self._draft, rollout.ids, rollout.add
-        position = len(ids) - rollout.num_prompt
-        draft.rows.append(
-            Row(
-                rollout.id,
-                ids[start:end],
-                start,
-                rollout.kv.blocks,
-                end == len(ids),
-                position,
-                rollout.num_prompt,
-                ids,
-                add.sampling,
-                add.seed,
-                add.banned_ids if position < add.sampling.min_tokens else NO_BAN,
-            )
-        )
+        draft = self._draft
+        draft.rows.append(_row(rollout, start, end))
         draft.rollouts.append(rollout)
         draft.budget -= end - start
         rollout.share.served_tokens += _num_charged(rollout, start, end)
@@ -266,6 +257,24 @@ class Planner:
         self._unplan(rollout)
         self._roster.preempt(rollout)
         self._stats.preemptions_total += 1
+
+
+def _row(rollout: LiveRollout, start: int, end: int) -> Row:
+    ids = rollout.ids
+    length = len(ids)
+    return Row(
+        rollout.id,
+        ids[start:end],
+        start,
+        rollout.kv.blocks,
+        end == length,
+        length - rollout.num_prompt,
+        rollout.num_prompt,
+        ids,
+        rollout.sampling,
+        rollout.seed,
+        rollout.add.banned_ids if length < rollout.min_length else NO_BAN,
+    )
 
 
 def _num_charged(rollout: LiveRollout, start: int, end: int) -> int:

@@ -54,7 +54,7 @@ class Scheduler:
             max_num_seqs=batch.max_num_seqs,
         )
         self._is_pausing_adds = False
-        self._num_adds = 0
+        self._num_adds = self._num_drawn = 0
         self._in_flight: Draft | None = None
 
     # what the front asks for
@@ -129,6 +129,7 @@ class Scheduler:
             num_waiting=self._roster.num_waiting,
             num_paused=self._roster.num_paused,
             num_blocks_used=self._kv.num_used,
+            generation_tokens_total=self._num_drawn,
             kv_resume_total=dict(self._stats.kv_resume_total),
         )
 
@@ -172,12 +173,14 @@ class Scheduler:
         return messages
 
     def _book(self, rollout: LiveRollout, row: Row, result: RowResult) -> RolloutTokens | None:
+        sampled = result.sampled
+        if sampled is not None:
+            rollout.ids.append(sampled.token_id)
+            self._num_drawn += 1
+        else:
+            assert result.nonfinite or not row.samples, f"{row.rollout_id}: a draw is missing"
         if result.nonfinite is None:
-            assert (result.sampled is not None) == row.samples, f"{row.rollout_id}: draws differ"
             self._kv.book(rollout.kv, row.start + len(row.token_ids))
-        if result.sampled is not None:
-            rollout.ids.append(result.sampled.token_id)
-            self._stats.generation_tokens_total += 1
         if rollout.parent_hash is not None:
             self._roster.requeue(self._roster.watch.advance(rollout, is_done=row.samples))
         finish = ending(rollout, result)
