@@ -70,6 +70,17 @@ def assert_same_bits(actual, expected):
     assert different == 0, f"{different} of {actual.numel()} elements have other bits"
 
 
+def folded(values):
+    """The order that tree_sum documents, written as a loop, one float32 at a time."""
+    values = list(values)
+    while len(values) > 1:
+        half = (len(values) + 1) // 2
+        for i in range(half, len(values)):
+            values[i - half] = values[i - half] + values[i]
+        values = values[:half]
+    return values[0]
+
+
 def random(seed, *shape, dtype=torch.float32, scale=1.0):
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(*shape, generator=generator) * scale).to(dtype)

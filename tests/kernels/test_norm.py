@@ -8,7 +8,19 @@ from hypothesis import strategies as st
 from everstep.kernels import reference, rms_norm
 
 from ..tolerances import assert_close
-from .draws import DTYPES, assert_same_bits, dtypes, many, poisoned, random, seeds, sizes, strided  # noqa: F401
+from .draws import (
+    DTYPES,
+    assert_same_bits,
+    dtypes,
+    few,
+    folded,
+    many,
+    poisoned,  # noqa: F401
+    random,
+    seeds,
+    sizes,
+    strided,
+)
 
 
 @many
@@ -29,6 +41,15 @@ def test_rms_norm_is_the_definition(rows, n, dtype, eps, scale, seed):
 def test_rms_norm_rounds_before_it_multiplies_by_the_weight(dtype):
     x, weight = random(1, 100, 257, dtype=dtype), random(2, 257, dtype=dtype)
     assert_close(rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6))
+
+
+@few
+@given(sizes, seeds)
+def test_the_mean_is_summed_in_the_order_of_the_tree(n, seed):
+    x = random(seed, 3, n)
+    mean = torch.stack([folded(row) for row in x * x]) / n
+    expected = x * torch.rsqrt(mean + 1e-6).unsqueeze(-1)
+    assert_same_bits(rms_norm(x, torch.ones(n), 1e-6), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -8,18 +8,7 @@ from hypothesis import strategies as st
 from everstep.kernels.reduce import pairwise_sum, tree_sum
 
 from ..tolerances import assert_close
-from .draws import assert_same_bits, few, many, poisoned, random, seeds, strided  # noqa: F401
-
-
-def folded(values):
-    """The order that tree_sum documents, one float32 at a time."""
-    values = list(values)
-    while len(values) > 1:
-        half = (len(values) + 1) // 2
-        for i in range(half, len(values)):
-            values[i - half] = values[i - half] + values[i]
-        values = values[:half]
-    return values[0]
+from .draws import assert_same_bits, few, folded, many, poisoned, random, seeds, strided  # noqa: F401
 
 
 def neighbours(values):

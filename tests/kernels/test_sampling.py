@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from everstep.kernels import Rule, log_softmax, reference, sample, sampling, top_of
 
 from ..tolerances import CHI_SQUARE_SIGMAS, LOGPROB, logprob_tolerance
-from .draws import few, many, poisoned, random, seeds  # noqa: F401
+from .draws import assert_same_bits, few, folded, many, poisoned, random, seeds  # noqa: F401
 
 VOCABS = (1, 2, 3, 17, 63, 511, 512, 513, 1025, 1500)
 # the largest multiple of 2^-53 below 1
@@ -170,6 +170,15 @@ def test_log_softmax_keeps_its_digits_beside_large_logits():
     logits = torch.tensor([[30000.0, 30000.0, 30000.0, 30001.0]])
     error = (log_softmax(logits).double() - reference.log_softmax(logits)).abs()
     assert error.max() < LOGPROB
+
+
+@few
+@given(st.sampled_from([1, 2, 63, 700]), seeds)
+def test_log_softmax_sums_in_the_order_of_the_tree(vocab, seed):
+    logits = random(seed, 3, vocab, scale=3.0)
+    shifted = logits - logits.max(-1, keepdim=True).values
+    total = torch.stack([folded(row) for row in torch.exp(shifted)])
+    assert_same_bits(log_softmax(logits), shifted - torch.log(total).unsqueeze(-1))
 
 
 def test_log_softmax_of_a_large_vocabulary_sums_to_one():
@@ -493,6 +502,23 @@ def test_ids_without_weight_are_never_drawn(gap):
     us = [min(max(u, 0.0), LAST_U) for u in us]
     for token in drawn_at(weights, us):
         assert not gap[0] <= token < gap[1]
+
+
+def test_a_target_that_rounding_lifts_over_the_end_takes_the_last_id_with_weight():
+    # a block's tree sum may exceed its running sum by the last bits
+    lifted = 0
+    for seed in range(40):
+        weights = torch.zeros(1300, dtype=torch.float64)
+        weights[:400] = torch.exp(random(seed, 400).double())
+        lifted += bool(weights[:512].cumsum(0)[-1] < sampling.tree_sum(weights[:512]) * LAST_U)
+        assert drawn_at(weights, [LAST_U]) == [399]
+        weights[600:900] = 1.0
+        border = (
+            sampling.tree_sum(weights[:512]) / (sampling.tree_sum(weights[:512]) + 300.0)
+        ).item()
+        for u in (border - 2.0**-53, border, border + 2.0**-53):
+            assert drawn_at(weights, [u])[0] in (399, 600)
+    assert lifted
 
 
 def test_ids_outside_the_support_are_never_drawn(at):
