@@ -219,6 +219,19 @@ TRAPS = {
         ),
         prompt=tuple(range(3, 53)),
     ),
+    # a ramp from pair 1 to 6; taken with head_dim for the rotary size it would be 2 to 11
+    "yarn of a partly rotated head": Draw(
+        base_config(
+            head_dim=64,
+            rope_scaling={
+                "type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 512,
+            },
+            max_position_embeddings=2048,
+        ),
+        prompt=tuple(range(3, 53)),
+    ),
     "linear scaling": Draw(base_config(rope_scaling={"rope_type": "linear", "factor": 4.0})),
     "mtp after the main layers": Draw(base_config(num_nextn_predict_layers=1)),
     "mtp counted among the layers": Draw(
