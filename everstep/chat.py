@@ -100,7 +100,7 @@ def on_a_terminal(conversation: Conversation, console: "Console") -> None:
             conversation.reset()
             console.print("(a new conversation)", style="dim")
         elif text == "/help" or (text.startswith("/") and " " not in text):
-            console.print(HELP, style="dim", highlight=False)
+            console.print(HELP, style="dim")
         elif text:
             _show(conversation, text, console)
 
@@ -115,17 +115,15 @@ def _show(conversation: Conversation, text: str, console: "Console") -> None:
         for event in answer:
             first = first or time.monotonic()
             style = "dim" if isinstance(event, Reasoning) else None
-            console.print(
-                event.text, style=style, end="", markup=False, highlight=False, soft_wrap=True
-            )
+            console.print(event.text, style=style, end="", markup=False, soft_wrap=True)
             sys.stdout.flush()
     except KeyboardInterrupt:
         note = ", stopped"
     except InvalidRequest as error:
-        console.print(f"error: {error} (/reset begins anew)", style="red", highlight=False)
+        console.print(f"error: {error} (/reset begins anew)", style="red")
         return
     except EverstepError as error:
-        console.print(f"\nerror: {error}", style="red", highlight=False)
+        console.print(f"\nerror: {error}", style="red")
         return
     finally:
         answer.close()  # type: ignore[attr-defined]

@@ -134,7 +134,7 @@ def chat(
         elif sys.stdin.isatty() and sys.stdout.isatty():
             from rich.console import Console
 
-            console = Console()
+            console = Console(highlight=False)
             model, info = settings.config.engine.model.path, llm.info
             console.print(f"{model}, context {info.max_model_len}, {info.numerics}", style="dim")
             conversations.on_a_terminal(conversation, console)

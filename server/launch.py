@@ -1,8 +1,8 @@
 """One command, one server: the core's process, the manager and HTTP, from start to drain.
 
 HTTP answers from the first moment (/health: 503 with what is loading). SIGTERM and SIGINT stop
-the accepting, give what is in flight `grace_s` seconds, and end the process with 0; a second
-signal ends it at once. A core that cannot be started again ends the server.
+the accepting, give what is in flight `grace_s` seconds (then it ends as aborted, with the tokens
+it has), and end the process with 0; a second signal ends it at once. A core that cannot be started again ends the server.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ import uvicorn
 from msgspec import Struct
 
 from ..engine import log
-from ..engine.errors import ConfigError, EngineDied
+from ..engine.errors import ConfigError, EngineDied, EngineUnavailable
 from ..engine.hub import Progress, resolve
 from ..engine.manager import RolloutManager
 from ..engine.messages import Loading, Ready, Stats
@@ -31,6 +31,8 @@ from .config import HttpConfig, ServeConfig
 
 STATUS_EVERY_S = 10.0
 POLL_S = 0.5
+# for answers of rollouts that were cut off at the end of the drain
+LAST_WORDS_S = 5
 
 
 class Serving(Struct, frozen=True):
@@ -138,6 +140,7 @@ class Server:
         self._run_seed = run_seed
         self._on_serving = on_serving
         self._grace_s = grace_s
+        self._deadline: asyncio.Task[None] | None = None
         self._manager = RolloutManager(
             backend, tokenizer, run_seed=run_seed, max_live=config.engine.batch.max_queue
         )
@@ -148,7 +151,8 @@ class Server:
                 access_log=False,
                 lifespan="off",
                 server_header=False,
-                timeout_graceful_shutdown=max(1, int(grace_s)),
+                # by then every rollout has ended, so that only a client who does not read is left
+                timeout_graceful_shutdown=int(grace_s) + LAST_WORDS_S,
             )
         )
 
@@ -168,6 +172,9 @@ class Server:
             await asyncio.gather(starting, return_exceptions=True)
             self._http.should_exit = True
             await serving
+            if self._deadline is not None:
+                self._deadline.cancel()
+                await asyncio.gather(self._deadline, return_exceptions=True)
             await self._manager.close()
         if starting.cancelled() or self._manager.is_healthy:
             log.event("server.stopped")
@@ -202,6 +209,14 @@ class Server:
             grace_s=self._grace_s,
         )
         self._http.should_exit = True
+        self._deadline = asyncio.create_task(self._cut_off())
+
+    async def _cut_off(self) -> None:
+        """At the end of the grace end what runs: each answers with what it has (abort)."""
+        await asyncio.sleep(self._grace_s)
+        if self._manager.num_live:
+            log.event("server.cut_off", level="warning", rollouts=self._manager.num_live)
+        await self._manager.close()
 
     async def _watch(self, serving: "asyncio.Task[None]") -> None:
         """One status line every 10 s when busy, until HTTP has ended."""
@@ -215,10 +230,12 @@ class Server:
             if time.monotonic() >= next_line:
                 next_line += STATUS_EVERY_S
                 fields = status.due(self._manager.stats, time.monotonic())
-                if fields:
-                    info = self._manager.info
-                    version = f"{info.version}@{info.digest[:4]}"
-                    log.event("decode", level="info", **fields, version=version)
+                # while a core is started again there is nothing to say
+                with contextlib.suppress(EngineUnavailable):
+                    if fields:
+                        info = self._manager.info
+                        version = f"{info.version}@{info.digest[:4]}"
+                        log.event("decode", level="info", **fields, version=version)
 
 
 class StatusLine:
