@@ -6,9 +6,11 @@ resumption and teacher forcing are the same call.
 Shapes: T packed tokens, H hidden, D head size, V vocabulary, K experts per token.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from ..kernels import (
@@ -44,9 +46,16 @@ class KVStore:
         shape = (num_slots, config.num_key_value_heads, config.head_dim)
         layers = range(config.num_hidden_layers)
         return cls(
-            tuple(torch.zeros(shape, dtype=dtype) for _ in layers),
-            tuple(torch.zeros(shape, dtype=dtype) for _ in layers),
+            tuple(_untouched_zeros(shape, dtype) for _ in layers),
+            tuple(_untouched_zeros(shape, dtype) for _ in layers),
         )
+
+
+def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros whose pages the system provides when they are first written (`torch.zeros` writes
+    them all): a large pool costs memory only as far as it is used."""
+    size = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(shape)
 
 
 @dataclass(frozen=True)

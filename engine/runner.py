@@ -84,7 +84,7 @@ class ModelRunner:
         )
         self.run(StepPlan(step=0, rows=[row]))
         for tensor in self._tensors():
-            tensor.zero_()
+            tensor[self._slots([1])] = 0
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
