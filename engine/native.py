@@ -36,6 +36,9 @@ from .messages import (
 
 OnLoading = Callable[[Loading], None]
 GRACE_S = 5.0
+# compute threads wait without spinning: on a machine that does other things too, spinning costs
+# more than the second core gives (CPU.md §4). Read by the OpenMP runtime when torch is loaded.
+PATIENCE = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def _ignore(_: Loading) -> None:
@@ -141,8 +144,7 @@ def _spawn() -> subprocess.Popen[bytes]:
     """Start a core with this interpreter and this copy of the package.
 
     The package's root goes to the end of the path: at its front a checkout's `kernels` would
-    hide another package of that name. Threads wait passively: spinning ones cost more on a
-    shared machine than the second core gives (CPU.md §4).
+    hide another package of that name.
     """
     root = str(Path(__file__).parent.parent)
     package_root = root if Path(root, "everstep").is_dir() else str(Path(root).parent)
@@ -150,7 +152,7 @@ def _spawn() -> subprocess.Popen[bytes]:
         f"import sys; sys.path.append({package_root!r}); "
         "from everstep.engine.core import main; main()"
     )
-    environment = {"OMP_WAIT_POLICY": "PASSIVE"} | dict(os.environ)
+    environment = PATIENCE | dict(os.environ)
     return subprocess.Popen(
         [sys.executable, "-P", "-c", code],
         stdin=subprocess.PIPE,
@@ -199,6 +201,8 @@ class ThreadBackend:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
                 loop.call_soon_threadsafe(found.put_nowait, messages)
 
+        if "torch" not in sys.modules:
+            os.environ.update(PATIENCE | dict(os.environ))
         self._thread = threading.Thread(
             target=_run_on_thread, args=(self._config, self._to_core, send), daemon=True
         )
