@@ -44,7 +44,7 @@ class Bounds(Struct, frozen=True, kw_only=True):
 # ones do), the largest values of (logit, mean, p99) in these units were
 #     float32          1.4e-6   0.5e-6   2.3e-6   equal experts 100 %
 #     bfloat16         1.5e-2   0.6e-2   2.4e-2   equal experts 97.9 %
-#     bfloat16, w8a8   1.0e-1   0.3e-1   1.4e-1   equal experts 88 %
+#     w8a8             0.6e-1   0.3e-1   1.4e-1   equal experts 88 %
 # and the bounds are 2 to 3 times that. A real mistake costs 1e-2 or more in float32, so float32
 # decides about correctness; the others show that roundings are of the expected size.
 _UNIT: dict[tuple[Dtype, Numerics], Bounds] = {
