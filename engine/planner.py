@@ -19,14 +19,12 @@ NO_BAN: list[int] = []
 class Draft:
     """The plan of a step while it is being made; `rollouts` is aligned with `rows`."""
 
-    __slots__ = ("budget", "copies", "parks", "prefilling", "rollouts", "rows", "unparks")
+    __slots__ = ("budget", "copies", "parks", "rollouts", "rows", "unparks")
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self.rows: list[Row] = []
         self.rollouts: list[LiveRollout] = []
-        self.prefilling: list[LiveRollout] = []
-        """Running rollouts with a larger gap: the blocks to close it are promised to them."""
         self.parks: list[Park] = []
         self.unparks: list[Unpark] = []
         self.copies: list[Copy] = []
@@ -85,7 +83,6 @@ class Planner:
             rollout.share.served_tokens += 1
         draft.budget = self._budget - len(draft.rows)
         chunks.sort(key=importance, reverse=True)
-        draft.prefilling = [rollout for rollout in chunks if rollout.state == "running"]
         return chunks
 
     def _plan_chunk(self, rollout: LiveRollout) -> None:
@@ -105,8 +102,6 @@ class Planner:
 
     def _unplan(self, rollout: LiveRollout) -> None:
         draft = self._draft
-        if rollout in draft.prefilling:
-            draft.prefilling.remove(rollout)
         if rollout in draft.rollouts:
             index = draft.rollouts.index(rollout)
             del draft.rollouts[index]
@@ -162,7 +157,6 @@ class Planner:
         self._roster.start(rollout)
         if len(rollout.ids) - rollout.kv.num_computed_tokens > 1:
             self._roster.watch.begin(rollout)
-        self._draft.prefilling.append(rollout)
         self._plan_chunk(rollout)
 
     def _count_admission(self, rollout: LiveRollout, match: Match) -> None:
@@ -195,14 +189,14 @@ class Planner:
         """Room for all its present tokens, at the cost of who does not run or matters less.
 
         One block per running rollout stays free, lest somebody admitted be preempted at once.
+        (Chunks need no more: while one waits for its next step, there is no budget to admit.)
         """
-        missing_blocks, running = self._kv.missing_blocks, self._roster.running
-        needed = missing_blocks(rollout.kv, len(rollout.ids)) - num_matched_blocks
+        running = self._roster.running
+        needed = self._kv.missing_blocks(rollout.kv, len(rollout.ids)) - num_matched_blocks
         if not self._could_make_room(rollout, needed):
             return False
         while True:
-            promised = sum(missing_blocks(r.kv, len(r.ids)) for r in self._draft.prefilling)
-            if self._kv.num_free >= needed + promised + len(running):
+            if self._kv.num_free >= needed + len(running):
                 return True
             if self._take_from_holder(rollout):
                 continue

@@ -337,12 +337,33 @@ def test_tiny_pool_finishes_everybody_without_livelock():
 
 
 def test_rollout_is_not_admitted_only_to_be_preempted_at_once():
-    arena = make_arena(num_blocks=9, prefix_caching=False)
-    arena.ask(PROMPT, max_tokens=20)
-    arena.ask(OTHER, max_tokens=20)
-    arena.ask(OTHER, max_tokens=20, seed=1)
+    arena = make_arena(num_blocks=7, prefix_caching=False)
+    a = arena.ask(PROMPT, max_tokens=14)
+    arena.step(2)
+    # three blocks are free, as many as it needs, but the running one will soon take another
+    b = arena.ask(OTHER, max_tokens=12)
+    arena.step()
+    assert (arena.state(a), arena.state(b)) == ("running", "queued")
     arena.run()
-    assert arena.scheduler.stats().preemptions_total <= 2
+    assert arena.scheduler.stats().preemptions_total == 0
+
+
+def test_no_more_run_than_a_step_has_tokens():
+    arena = make_arena(max_num_batched_tokens=2, prefix_caching=False)
+    for priority in range(5):
+        arena.ask(OTHER, max_tokens=4, priority=priority)
+        arena.step()
+        assert arena.scheduler.stats().num_running <= 2
+    arena.run()
+
+
+def test_budget_of_a_displaced_row_goes_to_who_displaced_it():
+    arena = make_arena(max_num_seqs=1, max_num_batched_tokens=8)
+    arena.ask([1], max_tokens=4)
+    arena.step()
+    high = arena.ask(OTHER, max_tokens=2, priority=1)
+    assert rows(arena.step()) == {high: (0, 8)}
+    arena.run()
 
 
 # priorities
@@ -453,6 +474,36 @@ def test_paused_rollout_loses_its_kv_before_anybody_running_is_preempted(num_par
     assert arena.scheduler.stats().preemptions_total == 0
     arena.finish()
     assert arena.scheduler.stats().kv_resume_total[kind] == 1
+
+
+def test_paused_rollout_loses_its_kv_before_a_less_important_one_that_waits():
+    arena = make_arena(num_blocks=9, max_num_seqs=1, prefix_caching=False)
+    paused = arena.ask(PROMPT, max_tokens=10, priority=2)
+    arena.step(2)
+    arena.scheduler.pause([paused])
+    displaced = arena.ask(OTHER, max_tokens=10)
+    arena.step(2)
+    # takes the slot at once, and its third block from one of the two
+    arena.ask([3], max_tokens=10, priority=1)
+    arena.run()
+    assert arena.state(displaced) == "finished"
+    assert arena.scheduler.stats().kv_resume_total == {"kept": 1, "host": 0, "recomputed": 0}
+    arena.finish()
+    assert arena.scheduler.stats().kv_resume_total == {"kept": 1, "host": 0, "recomputed": 1}
+
+
+def test_rollout_short_of_blocks_does_not_give_up_its_own_to_be_admitted():
+    arena = make_arena(num_blocks=9, prefix_caching=False)
+    a = arena.ask(PROMPT, max_tokens=11)
+    arena.step(3)
+    arena.scheduler.pause([a])
+    b = arena.ask(OTHER, max_tokens=6)
+    arena.step(4)
+    arena.scheduler.resume([a])
+    arena.step()
+    assert (arena.state(a), arena.state(b)) == ("queued", "running")
+    arena.run()
+    assert arena.scheduler.stats().kv_resume_total == {"kept": 1, "host": 0, "recomputed": 0}
 
 
 def test_pause_of_all_holds_later_adds_until_resume_of_all():
