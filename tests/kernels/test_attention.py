@@ -194,6 +194,16 @@ def test_the_scale_multiplies_before_the_softmax():
     assert_close(out, means.expand(9, 2, 8).contiguous(), 4.0)
 
 
+def test_key_blocks_are_added_pairwise_in_ascending_order():
+    # equal weights, and block sums that tell (0+1)+(2+3) from any other order
+    paged = make_paged([256], (1, 1, 8))
+    paged.k[0].zero_()
+    for block, total in enumerate((2.0**30, 1.0, -(2.0**30), 1.0)):
+        paged.v[0][64 * block : 64 * (block + 1)] = 4.0 * total
+    out = paged.step([(0, 255, 1)], paged.kernel)[0]
+    assert torch.equal(out, torch.zeros(1, 1, 8))
+
+
 def test_plan_names_the_slot_and_position_of_every_token():
     spans = [QuerySpan(0, 5, 3, [4, 2]), QuerySpan(3, 0, 2, [7]), QuerySpan(5, 3, 1, [1])]
     plan = plan_attention(spans, block_size=4, tile_tokens=16)
