@@ -71,22 +71,27 @@ def choose(wanted: str, flags: frozenset[str]) -> Level:
         raise ValueError(
             f"EVERSTEP_KERNELS={wanted}: this machine lacks {missing}; it has {', '.join(able)}"
         )
-    name = wanted or able[0]
     reason = "asked for by EVERSTEP_KERNELS" if wanted else "the best that this machine has"
-    if name == "torch":
+    first = ""
+    for name in [wanted] if wanted else able:
+        if name == "torch":
+            break
+        try:
+            path = find_library(name)
+            open_library(path)
+        except (BuildError, OSError) as error:
+            # an old compiler may not know the best level: the next one then
+            first = first or f"{name}: {error}".splitlines()[0]
+        else:
+            return Level(name, f"{reason}, but {first}" if first else reason, path)
+    if not first:
         return Level("torch", reason, None)
-    try:
-        path = find_library(name)
-        open_library(path)
-    except (BuildError, OSError) as error:
-        first = (str(error).splitlines() or ["unknown"])[0]
-        _log.warning(
-            "kernels: no C++ library (%s); running on torch, several times slower. "
-            "Install a C++17 compiler (apt install g++, dnf install gcc-c++) and start again.",
-            first,
-        )
-        return Level("torch", f"no C++ library: {first}", None)
-    return Level(name, reason, path)
+    _log.warning(
+        "kernels: no C++ library (%s); running on torch, several times slower. "
+        "Install a C++17 compiler (apt install g++, dnf install gcc-c++) and start again.",
+        first,
+    )
+    return Level("torch", f"no C++ library: {first}", None)
 
 
 def runnable(flags: frozenset[str]) -> list[str]:
@@ -138,5 +143,8 @@ def cache_folder() -> Path:
 
 @functools.cache
 def open_library(path: Path) -> ctypes.CDLL:
-    """Load a library; its functions return int unless their wrappers say otherwise."""
-    return ctypes.CDLL(str(path))
+    """Load a library and start it. Raises OSError."""
+    library = ctypes.CDLL(str(path))
+    if library.everstep_start():
+        raise OSError(f"{path.name}: the system refuses the AMX unit")
+    return library

@@ -17,7 +17,7 @@ from pathlib import Path
 SOURCES = Path(__file__).parent / "cpu"
 PREBUILT = SOURCES / "lib"
 
-_AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mfma -mf16c".split()
+_AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma", "-mf16c"]
 # level → flags, best first; a machine of another kind has the portable level alone
 _X86_LEVELS = {
     "amx": [*_AVX512, "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
@@ -26,10 +26,21 @@ _X86_LEVELS = {
     "portable": [],
 }
 # no -ffast-math, and no contraction: bits are what the sources say
-COMMON = (
-    "-std=c++17 -O3 -fno-math-errno -fno-trapping-math -ffp-contract=off -fPIC "
-    "-fvisibility=hidden -fvisibility-inlines-hidden -Wall -Wextra -Wno-psabi"
-).split()
+COMMON = [
+    "-std=c++17",
+    "-O3",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=off",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fvisibility-inlines-hidden",
+    "-Wall",
+    "-Wextra",
+    "-Wno-psabi",
+    "-Wno-uninitialized",
+    "-Wno-maybe-uninitialized",
+]
 THREADS = ("-fopenmp",)
 
 
