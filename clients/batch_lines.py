@@ -69,13 +69,8 @@ class Job(Struct, frozen=True, kw_only=True):
         """Sampling of prompt `index`: two prompts of one line do not share their noise."""
         if index == 0 or self.sampling.seed is None:
             return self.sampling
-        seed = fold_seed(derive_seed("prompt", self.sampling.seed, index))
+        seed = derive_seed("prompt", self.sampling.seed, index)
         return msgspec.structs.replace(self.sampling, seed=seed)
-
-
-def fold_seed(seed: int) -> int:
-    """64 unsigned bits as the signed ones that `SamplingParams.seed` takes."""
-    return seed - (1 << 64) if seed >> 63 else seed
 
 
 def parse_line(raw: bytes) -> dict[str, Any]:
@@ -229,7 +224,7 @@ def _sampling(
         values["record"] = [*values["record"], "lp_raw"]
     if values["seed"] is None:
         # from the id, not from the order: a resumed run draws what an uninterrupted one would
-        values["seed"] = fold_seed(derive_seed("batch", defaults.run_seed, custom_id))
+        values["seed"] = derive_seed("batch", defaults.run_seed, custom_id)
     try:
         return msgspec.convert(values, SamplingParams, str_keys=True)
     except msgspec.ValidationError as error:

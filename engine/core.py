@@ -4,6 +4,7 @@ One iteration: drain the messages, schedule, run, commit, publish. The loop neve
 peer: while what it has to say cannot be sent, it does not step. A core whose front is gone ends.
 """
 
+import gc
 import json
 import os
 import platform
@@ -240,6 +241,10 @@ def main() -> None:
 
     try:
         core, ready = build(config, lambda loading: send([loading]))
+        # weights and code live as long as the process: the collector need not walk them each time
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(100_000, 20, 100)
         send([ready])
         core.loop(receive, send)
     except EverstepError as error:

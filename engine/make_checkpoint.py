@@ -6,11 +6,12 @@ or format; tensors are made piece by piece, as the writer asks for them.
 
 import hashlib
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -127,6 +128,27 @@ SHAPES = {
 """Published sizes (MODEL.md §1.1), and one for tests of about 700 kB in bf16."""
 
 
+def resize(shape: str, sizes: Sequence[str]) -> RingShape:
+    """A preset with some sizes changed, each given as `name=value`.
+
+    Raises CheckpointError naming the shape, the size or the value, and what is accepted.
+    """
+    if shape not in SHAPES:
+        raise CheckpointError(f"unknown shape {shape!r}; accepted: {', '.join(SHAPES)}")
+    types = {f.name: f.type for f in fields(RingShape) if not f.name.startswith("states_")}
+    changes = {}
+    for size in sizes:
+        name, _, value = size.partition("=")
+        if name not in types:
+            raise CheckpointError(f"unknown size {name!r}; accepted: {', '.join(types)}")
+        try:
+            changes[name] = msgspec.convert(value, types[name], strict=False)
+        except msgspec.ValidationError:
+            kind = {int: "a whole number", float: "a number", bool: "true or false"}[types[name]]
+            raise CheckpointError(f"size {name} must be {kind}, got {value!r}") from None
+    return replace(SHAPES[shape], **changes)
+
+
 def make_checkpoint(
     folder: Path,
     *,
@@ -150,9 +172,7 @@ def make_checkpoint(
     empty or cannot be written, and a disk that is too small (with both figures).
     """
     if isinstance(shape, str):
-        if shape not in SHAPES:
-            raise CheckpointError(f"unknown shape {shape!r}; accepted: {', '.join(SHAPES)}")
-        shape = SHAPES[shape]
+        shape = resize(shape, [])
     tokens = special_tokens(shape.vocab_size)
     data = config_json(shape, format, mtp, tokens["<|endoftext|>"])
     config = parse_config(data)

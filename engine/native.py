@@ -228,7 +228,9 @@ class ThreadBackend:
         thread, self._thread = self._thread, None
         if thread is not None:
             self._to_core.put(Shutdown())
-            await asyncio.to_thread(thread.join)
+            # not asyncio.to_thread: at the interpreter's end no new thread can be started
+            while thread.is_alive():
+                await asyncio.sleep(0.005)
 
 
 def _run_on_thread(

@@ -232,12 +232,12 @@ class Rollout(Struct, kw_only=True):
 
 
 def derive_seed(*parts: object) -> int:
-    """A 64-bit seed from what identifies a rollout: run seed, prompt, epoch, sample, attempt.
+    """A 63-bit seed from what identifies a rollout: run seed, prompt, epoch, sample, attempt.
 
     Two rollouts that differ in any part never share noise (DESIGN.md §2).
     """
     text = "\x1f".join(repr(part) for part in parts).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
 def check_prompt(prompt_ids: Sequence[int], *, vocab_size: int, max_model_len: int) -> None:

@@ -333,6 +333,10 @@ def convert(
 def make_checkpoint(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New or empty folder.")],
     shape: Annotated[str, typer.Option(help="tiny, mini, flash or 1T.")] = "tiny",
+    size: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Change one size of the shape; repeatable."),
+    ] = None,
     format: Annotated[str, typer.Option(help="bf16, f32, fp8-block or fp8-channel.")] = "bf16",
     shards: Annotated[
         int | None, typer.Option(min=1, help="Number of files; default: by size.")
@@ -348,12 +352,15 @@ def make_checkpoint(
     [dim]everstep make-checkpoint ./tiny[/dim]
 
     [dim]everstep make-checkpoint ./mini-fp8 --shape mini --format fp8-block[/dim]
+
+    [dim]everstep make-checkpoint ./mine --size hidden_size=1024 --size num_hidden_layers=8[/dim]
     """
     from .offline import run_make_checkpoint
 
     folder = run_make_checkpoint(
         out,
         shape=shape,
+        sizes=size or [],
         format=format,
         shards=shards,
         max_shard_bytes=max_shard_bytes,

@@ -196,6 +196,7 @@ def run_make_checkpoint(
     out: Path,
     *,
     shape: str,
+    sizes: list[str],
     format: str,
     shards: int | None,
     max_shard_bytes: int | None,
@@ -203,12 +204,12 @@ def run_make_checkpoint(
     mtp: int,
 ) -> Path:
     """Write a random checkpoint; returns its folder."""
-    from .engine.make_checkpoint import Format, make_checkpoint
+    from .engine.make_checkpoint import Format, make_checkpoint, resize
 
     with Stages() as stages:
         return make_checkpoint(
             out,
-            shape=shape,
+            shape=resize(shape, sizes),
             format=one_of(Format, format, "--format"),
             shards=shards,
             max_shard_bytes=max_shard_bytes,

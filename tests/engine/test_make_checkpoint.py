@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 
 from everstep.engine.checkpoint import Checkpoint, dequantize
 from everstep.engine.errors import CheckpointError
-from everstep.engine.make_checkpoint import SHAPES, config_json, make_checkpoint
+from everstep.engine.make_checkpoint import SHAPES, config_json, make_checkpoint, resize
 from everstep.engine.random_tokenizer import byte_alphabet, special_tokens
 from everstep.engine.safetensors_writer import Part, Unit, write_shards
 from everstep.kernels.quant import quantize_block, quantize_channel
@@ -366,3 +366,22 @@ def test_disk_that_fills_up_is_one_line_and_can_be_retried(tmp_path, monkeypatch
     assert list((tmp_path / "m").iterdir()) == []
     monkeypatch.undo()
     make_checkpoint(tmp_path / "m")
+
+
+def test_a_size_of_a_preset_can_be_changed_by_name():
+    shape = resize("tiny", ["hidden_size=96", "rope_theta=1e4", "tie_word_embeddings=true"])
+    assert (shape.hidden_size, shape.rope_theta, shape.tie_word_embeddings) == (96, 1e4, True)
+    assert shape.num_hidden_layers == SHAPES["tiny"].num_hidden_layers
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ("width=3", "unknown size 'width'; accepted: vocab_size, hidden_size"),
+        ("hidden_size=many", "size hidden_size must be a whole number, got 'many'"),
+        ("use_bias", "size use_bias must be true or false, got ''"),
+    ],
+)
+def test_a_size_that_cannot_be_is_named(size, message):
+    with pytest.raises(CheckpointError, match=message):
+        resize("tiny", [size])
