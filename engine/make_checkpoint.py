@@ -136,6 +136,7 @@ def resize(shape: str, sizes: Sequence[str]) -> RingShape:
     if shape not in SHAPES:
         raise CheckpointError(f"unknown shape {shape!r}; accepted: {', '.join(SHAPES)}")
     types = {f.name: f.type for f in fields(RingShape) if not f.name.startswith("states_")}
+    kinds: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false"}
     changes = {}
     for size in sizes:
         name, _, value = size.partition("=")
@@ -144,7 +145,7 @@ def resize(shape: str, sizes: Sequence[str]) -> RingShape:
         try:
             changes[name] = msgspec.convert(value, types[name], strict=False)
         except msgspec.ValidationError:
-            kind = {int: "a whole number", float: "a number", bool: "true or false"}[types[name]]
+            kind = kinds[types[name]]
             raise CheckpointError(f"size {name} must be {kind}, got {value!r}") from None
     return replace(SHAPES[shape], **changes)
 
