@@ -79,9 +79,10 @@ def test_experts_are_the_definition(tokens, shape, hidden, width, dtype, kind, s
     assert_experts_close(experts(x, *routes, *layers), expected, terms_of(x, routes, layers))
 
 
-def test_bf16_experts_round_where_the_definition_rounds():
+@pytest.mark.parametrize("kind", ["plain", "block", "block-group", "channel-token"])
+def test_bf16_experts_round_where_the_definition_rounds(kind):
     x = random(0, 40, 64, dtype=torch.bfloat16)
-    routes, layers = make_routes(40, 6, 4), make_experts("plain", 6, 64, 32, torch.bfloat16)
+    routes, layers = make_routes(40, 6, 4), make_experts(kind, 6, 64, 32, torch.bfloat16)
     out, expected = experts(x, *routes, *layers), reference.experts(x, *routes, *layers)
     # about one element in a hundred sees a hidden value that crossed a border
     assert (out != expected).float().mean() < TOLERANCES[torch.bfloat16].differ
