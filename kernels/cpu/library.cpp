@@ -22,3 +22,21 @@ EVERSTEP_API int everstep_has_threads() {
     return 0;
 #endif
 }
+
+// 1: a multiply-add is rounded once; 0: twice.
+EVERSTEP_API int everstep_has_fma() {
+#if defined(__FMA__) || defined(__FP_FAST_FMAF)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+// e^x of `count` floats, as every kernel here computes it; for tests.
+EVERSTEP_API void everstep_exp(const float* x, float* y, std::int64_t count) {
+    using namespace everstep;
+    for (std::int64_t i = 0; i < count; i += kLanes) {
+        const auto lanes = static_cast<int>(std::min<std::int64_t>(kLanes, count - i));
+        store_first(y + i, exp(load_first(x + i, lanes)), lanes);
+    }
+}
