@@ -221,7 +221,11 @@ class ModelRunner:
             return
         draws = sample(values[torch.tensor(good)], [rule_of(rows[drawn[n]]) for n in good])
         for n, draw in zip(good, draws, strict=True):
-            results[drawn[n]].sampled = sampled_of(draw)
+            if draw is None:
+                head = len(self.weights.layers)
+                results[drawn[n]].nonfinite = f"step {step}, layer {head} (penalties, temperature)"
+            else:
+                results[drawn[n]].sampled = sampled_of(draw)
 
 
 def rule_of(row: Row) -> Rule:

@@ -90,8 +90,8 @@ def log_softmax(logits: torch.Tensor) -> torch.Tensor:
     return (logits - top) - torch.log(total)
 
 
-def sample(logits: torch.Tensor, rules: Sequence[Rule]) -> list[Draw]:
-    """Draw one token per row.
+def sample(logits: torch.Tensor, rules: Sequence[Rule]) -> list[Draw | None]:
+    """Draw one token per row; None where its rule takes the logits beyond float32.
 
     logits  (B, V) float32, finite; not changed
     rules   B
@@ -105,6 +105,7 @@ def sample(logits: torch.Tensor, rules: Sequence[Rule]) -> list[Draw]:
                 _penalise(changed[row], rule)
     temperatures = torch.tensor([rule.temperature or 1.0 for rule in rules])
     lp_temp = log_softmax(changed / temperatures.unsqueeze(1))
+    overflows = _overflows(lp_temp, rules)
     lp_raw = log_softmax(logits) if any(r.wants_raw or r.num_top for r in rules) else None
     weights = torch.exp(lp_temp).double()
     kept = [
@@ -122,11 +123,23 @@ def sample(logits: torch.Tensor, rules: Sequence[Rule]) -> list[Draw]:
             weights[row], tops[row] = only, float(top)
     tokens, masses = _draw(weights, rules)
     return [
-        _describe(
+        None
+        if row in overflows
+        else _describe(
             row, rule, tokens[row], tops[row] + math.log(masses[row]), kept[row], lp_temp, lp_raw
         )
         for row, rule in enumerate(rules)
     ]
+
+
+def _overflows(lp_temp: torch.Tensor, rules: Sequence[Rule]) -> set[int]:
+    """Rows that have no best id, because penalties or ÷ temperature left float32. They are
+    flattened, so that the other rows can be drawn beside them."""
+    if not any(rule.changes_logits or 0.0 < rule.temperature < 1.0 for rule in rules):
+        return set()
+    is_lost = ~torch.isfinite(lp_temp.amax(dim=1))
+    lp_temp[is_lost] = 0.0
+    return set(is_lost.nonzero()[:, 0].tolist())
 
 
 def _penalise(logits: torch.Tensor, rule: Rule) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+
 from everstep import kernels
 from everstep.engine import teacher
 from everstep.engine.checkpoint import Checkpoint
@@ -175,6 +176,32 @@ def test_a_value_that_is_not_finite_ends_that_rollout_alone_and_names_step_and_l
         trial.add(replace_id(bad, "again", [1, 2, 3]))
         trial.run()
         assert ended["again"].type == "length"
+
+
+def test_a_draw_beyond_float32_ends_that_rollout_alone(tiny_checkpoint):
+    # a head with huge, finite logits: ÷ 0.001 leaves float32, ÷ 1 does not
+    weights = load_weights(
+        Checkpoint.open(tiny_checkpoint), ModelConfig(), on_progress=lambda *_: None
+    )
+    broken = replace(weights, norm=weights.norm * 1e36)
+    trial = Laboratory(broken, max_len=64).trial()
+    ended = {}
+    take = trial._take
+
+    def spy(messages):
+        take(messages)
+        for message in messages:
+            if isinstance(message, Tokens):
+                ended.update({t.rollout_id: t.finish for t in message.rollouts if t.finish})
+
+    trial._take = spy
+    for name, temperature in (("bad", 0.001), ("good", 1.0)):
+        sampling = SamplingParams(temperature=temperature)
+        trial.add(Add(rollout_id=name, prompt_ids=PROMPT, sampling=sampling, seed=1, max_tokens=6))
+    trial.run()
+    assert ended["good"].type == "length"
+    assert ended["bad"].type == "error"
+    assert ended["bad"].detail.endswith("(penalties, temperature)")
 
 
 def replace_id(add: Add, rollout_id: str, prompt: list[int]) -> Add:

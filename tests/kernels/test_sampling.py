@@ -265,6 +265,22 @@ def test_presence_counts_once_and_frequency_every_time_over_the_output_alone():
     assert torch.allclose(got, torch.log_softmax(torch.tensor([-0.5, -1.0, 0.0]), 0))
 
 
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"repetition_penalty": 1e-300, "prompt_ids": (0,)},
+        {"temperature": 1e-38, "top_k": 2, "num_top": 2},
+        {"temperature": 1e-38, "top_p": 0.5, "wants_entropy": True},
+    ],
+)
+def test_a_row_that_leaves_float32_has_no_draw_and_the_others_have_theirs(rule):
+    logits = torch.tensor([[4.0, -3.0, 2.0]] * 2)
+    plain = Rule(seed=1, position=0, temperature=0.5)
+    lost, other = sample(logits, [Rule(seed=0, position=0, **rule), plain])
+    assert lost is None
+    assert other == sample(logits[:1], [plain])[0]
+
+
 def test_a_repetition_penalty_over_nothing_changes_nothing():
     assert draw([1.0, 2.0], repetition_penalty=1.5) == draw([1.0, 2.0])
 

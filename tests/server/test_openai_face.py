@@ -22,7 +22,7 @@ BOTH = [
     ("min_p", [-0.1, 1.1]),
     ("presence_penalty", [-2.1, 2.1]),
     ("frequency_penalty", [-2.1, 2.1]),
-    ("repetition_penalty", [0, -1, 101]),
+    ("repetition_penalty", [0, -1, 101, 1e-300, 0.009]),
     ("logit_bias", [[], {"a": 1}, {"5": 101}, {"5": "x"}, {"-1": 0}, {"9999": 1}]),
     ("seed", [1.5, "a", 2**63, -(2**63) - 1]),
     ("min_tokens", [-1, "a", 500]),
