@@ -5,9 +5,10 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from everstep.engine.tokenizer import Tokenizer
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers
+
+from everstep.engine.tokenizer import Tokenizer
 
 
 @cache

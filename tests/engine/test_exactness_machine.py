@@ -11,15 +11,16 @@ from typing import ClassVar
 import msgspec
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
 from everstep.engine.checkpoint import Checkpoint
 from everstep.engine.config import ModelConfig
 from everstep.engine.determinism import BLOCK, Laboratory, Outcome, Trial, check_weights
 from everstep.engine.messages import Add, Cancel, Pause, Resume
 from everstep.engine.rollout import SamplingParams
 from everstep.engine.weights import Weights, load_weights
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 MAX_LEN = 96
 MAX_TOKENS = 14

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 
 import pytest
+
 from everstep.engine.errors import (
     ContextTooLong,
     Draining,

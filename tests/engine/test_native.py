@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from everstep.engine.config import EngineConfig, KVConfig, ModelConfig
 from everstep.engine.errors import CheckpointError, ConfigError, EngineDied
 from everstep.engine.manager import RolloutManager, Submission
