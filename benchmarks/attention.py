@@ -17,14 +17,8 @@ from collections.abc import Callable
 
 import torch
 
-from everstep.kernels import (
-    QuerySpan,
-    attention,
-    native,
-    native_ops,
-    plan_attention,
-    tokens_per_tile,
-)
+from everstep.kernels import QuerySpan, native, native_ops
+from everstep.kernels.attention import attention, plan_attention, tokens_per_tile
 
 BLOCK_SIZE = 16
 # bytes of keys and values that calls go through before they come back to the first

@@ -6,20 +6,19 @@ import torch
 
 from ..kernels import (
     QuerySpan,
-    apply_rope,
     attention,
     experts,
+    gate_up,
     linear,
     log_softmax,
-    matmul_rows,
+    place_qkv,
     plan_attention,
+    project,
     rms_norm,
     route,
-    swiglu,
-    tokens_per_tile,
 )
 from .rotary import rotary_tables
-from .weights import Moe, Weights
+from .weights import Mlp, Moe, Weights
 
 ROWS = 40
 Operation = Callable[[torch.Tensor], torch.Tensor]
@@ -50,24 +49,18 @@ def _row_operations(weights: Weights) -> Iterator[tuple[str, int, Operation]]:
     yield "rms_norm", hidden, lambda x: rms_norm(x, weights.norm, config.rms_norm_eps)
     yield "linear (qkv)", hidden, lambda x: linear(x, first.qkv)
     yield "linear (dense)", config.num_attention_heads * d, lambda x: linear(x, first.dense)
-    cos, sin = (table[3:4] for table in rotary_tables(config, 4))
-    yield (
-        "rope",
-        d,
-        lambda x: apply_rope(x.view(-1, 1, d), cos.expand(len(x), -1), sin.expand(len(x), -1)).view(
-            -1, d
-        ),
-    )
-    yield "swiglu", hidden, lambda x: swiglu(x, x.flip(1))
-    yield "linear (head)", hidden, lambda x: matmul_rows(x.float(), weights.head)
+    yield "head", hidden, lambda x: project(x, weights.head)
     yield "log_softmax", hidden, lambda x: log_softmax(x.float())
+    mlp = next((layer.ffn for layer in weights.layers if isinstance(layer.ffn, Mlp)), None)
+    if mlp is not None:
+        yield "gate_up", hidden, lambda x: gate_up(x, mlp.gate_up)
     moe = next((layer.ffn for layer in weights.layers if isinstance(layer.ffn, Moe)), None)
     if moe is not None:
         yield "router", hidden, lambda x: _route(weights, moe, x)[1]
         yield (
             "experts",
             hidden,
-            lambda x: experts(x, *_route(weights, moe, x), moe.gate, moe.up, moe.down),
+            lambda x: experts(x, *_route(weights, moe, x), moe.gate_ups, moe.downs),
         )
 
 
@@ -85,26 +78,26 @@ def _route(weights: Weights, moe: Moe, x: torch.Tensor) -> tuple[torch.Tensor, t
 
 
 def _attention_holds(weights: Weights, generator: torch.Generator) -> bool:
-    """Decode token by token against one prefill, beside another sequence."""
+    """Rotary, KV write and attention: token by token against one prefill beside another rollout."""
     config, size = weights.config, 16
     heads, groups, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    tile = tokens_per_tile(heads, groups)
-    slots = (1 + 2 * (-(-ROWS // size))) * size
-    keys, values = (
-        torch.randn(slots, groups, d, generator=generator).to(weights.dtype) for _ in range(2)
+    blocks = -(-ROWS // size)
+    tables = [list(range(1, 1 + blocks)), list(range(1 + blocks, 1 + 2 * blocks))]
+    qkv = torch.randn(2 * ROWS, (heads + 2 * groups) * d, generator=generator).to(weights.dtype)
+    rotary = rotary_tables(config, ROWS)
+
+    def run(rows: torch.Tensor, spans: list[QuerySpan], kv: list[torch.Tensor]) -> torch.Tensor:
+        plan = plan_attention(spans, block_size=size, heads=heads, kv_heads=groups)
+        q = place_qkv(rows, plan, kv[0], kv[1], heads=heads, tables=rotary, norms=None, eps=0.0)
+        return attention(q, kv[0], kv[1], plan, scale=d**-0.5)
+
+    def empty() -> list[torch.Tensor]:
+        shape = ((1 + 2 * blocks) * size, groups, d)
+        return [torch.zeros(shape, dtype=weights.dtype) for _ in range(2)]
+
+    whole = run(qkv, [QuerySpan(i * ROWS, 0, ROWS, tables[i]) for i in range(2)], empty())
+    kv = empty()
+    return all(
+        torch.equal(run(qkv[p : p + 1], [QuerySpan(0, p, 1, tables[0])], kv)[0], whole[p])
+        for p in range(ROWS)
     )
-    q = torch.randn(2 * ROWS, heads, d, generator=generator).to(weights.dtype)
-    half = -(-ROWS // size)
-    tables = [list(range(1, 1 + half)), list(range(1 + half, 1 + 2 * half))]
-    spans = [QuerySpan(i * ROWS, 0, ROWS, tables[i]) for i in range(2)]
-    whole = attention(
-        q, keys, values, plan_attention(spans, block_size=size, tile_tokens=tile), scale=d**-0.5
-    )
-    for position in range(ROWS):
-        plan = plan_attention(
-            [QuerySpan(0, position, 1, tables[0])], block_size=size, tile_tokens=tile
-        )
-        alone = attention(q[position : position + 1], keys, values, plan, scale=d**-0.5)
-        if not torch.equal(alone[0], whole[position]):
-            return False
-    return True

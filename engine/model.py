@@ -7,23 +7,26 @@ Shapes: T packed tokens, H hidden, D head size, V vocabulary, K experts per toke
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from ..kernels import (
-    AttentionPlan,
-    apply_rope,
+    Plan,
+    QuerySpan,
+    add,
+    add_rms_norm,
     attention,
     experts,
+    gate_up,
     linear,
-    matmul_rows,
+    place_qkv,
+    plan_attention,
+    project,
     rms_norm,
     route,
-    swiglu,
-    tokens_per_tile,
 )
 from .ring_config import RingConfig
 from .weights import Layer, Mlp, Moe, Weights
@@ -78,7 +81,7 @@ def forward(
     weights: Weights,
     ids: torch.Tensor,
     kv: KVStore,
-    plan: AttentionPlan,
+    plan: Plan,
     tables: tuple[torch.Tensor, torch.Tensor],
     *,
     forced: list[torch.Tensor] | None = None,
@@ -92,11 +95,10 @@ def forward(
     trace   called with (layer, residual stream (T, H)) after each layer
     """
     x = weights.embedding[ids]
-    rotary = (tables[0][plan.positions], tables[1][plan.positions])
     routes: list[Routes] = []
     for index, layer in enumerate(weights.layers):
         replay = None if forced is None or len(routes) >= len(forced) else forced[len(routes)]
-        x, chosen = run_layer(weights.config, layer, x, rotary, kv, index, plan, replay)
+        x, chosen = run_layer(weights.config, layer, x, tables, kv, index, plan, replay)
         if chosen is not None:
             routes.append(chosen)
         if trace is not None:
@@ -108,52 +110,54 @@ def run_layer(
     config: RingConfig,
     layer: Layer,
     x: torch.Tensor,
-    rotary: tuple[torch.Tensor, torch.Tensor],
+    tables: tuple[torch.Tensor, torch.Tensor],
     kv: KVStore,
     index: int,
-    plan: AttentionPlan,
+    plan: Plan,
     replay: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Routes | None]:
     """One decoder layer on the residual stream x (T, H); the routes if it is a MoE layer."""
     eps = config.rms_norm_eps
     y = rms_norm(x, layer.input_norm, eps)
-    x = x + self_attention(config, layer, y, rotary, kv.keys[index], kv.values[index], plan)
-    y = rms_norm(x, layer.post_norm, eps)
+    out = self_attention(config, layer, y, tables, kv.keys[index], kv.values[index], plan)
+    x, y = add_rms_norm(x, out, layer.post_norm, eps)
     if isinstance(layer.ffn, Mlp):
-        return x + mlp(y, layer.ffn), None
+        return add(x, mlp(y, layer.ffn)), None
     out, routes = moe(config, layer.ffn, y, replay)
-    return x + out, routes
+    return add(x, out), routes
 
 
 def self_attention(
     config: RingConfig,
     layer: Layer,
     y: torch.Tensor,
-    rotary: tuple[torch.Tensor, torch.Tensor],
+    tables: tuple[torch.Tensor, torch.Tensor],
     keys: torch.Tensor,
     values: torch.Tensor,
-    plan: AttentionPlan,
+    plan: Plan,
 ) -> torch.Tensor:
     """(T, H) → (T, H). QK norm before rotary; keys are stored after both (MODEL.md §3.2)."""
-    heads, kv_heads, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    qkv = linear(y, layer.qkv)
-    q_end, k_end = heads * d, (heads + kv_heads) * d
-    q = qkv[:, :q_end].reshape(-1, heads, d)
-    k = qkv[:, q_end:k_end].reshape(-1, kv_heads, d)
-    v = qkv[:, k_end:].reshape(-1, kv_heads, d)
+    heads, d = config.num_attention_heads, config.head_dim
+    norms = None
     if layer.query_norm is not None and layer.key_norm is not None:
-        q = rms_norm(q, layer.query_norm, config.rms_norm_eps)
-        k = rms_norm(k, layer.key_norm, config.rms_norm_eps)
-    q, k = apply_rope(q, *rotary), apply_rope(k, *rotary)
-    keys.index_copy_(0, plan.write_slots, k)
-    values.index_copy_(0, plan.write_slots, v)
+        norms = (layer.query_norm, layer.key_norm)
+    q = place_qkv(
+        linear(y, layer.qkv),
+        plan,
+        keys,
+        values,
+        heads=heads,
+        tables=tables,
+        norms=norms,
+        eps=config.rms_norm_eps,
+    )
     out = attention(q, keys, values, plan, scale=d**-0.5)
     return linear(out.reshape(-1, heads * d), layer.dense)
 
 
 def mlp(y: torch.Tensor, weights: Mlp) -> torch.Tensor:
     """(T, H) → (T, H)."""
-    return linear(swiglu(linear(y, weights.gate), linear(y, weights.up)), weights.down)
+    return linear(gate_up(y, weights.gate_up), weights.down)
 
 
 def moe(
@@ -170,17 +174,22 @@ def moe(
         scaling=config.routed_scaling_factor,
         forced_ids=replay,
     )
-    out = experts(y, ids, topk_weights, weights.gate, weights.up, weights.down)
+    out = experts(y, ids, topk_weights, weights.gate_ups, weights.downs)
     if weights.shared is not None:
-        out = out + mlp(y, weights.shared)
+        out = add(out, mlp(y, weights.shared))
     return out, Routes(ids, topk_weights)
 
 
 def logits(weights: Weights, hidden: torch.Tensor) -> torch.Tensor:
     """(R, H) T → (R, V) float32: the float32 sums are kept, not rounded to T (MODEL.md §3.1)."""
-    return matmul_rows(hidden.float(), weights.head)
+    return project(hidden, weights.head)
 
 
-def tile_tokens(config: RingConfig) -> int:
-    """Query tokens of an attention tile for this architecture."""
-    return tokens_per_tile(config.num_attention_heads, config.num_key_value_heads)
+def plan_step(config: RingConfig, spans: Sequence[QuerySpan], block_size: int) -> Plan:
+    """What the attention of every layer shares in a step (`kernels.plan_attention`)."""
+    return plan_attention(
+        spans,
+        block_size=block_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+    )

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 
 from ..kernels import (
-    AttentionPlan,
     Draw,
+    Plan,
     QuerySpan,
     Rule,
     explain,
+    level_name,
     log_softmax,
-    plan_attention,
     sample,
     top_of,
 )
@@ -28,6 +28,8 @@ from .rollout import SAMPLED, TRUNCATED_SUPPORT, SamplingParams
 from .rotary import rotary_tables
 from .weights import Weights
 
+# changes when the bits of the C++ kernels do
+KERNELS_VERSION = 1
 # rows of prompt logits in memory at once
 PROMPT_ROWS = 64
 
@@ -41,24 +43,18 @@ class ModelRunner:
         self._store = KVStore.empty(weights.config, kv.num_blocks * kv.block_size, weights.dtype)
         table_dtype = weights.dtype if config.rope_tables == "model" else torch.float32
         self._tables = rotary_tables(weights.config, kv.max_model_len, table_dtype)
-        self._tile = model.tile_tokens(weights.config)
         self._parked: dict[str, list[torch.Tensor]] = {}
 
     @property
     def numerics(self) -> str:
         """What promises equal bits: device class, kernel level, library, dtypes."""
-        weights = self.weights
-        formats = sorted({layer.qkv.kind for layer in weights.layers})
-        scheme = weights.layers[0].qkv.activations if weights.layers else "none"
-        return "/".join(
-            [
-                "cpu",
-                f"torch-{torch.__version__}",
-                torch.backends.cpu.get_cpu_capability().lower(),
-                str(weights.dtype).removeprefix("torch."),
-                "+".join(formats) + ("" if scheme == "none" else f"-w8a8-{scheme}"),
-            ]
-        )
+        level, torch_part = level_name(), f"torch-{torch.__version__}"
+        if level == "torch":
+            level = torch.backends.cpu.get_cpu_capability().lower()
+        else:
+            torch_part = f"everstep-{KERNELS_VERSION}"
+        dtype = str(self.weights.dtype).removeprefix("torch.")
+        return "/".join(["cpu", torch_part, level, dtype, self.weights.formats])
 
     @property
     def kernels(self) -> dict[str, str]:
@@ -126,7 +122,7 @@ class ModelRunner:
             spans.append(QuerySpan(first, row.start, len(row.token_ids), row.block_table))
             first += len(row.token_ids)
         ids = torch.tensor([i for row in rows for i in row.token_ids])
-        layout = plan_attention(spans, block_size=self._kv.block_size, tile_tokens=self._tile)
+        layout = model.plan_step(self.weights.config, spans, self._kv.block_size)
         out = model.forward(self.weights, ids, self._store, layout, self._tables)
         bad = self._find_nonfinite(ids, layout, out, spans, plan.step)
         results = [RowResult(nonfinite=bad.get(i)) for i in range(len(rows))]
@@ -140,7 +136,7 @@ class ModelRunner:
     def _find_nonfinite(
         self,
         ids: torch.Tensor,
-        layout: AttentionPlan,
+        layout: Plan,
         out: Forward,
         spans: list[QuerySpan],
         step: int,

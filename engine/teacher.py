@@ -13,11 +13,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..kernels import AttentionPlan, QuerySpan, matmul_rows, plan_attention, rms_norm
+from ..kernels import Plan, QuerySpan, project, rms_norm
 from . import model
 from .checkpoint import Checkpoint
 from .config import ModelConfig
 from .model import KVStore, Routes
+from .ring_config import RingConfig
 from .rotary import rotary_tables
 from .weights import WeightReader, load_weights
 
@@ -52,10 +53,10 @@ def _array(x: torch.Tensor) -> Floats:
     return values
 
 
-def _whole_sequence(length: int, tile: int) -> AttentionPlan:
+def _whole_sequence(config: RingConfig, length: int) -> Plan:
     """A plan in which one sequence lies in blocks 1, 2, …"""
     table = list(range(1, 1 + -(-length // BLOCK)))
-    return plan_attention([QuerySpan(0, 0, length, table)], block_size=BLOCK, tile_tokens=tile)
+    return model.plan_step(config, [QuerySpan(0, 0, length, table)], BLOCK)
 
 
 def _num_slots(length: int) -> int:
@@ -85,7 +86,7 @@ def score(
         weights,
         torch.tensor(list(ids)),
         KVStore.empty(weights.config, _num_slots(len(ids)), weights.dtype),
-        _whole_sequence(len(ids), model.tile_tokens(weights.config)),
+        _whole_sequence(weights.config, len(ids)),
         rotary_tables(weights.config, len(ids), table_dtype),
         forced=forced,
         trace=lambda _, x: hidden.append(_array(x)),
@@ -115,7 +116,7 @@ def layers(
         Checkpoint.open(folder), ModelConfig(path=str(folder), dtype=dtype, numerics=numerics)
     )
     config = reader.config
-    plan = _whole_sequence(len(ids), model.tile_tokens(config))
+    plan = _whole_sequence(config, len(ids))
     tables = rotary_tables(config, len(ids))
     one_layer = KVStore.empty(config, _num_slots(len(ids)), reader.dtype)
     x = reader.embedding()[torch.tensor(list(ids))]
@@ -129,7 +130,7 @@ def layers(
         num_moe += routes is not None
         yield LayerResult(index, _array(x), _ids(routes))
     hidden = rms_norm(x, reader.tensor("model.norm.weight"), config.rms_norm_eps)
-    values = matmul_rows(hidden.float(), reader.head())
+    values = project(hidden, reader.head())
     yield LayerResult(-1, _array(hidden), logits=_array(values))
 
 

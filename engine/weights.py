@@ -1,43 +1,43 @@
 """The weights of a Ring model as the forward pass takes them, read from a checkpoint.
 
 Everything is copied out of the memory map into aligned memory: a library may round otherwise
-on unaligned data. Head and router are held in float32 (their products are; PAPER.md §3).
+on unaligned data. Linear layers take the form that the kernels' level multiplies. Router and
+head keep their float32 sums (PAPER.md §3).
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import TypeVar, overload
 
 import torch
 
-from ..kernels import Weight
+from ..kernels import GateUp, Linear, Weight, prepare, prepare_gate_up, prepare_head
 from .checkpoint import Checkpoint, StoredLinear
 from .config import ModelConfig
 from .errors import ConfigError
 from .ring_config import RingConfig
 
 Progress = Callable[[str, int, int], None]
+Item = TypeVar("Item")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
 class Mlp:
-    """A SwiGLU block: gate, up (I, H); down (H, I)."""
+    """A SwiGLU block: gate and up (I, H) together; down (H, I)."""
 
-    gate: Weight
-    up: Weight
-    down: Weight
+    gate_up: GateUp
+    down: Linear
 
 
 @dataclass(frozen=True)
 class Moe:
-    """Router (E, H) and bias (E,) in float32; gate, up, down of E experts; the shared MLP."""
+    """Router (E, H) and bias (E,) in float32; E experts' weights; the shared MLP."""
 
-    router: torch.Tensor
+    router: Linear
     bias: torch.Tensor
-    gate: Sequence[Weight]
-    up: Sequence[Weight]
-    down: Sequence[Weight]
+    gate_ups: Sequence[GateUp]
+    downs: Sequence[Linear]
     shared: Mlp | None
 
 
@@ -46,10 +46,10 @@ class Layer:
     """One decoder layer; norms (H,) or (d,) in T."""
 
     input_norm: torch.Tensor
-    qkv: Weight
+    qkv: Linear
     query_norm: torch.Tensor | None
     key_norm: torch.Tensor | None
-    dense: Weight
+    dense: Linear
     post_norm: torch.Tensor
     ffn: Mlp | Moe
 
@@ -63,9 +63,11 @@ class Weights:
     embedding: torch.Tensor
     layers: tuple[Layer, ...]
     norm: torch.Tensor
-    head: torch.Tensor
+    head: Linear
     version: int
     digest: str
+    formats: str
+    """How linear layers are stored and run: plain, block, channel, with -w8a8-… where it is on."""
 
     @property
     def num_moe_layers(self) -> int:
@@ -92,8 +94,12 @@ class WeightReader:
         """A copy in T or `dtype`, contiguous and aligned."""
         return self.checkpoint.tensor(name).to(dtype or self.dtype, copy=True).contiguous()
 
-    def linear(self, name: str) -> Weight:
-        """The linear layer `name` (without `.weight`), every format."""
+    def linear(self, name: str) -> Linear:
+        """The linear layer `name` (without `.weight`), in the form that this level multiplies."""
+        return prepare(self._weight(name))
+
+    def _weight(self, name: str) -> Weight:
+        """The linear layer `name`, every format."""
         stored = self.checkpoint.linear(name)
         bias = None if stored.bias is None else stored.bias.to(self.dtype, copy=True)
         if stored.scale is None:
@@ -116,26 +122,36 @@ class WeightReader:
         )
 
     def mlp(self, prefix: str) -> Mlp:
-        return Mlp(*(self.linear(f"{prefix}.{part}_proj") for part in ("gate", "up", "down")))
+        return Mlp(self.gate_up(prefix), self.linear(f"{prefix}.down_proj"))
 
-    def router(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def gate_up(self, prefix: str) -> GateUp:
+        gate, up = self._weight(f"{prefix}.gate_proj"), self._weight(f"{prefix}.up_proj")
+        return prepare_gate_up(gate, up)
+
+    def router(self, layer: int) -> tuple[Linear, torch.Tensor]:
         """(E, H) and (E,) in float32; a bias that the checkpoint does not have is zero."""
         prefix = f"model.layers.{layer}.mlp.gate"
         gate = self.tensor(f"{prefix}.weight", torch.float32)
+        bias = torch.zeros(gate.shape[0])
         if f"{prefix}.expert_bias" in self.checkpoint.names:
-            return gate, self.tensor(f"{prefix}.expert_bias", torch.float32)
-        return gate, torch.zeros(gate.shape[0])
+            bias = self.tensor(f"{prefix}.expert_bias", torch.float32)
+        return prepare(Weight(gate, torch.float32)), bias
 
     def moe(self, layer: int, *, streamed: bool = False) -> Moe:
         """streamed: an expert is read each time it is used, and not kept."""
         prefix = f"model.layers.{layer}.mlp"
         gate, bias = self.router(layer)
-        parts: list[Sequence[Weight]] = []
-        for part in ("gate", "up", "down"):
-            lazy = _Streamed(self, f"{prefix}.experts", part, self.config.num_experts)
-            parts.append(lazy if streamed else tuple(lazy))
+        count = self.config.num_experts
+        gate_ups: Sequence[GateUp] = _Streamed(
+            count, lambda e: self.gate_up(f"{prefix}.experts.{e}")
+        )
+        downs: Sequence[Linear] = _Streamed(
+            count, lambda e: self.linear(f"{prefix}.experts.{e}.down_proj")
+        )
+        if not streamed:
+            gate_ups, downs = tuple(gate_ups), tuple(downs)
         shared = self.mlp(f"{prefix}.shared_experts") if self.config.num_shared_experts else None
-        return Moe(gate, bias, parts[0], parts[1], parts[2], shared)
+        return Moe(gate, bias, gate_ups, downs, shared)
 
     def layer(self, index: int, *, streamed: bool = False) -> Layer:
         """One decoder layer; streamed: without its experts' weights in memory."""
@@ -159,33 +175,42 @@ class WeightReader:
     def embedding(self) -> torch.Tensor:
         return self.tensor("model.word_embeddings.weight")
 
-    def head(self) -> torch.Tensor:
-        """(V, H) float32; the embedding's values where tied."""
+    def head(self) -> Linear:
+        """(V, H) T; the embedding's values where tied."""
         tied = self.config.tie_word_embeddings
-        return self.tensor(
-            "model.word_embeddings.weight" if tied else "lm_head.weight", torch.float32
+        return prepare_head(
+            self.tensor("model.word_embeddings.weight" if tied else "lm_head.weight")
         )
 
+    @property
+    def formats(self) -> str:
+        """How linear layers are stored and run."""
+        quant = self.config.quant
+        if quant is None:
+            return "plain"
+        scheme = "" if self._activations == "none" else f"-w8a8-{self._activations}"
+        return quant.kind + scheme
 
-class _Streamed(Sequence[Weight]):
-    """One projection of every expert of a layer, read from the checkpoint at each use."""
 
-    def __init__(self, reader: WeightReader, prefix: str, part: str, count: int) -> None:
-        self._reader, self._prefix, self._part, self._count = reader, prefix, part, count
+class _Streamed(Sequence[Item]):
+    """What `read` gives for each expert, read again at each use."""
+
+    def __init__(self, count: int, read: Callable[[int], Item]) -> None:
+        self._count, self._read = count, read
 
     def __len__(self) -> int:
         return self._count
 
     @overload
-    def __getitem__(self, index: int) -> Weight: ...
+    def __getitem__(self, index: int) -> Item: ...
     @overload
-    def __getitem__(self, index: slice) -> Sequence[Weight]: ...
-    def __getitem__(self, index: int | slice) -> Weight | Sequence[Weight]:
+    def __getitem__(self, index: slice) -> Sequence[Item]: ...
+    def __getitem__(self, index: int | slice) -> Item | Sequence[Item]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(self._count))]
         if not 0 <= index < self._count:
             raise IndexError(index)
-        return self._reader.linear(f"{self._prefix}.{index}.{self._part}_proj")
+        return self._read(index)
 
 
 def compute_dtype(config: RingConfig, model: ModelConfig) -> torch.dtype:
@@ -217,6 +242,7 @@ def load_weights(
         layers=tuple(layers),
         norm=reader.tensor("model.norm.weight"),
         head=reader.head(),
+        formats=reader.formats,
         version=version,
         digest=checkpoint.content_digest(lambda _, done, total: on_progress("check", done, total)),
     )

@@ -4,40 +4,58 @@ Every operation is row-invariant: the bits of a row depend on that row's inputs 
 (DESIGN.md §3; docs/explain/numerics.md says why, operation by operation).
 """
 
-from .activation import sigmoid, swiglu
-from .attention import (
-    AttentionPlan,
-    QuerySpan,
+from .attention import QuerySpan
+from .dispatch import (
+    GateUp,
+    Linear,
+    Plan,
+    add,
+    add_rms_norm,
     attention,
+    experts,
+    explain,
+    gate_up,
+    level_name,
+    linear,
+    place_qkv,
     plan_attention,
-    tokens_per_tile,
+    prepare,
+    prepare_gate_up,
+    prepare_head,
+    project,
+    rms_norm,
+    route,
+    use_level,
 )
-from .experts import experts
-from .gemm import Weight, explain, linear, matmul_rows
-from .norm import rms_norm
-from .rope import apply_rope
-from .router import route
+from .gemm import Weight
 from .sampling import Draw, Rule, log_softmax, sample, top_of
 
 __all__ = [
-    "AttentionPlan",
     "Draw",
+    "GateUp",
+    "Linear",
+    "Plan",
     "QuerySpan",
     "Rule",
     "Weight",
-    "apply_rope",
+    "add",
+    "add_rms_norm",
     "attention",
     "experts",
     "explain",
+    "gate_up",
+    "level_name",
     "linear",
     "log_softmax",
-    "matmul_rows",
+    "place_qkv",
     "plan_attention",
+    "prepare",
+    "prepare_gate_up",
+    "prepare_head",
+    "project",
     "rms_norm",
     "route",
     "sample",
-    "sigmoid",
-    "swiglu",
-    "tokens_per_tile",
     "top_of",
+    "use_level",
 ]

@@ -97,7 +97,7 @@ class Ops:
             function = getattr(library, f"everstep_{name}")
             function.argtypes = [_KINDS[kind] for kind in kinds]
             function.restype = None
-        self._library = library
+        self.library = library
 
     # -- attention
 
@@ -128,7 +128,7 @@ class Ops:
         k_cache, v_cache = _same_slots(k_cache, v_cache)
         out = torch.empty((tokens, heads, dim), dtype=q.dtype)
         rows, starts, lengths, tables = (plan.spans[i].data_ptr() for i in range(4))
-        self._library.everstep_attention(
+        self.library.everstep_attention(
             _is_bf16(q, k_cache, v_cache),
             q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr(),
             heads, kv_heads, dim, q.stride(0), k_cache.stride(0),
@@ -172,7 +172,7 @@ class Ops:
         cos, sin = (_contiguous(table.float()) for table in tables)
         weights = None if norms is None else [_contiguous(w) for w in norms]
         q = torch.empty((tokens, heads, dim), dtype=qkv.dtype)
-        self._library.everstep_place_qkv(
+        self.library.everstep_place_qkv(
             _is_bf16(qkv, k_cache, v_cache, *(weights or ())),
             qkv.data_ptr(), qkv.stride(0), tokens, heads, kv_heads, dim,
             weights[0].data_ptr() if weights else None,
@@ -194,7 +194,7 @@ class Ops:
         rounds = cos.dtype == x.dtype
         cos, sin = _contiguous(cos.float()), _contiguous(sin.float())
         out = torch.empty_like(x)
-        self._library.everstep_rope(
+        self.library.everstep_rope(
             _is_bf16(x), x.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(),
             *x.shape, cos.shape[1], rounds, torch.get_num_threads(),
         )  # fmt: skip
@@ -208,7 +208,7 @@ class Ops:
         rows = _with_rows(x.reshape(-1, width))
         weight = _contiguous(weight)
         out = torch.empty(x.shape, dtype=x.dtype)
-        self._library.everstep_rms_norm(
+        self.library.everstep_rms_norm(
             _is_bf16(x, weight), rows.data_ptr(), rows.stride(0), weight.data_ptr(),
             out.data_ptr(), rows.shape[0], width, eps, torch.get_num_threads(),
         )  # fmt: skip
@@ -221,7 +221,7 @@ class Ops:
         x, y, weight = _contiguous(x), _contiguous(y), _contiguous(weight)
         _check_same_shape(x, y)
         total, out = torch.empty_like(x), torch.empty_like(x)
-        self._library.everstep_add_rms_norm(
+        self.library.everstep_add_rms_norm(
             _is_bf16(x, y, weight), x.data_ptr(), y.data_ptr(), weight.data_ptr(),
             total.data_ptr(), out.data_ptr(), x.shape[0], x.shape[1], eps,
             torch.get_num_threads(),
@@ -233,7 +233,7 @@ class Ops:
         x, y = _contiguous(x), _contiguous(y)
         _check_same_shape(x, y)
         out = torch.empty_like(x)
-        self._library.everstep_add(
+        self.library.everstep_add(
             _is_bf16(x, y), x.data_ptr(), y.data_ptr(), out.data_ptr(), *x.shape,
             torch.get_num_threads(),
         )  # fmt: skip
@@ -244,7 +244,7 @@ class Ops:
         gate, up = _with_rows(gate), _with_rows(up)
         _check_same_shape(gate, up)
         out = torch.empty(gate.shape, dtype=gate.dtype)
-        self._library.everstep_swiglu(
+        self.library.everstep_swiglu(
             _is_bf16(gate, up), gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0),
             out.data_ptr(), *gate.shape, torch.get_num_threads(),
         )  # fmt: skip

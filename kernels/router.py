@@ -26,7 +26,29 @@ def route(
     returns     ids (T, K) int64, weights (T, K) float32; slots by choice score descending.
                 Ties: the lower expert, and the lower group, wins.
     """
-    scores = sigmoid(matmul_rows(x.float(), gate))
+    return choose(
+        matmul_rows(x.float(), gate),
+        bias,
+        top_k=top_k,
+        n_group=n_group,
+        topk_group=topk_group,
+        scaling=scaling,
+        forced_ids=forced_ids,
+    )
+
+
+def choose(
+    logits: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    top_k: int,
+    n_group: int,
+    topk_group: int,
+    scaling: float,
+    forced_ids: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`route` from the router's logits (T, E) float32."""
+    scores = sigmoid(logits)
     if forced_ids is None:
         choice = scores + bias
         if n_group > 1:

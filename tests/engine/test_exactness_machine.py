@@ -15,12 +15,15 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from everstep import kernels
+from everstep.engine import invariance, model
 from everstep.engine.checkpoint import Checkpoint
 from everstep.engine.config import ModelConfig
 from everstep.engine.determinism import BLOCK, Laboratory, Outcome, Trial, check_weights
 from everstep.engine.messages import Add, Cancel, Pause, Resume
 from everstep.engine.rollout import SamplingParams
 from everstep.engine.weights import Weights, load_weights
+from everstep.kernels import native
 
 MAX_LEN = 96
 MAX_TOKENS = 14
@@ -35,10 +38,14 @@ SAMPLINGS = [
 PREFIX = [(7 * i * i + 3 * i) % 250 for i in range(60)]
 
 
+LEVELS = native.runnable(native.machine_flags())
+
+
 @cache
-def weights_of(folder: Path, dtype: str) -> Weights:
+def weights_of(folder: Path, dtype: str, level: str = LEVELS[0]) -> Weights:
     config = msgspec.convert({"dtype": dtype}, ModelConfig)
-    return load_weights(Checkpoint.open(folder), config, on_progress=lambda *_: None)
+    with kernels.use_level(level):
+        return load_weights(Checkpoint.open(folder), config, on_progress=lambda *_: None)
 
 
 class ExactnessMachine(RuleBasedStateMachine):
@@ -159,11 +166,15 @@ class ExactnessMachine(RuleBasedStateMachine):
         return self.alone[key]
 
 
+def machine_of(folder: Path, dtype: str, level: str) -> type[ExactnessMachine]:
+    held = {"weights": weights_of(folder, dtype, level), "alone": {}}
+    return type("Machine", (ExactnessMachine,), held)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_schedule_gives_the_bits_of_the_rollout_alone(tiny_checkpoint, dtype) -> None:
-    machine = type(
-        "Machine", (ExactnessMachine,), {"weights": weights_of(tiny_checkpoint, dtype), "alone": {}}
-    )
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_schedule_gives_the_bits_of_the_rollout_alone(tiny_checkpoint, level, dtype) -> None:
+    machine = machine_of(tiny_checkpoint, dtype, level)
     machine.TestCase.settings = settings(
         max_examples=15,
         stateful_step_count=12,
@@ -171,22 +182,25 @@ def test_every_schedule_gives_the_bits_of_the_rollout_alone(tiny_checkpoint, dty
         derandomize=True,
         suppress_health_check=list(HealthCheck),
     )
-    machine.TestCase().runTest()
+    with kernels.use_level(level):
+        machine.TestCase().runTest()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_thousands_of_schedules_give_the_bits_of_the_rollout_alone(tiny_checkpoint, dtype) -> None:
-    machine = type(
-        "Machine", (ExactnessMachine,), {"weights": weights_of(tiny_checkpoint, dtype), "alone": {}}
-    )
+@pytest.mark.parametrize("level", LEVELS)
+def test_thousands_of_schedules_give_the_bits_of_the_rollout_alone(
+    tiny_checkpoint, level, dtype
+) -> None:
+    machine = machine_of(tiny_checkpoint, dtype, level)
     machine.TestCase.settings = settings(
         max_examples=400,
         stateful_step_count=30,
         deadline=None,
         suppress_health_check=list(HealthCheck),
     )
-    machine.TestCase().runTest()
+    with kernels.use_level(level):
+        machine.TestCase().runTest()
 
 
 def test_one_and_two_threads_give_equal_bits(tiny_checkpoint) -> None:
@@ -219,15 +233,12 @@ def test_the_user_check_disturbs_what_it_compares_and_finds_no_difference(tiny_c
 def test_the_user_check_names_an_operation_that_sees_its_neighbours(
     tiny_checkpoint, monkeypatch
 ) -> None:
-    from everstep.engine import invariance, model
-    from everstep.kernels import swiglu
+    def leaky(x: torch.Tensor, weights: kernels.GateUp) -> torch.Tensor:
+        return kernels.gate_up(x, weights) * (1.0 + 1e-2 * (x.shape[0] > 1))
 
-    def leaky(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        return swiglu(gate, up) * (1.0 + 1e-2 * (gate.shape[0] > 1))
-
-    monkeypatch.setattr(model, "swiglu", leaky)
-    monkeypatch.setattr(invariance, "swiglu", leaky)
+    monkeypatch.setattr(model, "gate_up", leaky)
+    monkeypatch.setattr(invariance, "gate_up", leaky)
     report = check_weights(weights_of(tiny_checkpoint, "float32"), on_progress=lambda *_: None)
     assert not report.is_exact
-    assert report.operations == ["swiglu"]
+    assert report.operations == ["gate_up"]
     assert "NOT exact" in report.lines()[-1]

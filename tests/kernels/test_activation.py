@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from everstep.kernels import reference, sigmoid, swiglu
+from everstep.kernels import reference
+from everstep.kernels.activation import sigmoid, swiglu
 
 from ..tolerances import assert_close
 from .draws import (

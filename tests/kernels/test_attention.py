@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from everstep.kernels import QuerySpan, attention, plan_attention, reference, tokens_per_tile
+from everstep.kernels import QuerySpan, reference
+from everstep.kernels.attention import attention, plan_attention, tokens_per_tile
 
 from ..tolerances import TOLERANCES, assert_close
 from .draws import (

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from everstep.kernels import Weight, experts, reference
+from everstep.kernels import Weight, reference
+from everstep.kernels.experts import experts
 
 from ..tolerances import TOLERANCES, assert_close
 from .draws import (

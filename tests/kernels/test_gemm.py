@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from everstep.kernels import Weight, explain, gemm, linear, matmul_rows, reference
+from everstep.kernels import Weight, gemm, reference
+from everstep.kernels.gemm import explain, linear, matmul_rows
 
 from ..tolerances import assert_close
 from .draws import (

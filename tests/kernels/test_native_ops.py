@@ -8,7 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from everstep.kernels import QuerySpan, native, native_ops, reference, rms_norm, swiglu
+from everstep.kernels import QuerySpan, native, native_ops, reference
+from everstep.kernels.activation import swiglu
+from everstep.kernels.norm import rms_norm
 
 from ..tolerances import assert_close
 from .draws import (

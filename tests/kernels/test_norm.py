@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from everstep.kernels import reference, rms_norm
+from everstep.kernels import reference
+from everstep.kernels.norm import rms_norm
 
 from ..tolerances import assert_close
 from .draws import (

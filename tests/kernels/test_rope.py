@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from everstep.kernels import apply_rope, reference
+from everstep.kernels import reference
+from everstep.kernels.rope import apply_rope
 
 from .draws import DTYPES, assert_same_bits, dtypes, many, poisoned, random, seeds, strided  # noqa: F401
 

@@ -5,7 +5,8 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from everstep.kernels import reference, route
+from everstep.kernels import reference
+from everstep.kernels.router import route
 
 from ..tolerances import assert_close
 from .draws import DTYPES, assert_same_bits, many, misaligned, poisoned, random, seeds, strided  # noqa: F401

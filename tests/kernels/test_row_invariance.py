@@ -12,20 +12,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from everstep.kernels import (
-    Rule,
-    apply_rope,
-    experts,
-    gemm,
-    linear,
-    log_softmax,
-    reference,
-    rms_norm,
-    route,
-    sample,
-    sigmoid,
-    swiglu,
-)
+from everstep.kernels import Rule, gemm, log_softmax, reference, sample
+from everstep.kernels.activation import sigmoid, swiglu
+from everstep.kernels.experts import experts
+from everstep.kernels.gemm import linear
+from everstep.kernels.norm import rms_norm
+from everstep.kernels.rope import apply_rope
+from everstep.kernels.router import route
 
 from ..tolerances import assert_close
 from .draws import (

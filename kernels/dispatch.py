@@ -1,0 +1,326 @@
+"""The operations as the engine calls them: one contract each, by the C++ library or by torch.
+
+`native.level()` decides for the process; weights prepared here remember their own form. Levels
+are each row-invariant and each have bits of their own, so the level is part of every rollout's
+numerics id. W8A8 products and float16 stay with torch at every level.
+
+Shapes: T packed tokens, H hidden, I width of an MLP, E experts, K experts per token.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from . import activation, gemm, native, norm
+from . import attention as torch_attention
+from . import experts as torch_experts
+from . import rope as torch_rope
+from . import router as torch_router
+from .attention import AttentionPlan, QuerySpan
+from .gemm import Weight
+from .native_ops import Ops, PagedPlan
+from .native_ops import plan_attention as plan_paged
+from .packed import (
+    PackedWeight,
+    pack,
+    pack_gate_up,
+    packed_gate_up,
+    packed_linear,
+    packed_linear_float,
+)
+
+Linear = Weight | PackedWeight
+Plan = AttentionPlan | PagedPlan
+Tables = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Gate and up (I, H) of an MLP, each a weight of its own."""
+
+    gate: Weight
+    up: Weight
+
+
+GateUp = Pair | PackedWeight
+
+
+class _Chosen:
+    """The library of this process; None: torch. `use` swaps it in tests."""
+
+    def __init__(self) -> None:
+        self._ops: Ops | None = None
+        self._name: str | None = None
+
+    def ops(self) -> Ops | None:
+        if self._name is None:
+            library = native.library()
+            self._ops = None if library is None else Ops(library)
+            self._name = native.level().name
+        return self._ops
+
+    def name(self) -> str:
+        self.ops()
+        assert self._name is not None
+        return self._name
+
+    def set(self, name: str | None) -> None:
+        if name is None:
+            self._ops, self._name = None, None
+        elif name == "torch":
+            self._ops, self._name = None, name
+        else:
+            self._ops, self._name = Ops(native.open_library(native.find_library(name))), name
+
+
+_chosen = _Chosen()
+
+
+def level_name() -> str:
+    """amx, avx512, avx2, portable or torch."""
+    return _chosen.name()
+
+
+@contextlib.contextmanager
+def use_level(name: str) -> Iterator[None]:
+    """Another level inside the block, for tests and comparisons; weights prepared outside keep
+    their own."""
+    _chosen.set(name)
+    try:
+        yield
+    finally:
+        _chosen.set(None)
+
+
+# -- weights
+
+
+def prepare(weight: Weight) -> Linear:
+    """`weight` in the form that this level multiplies; the original may be dropped."""
+    ops = _chosen.ops()
+    if ops is None or _needs_torch(weight):
+        return weight
+    return pack(weight, ops.library)
+
+
+def prepare_gate_up(gate: Weight, up: Weight) -> GateUp:
+    """Gate and up of one MLP, together."""
+    ops = _chosen.ops()
+    if ops is None or _needs_torch(gate) or _needs_torch(up):
+        return Pair(gate, up)
+    return pack_gate_up(gate, up, ops.library)
+
+
+def prepare_head(head: torch.Tensor) -> Linear:
+    """(V, H) T whose products keep their float32 sums (`project`).
+
+    torch has no bf16 product with float32 output on a CPU, so there the head is held in float32.
+    """
+    if _chosen.ops() is None:
+        return Weight(head.float(), torch.float32)
+    return prepare(Weight(head, head.dtype))
+
+
+def _needs_torch(weight: Weight) -> bool:
+    is_w8a8 = weight.activations != "none" and weight.scale is not None
+    return is_w8a8 or weight.dtype not in (torch.bfloat16, torch.float32)
+
+
+# -- products
+
+
+def linear(x: torch.Tensor, weight: Linear) -> torch.Tensor:
+    """T(x Wᵀ + b), row-invariant, for every weight format. x (M, K) T → (M, N) T."""
+    return packed_linear(x, weight) if isinstance(weight, PackedWeight) else gemm.linear(x, weight)
+
+
+def project(x: torch.Tensor, head: Linear) -> torch.Tensor:
+    """x Wᵀ with its float32 sums kept: (M, H) T → (M, V) float32."""
+    if isinstance(head, PackedWeight):
+        return packed_linear_float(x, head)
+    return gemm.matmul_rows(x.float().contiguous(), head.data)
+
+
+def gate_up(x: torch.Tensor, weights: GateUp) -> torch.Tensor:
+    """T(T(silu(T(x Gᵀ))) · T(x Uᵀ)): (M, H) T → (M, I) T (MODEL.md §3.1)."""
+    if isinstance(weights, PackedWeight):
+        return packed_gate_up(x, weights)
+    return activation.swiglu(gemm.linear(x, weights.gate), gemm.linear(x, weights.up))
+
+
+def experts(
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    gate_ups: Sequence[GateUp],
+    downs: Sequence[Linear],
+) -> torch.Tensor:
+    """T(Σ_slot float32(mlp_{ids[slot]}(x)) · weights[slot]), slots in order (MODEL.md §3.5).
+
+    x         (T, H) T
+    ids       (T, K) int64, weights (T, K) float32
+    gate_ups  E × (2 × (I, H)); downs E × (H, I)
+    returns   (T, H) T; each expert's output is rounded to T before it is weighted
+    """
+
+    def one(expert: int, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        pair, down = gate_ups[expert], downs[expert]
+        if isinstance(pair, Pair) and pair.gate.activations != "none":
+            assert isinstance(down, Weight)
+            return torch_experts.expert_w8a8(rows, pair.gate, pair.up, down, weight)
+        return linear(gate_up(rows, pair), down).float() * weight
+
+    return torch_experts.sum_slots(x, ids, weights, len(gate_ups), one)
+
+
+def route(
+    x: torch.Tensor,
+    gate: Linear,
+    bias: torch.Tensor,
+    *,
+    top_k: int,
+    n_group: int,
+    topk_group: int,
+    scaling: float,
+    forced_ids: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose experts and their weights, all in float32 (MODEL.md §3.4).
+
+    x           (T, H) T
+    gate        (E, H) float32
+    bias        (E,) float32; added for the choice, not in the weights
+    forced_ids  (T, K) int64: use these experts instead (routing replay)
+    returns     ids (T, K) int64, weights (T, K) float32; slots by choice score descending.
+                Ties: the lower expert, and the lower group, wins.
+    """
+    return torch_router.choose(
+        linear(x.float(), gate),
+        bias,
+        top_k=top_k,
+        n_group=n_group,
+        topk_group=topk_group,
+        scaling=scaling,
+        forced_ids=forced_ids,
+    )
+
+
+# -- rows
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """T(weight · T(y · rsqrt(mean(y²) + eps))), y = float32(x); (…, H) T (MODEL.md §3.1)."""
+    ops = _chosen.ops()
+    return norm.rms_norm(x, weight, eps) if ops is None else ops.rms_norm(x, weight, eps)
+
+
+def add(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """T(x + y), (T, H) T."""
+    ops = _chosen.ops()
+    return x + y if ops is None else ops.add(x, y)
+
+
+def add_rms_norm(
+    x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """s = T(x + y) and rms_norm(s), both (T, H) T."""
+    ops = _chosen.ops()
+    if ops is not None:
+        return ops.add_rms_norm(x, y, weight, eps)
+    total = x + y
+    return total, norm.rms_norm(total, weight, eps)
+
+
+# -- attention
+
+
+def plan_attention(
+    sequences: Sequence[QuerySpan], *, block_size: int, heads: int, kv_heads: int
+) -> Plan:
+    """Gather and scatter indices of one step, for every layer.
+
+    sequences  in packed order, rows contiguous from 0
+    Raises ValueError if a block table does not cover its sequence.
+    """
+    if _chosen.ops() is not None:
+        return plan_paged(sequences, block_size=block_size)
+    tile = torch_attention.tokens_per_tile(heads, kv_heads)
+    return torch_attention.plan_attention(sequences, block_size=block_size, tile_tokens=tile)
+
+
+def place_qkv(
+    qkv: torch.Tensor,
+    plan: Plan,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    *,
+    heads: int,
+    tables: Tables,
+    norms: Tables | None,
+    eps: float,
+) -> torch.Tensor:
+    """QK norm, rotary, and this step's keys and values into their slots (MODEL.md §3.2).
+
+    qkv      (T, (heads + 2G)·D) T: all query heads, all key heads, all value heads
+    k_cache  (slots, G, D) T, as v_cache
+    tables   cosines and sines by position, (positions, d_r/2) float32, or T for comparisons with
+             Hugging Face: the rotation is then done in T
+    norms    weights (D,) T of the query norm and the key norm, None without QK norm
+    returns  q (T, heads, D) T
+    """
+    if isinstance(plan, PagedPlan):
+        ops = _chosen.ops()
+        assert ops is not None
+        return ops.place_qkv(
+            qkv, plan, k_cache, v_cache, heads=heads, tables=tables, norms=norms, eps=eps
+        )
+    kv_heads, d = k_cache.shape[1:]
+    q_end, k_end = heads * d, (heads + kv_heads) * d
+    q = qkv[:, :q_end].reshape(-1, heads, d)
+    k = qkv[:, q_end:k_end].reshape(-1, kv_heads, d)
+    v = qkv[:, k_end:].reshape(-1, kv_heads, d)
+    if norms is not None:
+        q, k = norm.rms_norm(q, norms[0], eps), norm.rms_norm(k, norms[1], eps)
+    cos, sin = tables[0][plan.positions], tables[1][plan.positions]
+    k_cache.index_copy_(0, plan.write_slots, torch_rope.apply_rope(k, cos, sin))
+    v_cache.index_copy_(0, plan.write_slots, v)
+    return torch_rope.apply_rope(q, cos, sin)
+
+
+def attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    plan: Plan,
+    *,
+    scale: float,
+) -> torch.Tensor:
+    """Causal attention of every packed token over its rollout's keys up to itself.
+
+    q        (T, heads, D) T
+    k_cache  (slots, G, D) T, this step's keys written already; G divides heads
+    v_cache  as k_cache
+    scale    multiplies q·k before the softmax (D**-0.5)
+    returns  (T, heads, D) T. Softmax in float32, weights rounded to T, sums in float32
+             (MODEL.md §3.2). Never reads slots beyond a token's own position.
+    """
+    if isinstance(plan, PagedPlan):
+        ops = _chosen.ops()
+        assert ops is not None
+        return ops.attention(q, k_cache, v_cache, plan, scale=scale)
+    return torch_attention.attention(q, k_cache, v_cache, plan, scale=scale)
+
+
+def explain() -> dict[str, str]:
+    """What is used for each operation, and why: for `doctor`."""
+    level = native.level()
+    if level_name() == "torch":
+        return {"level": f"torch ({level.reason})"} | gemm.explain()
+    return {
+        "level": f"{level.name} ({level.reason})",
+        "library": str(level.path),
+        "linear": "packed tiles, one chain over K whatever the number of rows",
+        "attention": "paged keys in ascending blocks, one code for prefill and decode",
+        "sampling": "philox4x32-10, inverse of the cumulative sums",
+    }
