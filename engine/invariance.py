@@ -60,7 +60,7 @@ def _row_operations(weights: Weights) -> Iterator[tuple[str, int, Operation]]:
         yield (
             "experts",
             hidden,
-            lambda x: experts(x, *_route(weights, moe, x), moe.gate_ups, moe.downs),
+            lambda x: experts(x, *_route(weights, moe, x), moe.experts),
         )
 
 

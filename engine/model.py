@@ -174,7 +174,7 @@ def moe(
         scaling=config.routed_scaling_factor,
         forced_ids=replay,
     )
-    out = experts(y, ids, topk_weights, weights.gate_ups, weights.downs)
+    out = experts(y, ids, topk_weights, weights.experts)
     if weights.shared is not None:
         out = add(out, mlp(y, weights.shared))
     return out, Routes(ids, topk_weights)

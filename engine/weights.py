@@ -11,7 +11,16 @@ from typing import TypeVar, overload
 
 import torch
 
-from ..kernels import GateUp, Linear, Weight, prepare, prepare_gate_up, prepare_head
+from ..kernels import (
+    ExpertBank,
+    GateUp,
+    Linear,
+    Weight,
+    prepare,
+    prepare_experts,
+    prepare_gate_up,
+    prepare_head,
+)
 from .checkpoint import Checkpoint, StoredLinear
 from .config import ModelConfig
 from .errors import ConfigError
@@ -32,12 +41,11 @@ class Mlp:
 
 @dataclass(frozen=True)
 class Moe:
-    """Router (E, H) and bias (E,) in float32; E experts' weights; the shared MLP."""
+    """Router (E, H) and bias (E,) in float32; the experts; the shared MLP."""
 
     router: Linear
     bias: torch.Tensor
-    gate_ups: Sequence[GateUp]
-    downs: Sequence[Linear]
+    experts: ExpertBank
     shared: Mlp | None
 
 
@@ -148,10 +156,12 @@ class WeightReader:
         downs: Sequence[Linear] = _Streamed(
             count, lambda e: self.linear(f"{prefix}.experts.{e}.down_proj")
         )
-        if not streamed:
-            gate_ups, downs = tuple(gate_ups), tuple(downs)
+        if streamed:
+            bank = ExpertBank(gate_ups, downs)
+        else:
+            bank = prepare_experts(tuple(gate_ups), tuple(downs))
         shared = self.mlp(f"{prefix}.shared_experts") if self.config.num_shared_experts else None
-        return Moe(gate, bias, gate_ups, downs, shared)
+        return Moe(gate, bias, bank, shared)
 
     def layer(self, index: int, *, streamed: bool = False) -> Layer:
         """One decoder layer; streamed: without its experts' weights in memory."""

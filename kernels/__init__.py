@@ -6,6 +6,7 @@ Every operation is row-invariant: the bits of a row depend on that row's inputs 
 
 from .attention import QuerySpan
 from .dispatch import (
+    ExpertBank,
     GateUp,
     Linear,
     Plan,
@@ -20,6 +21,7 @@ from .dispatch import (
     place_qkv,
     plan_attention,
     prepare,
+    prepare_experts,
     prepare_gate_up,
     prepare_head,
     project,
@@ -32,6 +34,7 @@ from .sampling import Draw, Rule, log_softmax, sample, top_of
 
 __all__ = [
     "Draw",
+    "ExpertBank",
     "GateUp",
     "Linear",
     "Plan",
@@ -50,6 +53,7 @@ __all__ = [
     "place_qkv",
     "plan_attention",
     "prepare",
+    "prepare_experts",
     "prepare_gate_up",
     "prepare_head",
     "project",

@@ -20,6 +20,7 @@ from . import rope as torch_rope
 from . import router as torch_router
 from .attention import AttentionPlan, QuerySpan
 from .gemm import Weight
+from .native_experts import ExpertTable
 from .native_ops import Ops, PagedPlan
 from .native_ops import plan_attention as plan_paged
 from .packed import (
@@ -123,6 +124,25 @@ def prepare_head(head: torch.Tensor) -> Linear:
     return prepare(Weight(head, head.dtype))
 
 
+@dataclass(frozen=True)
+class ExpertBank:
+    """The experts of a layer: gate and up 2 × (I, H), down (H, I) of each; `table` where the
+    library takes all of them in one call."""
+
+    gate_ups: Sequence[GateUp]
+    downs: Sequence[Linear]
+    table: ExpertTable | None = None
+
+
+def prepare_experts(gate_ups: Sequence[GateUp], downs: Sequence[Linear]) -> ExpertBank:
+    """All experts of a layer, held in memory."""
+    pairs = [pair for pair in gate_ups if isinstance(pair, PackedWeight)]
+    packed = [down for down in downs if isinstance(down, PackedWeight)]
+    if len(pairs) == len(gate_ups) and len(packed) == len(downs):
+        return ExpertBank(gate_ups, downs, ExpertTable(pairs, packed))
+    return ExpertBank(gate_ups, downs)
+
+
 def _needs_torch(weight: Weight) -> bool:
     is_w8a8 = weight.activations != "none" and weight.scale is not None
     return is_w8a8 or weight.dtype not in (torch.bfloat16, torch.float32)
@@ -151,28 +171,25 @@ def gate_up(x: torch.Tensor, weights: GateUp) -> torch.Tensor:
 
 
 def experts(
-    x: torch.Tensor,
-    ids: torch.Tensor,
-    weights: torch.Tensor,
-    gate_ups: Sequence[GateUp],
-    downs: Sequence[Linear],
+    x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, bank: "ExpertBank"
 ) -> torch.Tensor:
     """T(Σ_slot float32(mlp_{ids[slot]}(x)) · weights[slot]), slots in order (MODEL.md §3.5).
 
-    x         (T, H) T
-    ids       (T, K) int64, weights (T, K) float32
-    gate_ups  E × (2 × (I, H)); downs E × (H, I)
-    returns   (T, H) T; each expert's output is rounded to T before it is weighted
+    x        (T, H) T
+    ids      (T, K) int64, weights (T, K) float32
+    returns  (T, H) T; each expert's output is rounded to T before it is weighted
     """
+    if bank.table is not None:
+        return bank.table(x, ids, weights)
 
     def one(expert: int, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        pair, down = gate_ups[expert], downs[expert]
+        pair, down = bank.gate_ups[expert], bank.downs[expert]
         if isinstance(pair, Pair) and pair.gate.activations != "none":
             assert isinstance(down, Weight)
             return torch_experts.expert_w8a8(rows, pair.gate, pair.up, down, weight)
         return linear(gate_up(rows, pair), down).float() * weight
 
-    return torch_experts.sum_slots(x, ids, weights, len(gate_ups), one)
+    return torch_experts.sum_slots(x, ids, weights, len(bank.gate_ups), one)
 
 
 def route(
@@ -314,11 +331,12 @@ def attention(
 
 def explain() -> dict[str, str]:
     """What is used for each operation, and why: for `doctor`."""
-    level = native.level()
-    if level_name() == "torch":
-        return {"level": f"torch ({level.reason})"} | gemm.explain()
+    name, level = level_name(), native.level()
+    reason = level.reason if level.name == name else "chosen by the caller"
+    if name == "torch":
+        return {"level": f"torch ({reason})"} | gemm.explain()
     return {
-        "level": f"{level.name} ({level.reason})",
+        "level": f"{name} ({reason})",
         "library": str(level.path),
         "linear": "packed tiles, one chain over K whatever the number of rows",
         "attention": "paged keys in ascending blocks, one code for prefill and decode",

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from everstep.kernels.philox import philox4x32, uniforms
 from hypothesis import given
 from hypothesis import strategies as st
+
+from everstep.kernels.philox import philox4x32, uniforms
 
 # Random123's kat_vectors, philox4x32 with 10 rounds
 VECTORS = [
