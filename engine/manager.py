@@ -42,6 +42,7 @@ from .messages import (
 )
 from .metrics import Registry
 from .rollout import (
+    MAX_SAMPLES,
     FinishReason,
     Rollout,
     RolloutState,
@@ -53,7 +54,6 @@ from .rollout import (
 from .tokenizer import Tokenizer
 
 MAX_RESTARTS = 3
-MAX_SAMPLES = 1024
 
 
 class Submission(Struct, kw_only=True):
