@@ -5,7 +5,7 @@ first use, or runs on torch (kernels/native.py). Everything else is in pyproject
 """
 
 import importlib.util
-import sys
+import logging
 from pathlib import Path
 
 from setuptools import Distribution, setup
@@ -17,6 +17,7 @@ _PATH = Path(__file__).parent / "kernels" / "native_build.py"
 _SPEC = importlib.util.spec_from_file_location("native_build", _PATH)
 assert _SPEC is not None
 assert _SPEC.loader is not None
+log = logging.getLogger("everstep.setup")
 native_build = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(native_build)
 
@@ -35,13 +36,13 @@ def build_libraries(folder: Path) -> None:
     """Every level that the compiler knows, best first."""
     compiler = native_build.find_compiler()
     if compiler is None:
-        print("kernels: no C++ compiler; the package compiles at first use", file=sys.stderr)
+        log.warning("kernels: no C++ compiler; the package compiles at first use")
         return
     for level in native_build.levels_of_this_kind():
         try:
             native_build.build(level, folder / native_build.library_name(level), compiler)
         except (native_build.BuildError, OSError) as error:
-            print(f"kernels: level {level} is not built: {error}", file=sys.stderr)
+            log.warning("kernels: level %s is not built: %s", level, error)
 
 
 class WheelOfThisKind(bdist_wheel):

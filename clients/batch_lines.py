@@ -13,12 +13,11 @@ import msgspec
 from msgspec import Struct
 
 from ..engine.errors import InvalidRequest, UnknownModel
-from ..engine.rollout import SamplingParams, derive_seed
+from ..engine.rollout import MAX_SAMPLES, SamplingParams, derive_seed
 from ..engine.tokenizer import Tokenizer
 
 Kind = Literal["chat", "completion"]
 URLS: dict[str, Kind] = {"/v1/chat/completions": "chat", "/v1/completions": "completion"}
-MAX_SAMPLES = 1024
 # OpenAI's default for completions, where neither the line nor the command names a limit
 COMPLETION_TOKENS = 16
 SAMPLING_FIELDS = frozenset(SamplingParams.__struct_fields__)

@@ -8,6 +8,7 @@ core that dies costs time: its rollouts are submitted to the next one with the t
 import asyncio
 import contextlib
 import time
+import traceback
 import uuid
 from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any
@@ -42,6 +43,7 @@ from .messages import (
 )
 from .metrics import Registry
 from .rollout import (
+    MAX_SAMPLES,
     FinishReason,
     Rollout,
     RolloutState,
@@ -53,7 +55,6 @@ from .rollout import (
 from .tokenizer import Tokenizer
 
 MAX_RESTARTS = 3
-MAX_SAMPLES = 1024
 
 
 class Submission(Struct, kw_only=True):
@@ -364,7 +365,17 @@ class RolloutManager:
     # --- what cores say ----------------------------------------------------------------
 
     async def _collect(self) -> None:
-        """Take the core's messages until it is closed; start it again when it dies."""
+        """Take the core's messages until it is closed; start it again when it dies.
+
+        A fault of our own is said to everybody who waits: nobody would ever end them otherwise.
+        """
+        try:
+            await self._take_all()
+        except Exception as error:
+            log.event("manager.failed", level="error", traceback=traceback.format_exc())
+            self._give_up(f"internal error: {type(error).__name__}: {error}")
+
+    async def _take_all(self) -> None:
         deaths = 0
         while True:
             for message in await self._backend.receive():
@@ -555,10 +566,13 @@ class RolloutManager:
                 self._restarts.add()
                 self._resubmit()
                 return True
-        self._failure = f"the engine died: {died.message}"
-        for entry in self._live(list(self._entries)):
-            self._end(entry, RolloutState.FAILED, FinishReason("error", detail=self._failure))
+        self._give_up(f"the engine died: {died.message}")
         return False
+
+    def _give_up(self, reason: str) -> None:
+        self._info, self._failure = None, reason
+        for entry in self._live(list(self._entries)):
+            self._end(entry, RolloutState.FAILED, FinishReason("error", detail=reason))
 
     def _resubmit(self) -> None:
         entries = self._live(list(self._entries))

@@ -17,6 +17,10 @@ from .errors import ContextTooLong, InvalidRequest
 Record = Literal["lp_raw", "entropy", "kept_ids", "routing"]
 LogprobsMode = Literal["raw", "temp", "sampled"]
 
+# the search for stop strings has a state per character, made while nothing else is answered
+MAX_STOP_STRINGS = 64
+MAX_STOP_CHARS = 8192
+MAX_SAMPLES = 1024
 # below it logits ÷ temperature may overflow float32
 MIN_TEMPERATURE = 1e-3
 
@@ -137,8 +141,15 @@ class SamplingParams(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 )
         if any(not text for text in self.stop):
             raise InvalidRequest("stop: an empty stop string matches everywhere", field="stop")
-        if len(self.stop) > 64:
-            raise InvalidRequest(f"stop: {len(self.stop)} strings, at most 64", field="stop")
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise InvalidRequest(
+                f"stop: {len(self.stop)} strings, at most {MAX_STOP_STRINGS}", field="stop"
+            )
+        num_chars = sum(map(len, self.stop))
+        if num_chars > MAX_STOP_CHARS:
+            raise InvalidRequest(
+                f"stop: {num_chars} characters in all, at most {MAX_STOP_CHARS}", field="stop"
+            )
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequest(
                 f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})",
@@ -244,6 +255,12 @@ def check_prompt(prompt_ids: Sequence[int], *, vocab_size: int, max_model_len: i
     """Raise InvalidRequest unless the prompt can run: not empty, known ids, room for one token."""
     if not prompt_ids:
         raise InvalidRequest("prompt is empty: give at least one token", field="prompt")
+    if len(prompt_ids) >= max_model_len:
+        raise ContextTooLong(
+            f"prompt has {len(prompt_ids)} tokens; the context holds {max_model_len}, "
+            f"so a prompt may have at most {max_model_len - 1}",
+            field="prompt",
+        )
     for position, token in enumerate(prompt_ids):
         if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
             raise InvalidRequest(
@@ -251,9 +268,3 @@ def check_prompt(prompt_ids: Sequence[int], *, vocab_size: int, max_model_len: i
                 f"(0..{vocab_size - 1})",
                 field="prompt",
             )
-    if len(prompt_ids) >= max_model_len:
-        raise ContextTooLong(
-            f"prompt has {len(prompt_ids)} tokens; the context holds {max_model_len}, "
-            f"so a prompt may have at most {max_model_len - 1}",
-            field="prompt",
-        )

@@ -3,6 +3,7 @@
 Shapes: T packed tokens, R rows whose logits are wanted, V vocabulary, L MoE layers, K experts.
 """
 
+import ctypes
 import math
 from collections.abc import Sequence
 
@@ -251,15 +252,20 @@ def rule_of(row: Row) -> Rule:
 
 
 def sampled_of(draw: Draw) -> Sampled:
-    """A draw in the words of the plan."""
+    """A draw in the words of the plan; every value a float32."""
     return Sampled(
         token_id=draw.token_id,
-        lp_sampled=draw.lp_sampled,
-        lp_temp=draw.lp_temp,
-        kept_mass=draw.kept_mass,
+        lp_sampled=float32(draw.lp_sampled),
+        lp_temp=float32(draw.lp_temp),
+        kept_mass=float32(draw.kept_mass),
         flags=SAMPLED | (TRUNCATED_SUPPORT if draw.is_cut else 0),
-        lp_raw=draw.lp_raw,
-        entropy=draw.entropy,
+        lp_raw=None if draw.lp_raw is None else float32(draw.lp_raw),
+        entropy=None if draw.entropy is None else float32(draw.entropy),
         kept_ids=draw.kept_ids,
-        top=draw.top,
+        top=None if draw.top is None else [(token, float32(lp)) for token, lp in draw.top],
     )
+
+
+def float32(value: float) -> float:
+    """The nearest float32: what is recorded is what any wire or file can hold."""
+    return ctypes.c_float(value).value

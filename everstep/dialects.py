@@ -158,9 +158,12 @@ FOREIGN = (
     ),
     Foreign(
         ("--enable-sleep-mode", "--enable-memory-saver"),
+        "there is no GPU memory to give back, and no call that would",
         takes_value=False,
-        accepts=(),
-        reason="there is no GPU memory to give back",
     ),
-    Foreign(("--admin-api-key",), accepts=(), reason="no admin calls are served"),
+    Foreign(("--admin-api-key",), "no admin calls are served, so there is nothing it guards"),
+    Foreign(
+        ("--weight-version",),
+        "a version is the number and digest of the weights; a name of yours is not kept",
+    ),
 )

@@ -27,10 +27,11 @@ from .dispatch import (
     project,
     rms_norm,
     route,
+    sample,
     use_level,
 )
 from .gemm import Weight
-from .sampling import Draw, Rule, log_softmax, sample, top_of
+from .sampling import Draw, Rule, log_softmax, top_of
 
 __all__ = [
     "Draw",

@@ -18,6 +18,7 @@ from . import attention as torch_attention
 from . import experts as torch_experts
 from . import rope as torch_rope
 from . import router as torch_router
+from . import sampling as torch_sampling
 from .attention import AttentionPlan, QuerySpan
 from .gemm import Weight
 from .native_experts import ExpertTable
@@ -31,6 +32,7 @@ from .packed import (
     packed_linear,
     packed_linear_float,
 )
+from .sampling import Draw, Rule
 
 Linear = Weight | PackedWeight
 Plan = AttentionPlan | PagedPlan
@@ -212,7 +214,9 @@ def route(
     returns     ids (T, K) int64, weights (T, K) float32; slots by choice score descending.
                 Ties: the lower expert, and the lower group, wins.
     """
-    return torch_router.choose(
+    ops = _chosen.ops()
+    choose = torch_router.choose if ops is None else ops.route
+    return choose(
         linear(x.float(), gate),
         bias,
         top_k=top_k,
@@ -327,6 +331,20 @@ def attention(
         assert ops is not None
         return ops.attention(q, k_cache, v_cache, plan, scale=scale)
     return torch_attention.attention(q, k_cache, v_cache, plan, scale=scale)
+
+
+# -- drawing
+
+
+def sample(logits: torch.Tensor, rules: Sequence[Rule]) -> list[Draw]:
+    """Draw one token per row, in the order of operations of DESIGN.md §2.
+
+    logits  (B, V) float32, finite; not changed
+    rules   B
+    A row's outcome depends on that row and its rule alone.
+    """
+    ops = _chosen.ops()
+    return torch_sampling.sample(logits, rules) if ops is None else ops.sample(logits, rules)
 
 
 def explain() -> dict[str, str]:

@@ -13,13 +13,17 @@ Shapes: T packed tokens, H query heads, G kv heads, D head size, E experts, V vo
 
 import ctypes
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from . import sampling
 from .attention import QuerySpan
+from .philox import uniforms
+from .sampling import Draw, Rule
 
 _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 # p pointer, i int32, l int64, f float
@@ -31,8 +35,29 @@ _SIGNATURES = {
     "swiglu": "iplplplli",
     "rope": "ippppllllii",
     "place_qkv": "ipl" + "llll" + "ppf" + "ppli" + "pppppli",
+    "route": "plplllllfippi",
+    "sample": "ppllpppppp" + "li",
 }
 _KINDS = {"p": _POINTER, "i": _INT, "l": _LONG, "f": _FLOAT}
+# the structs of sampling.cpp
+_RULE = np.dtype(
+    [
+        *((name, np.float64) for name in ("u", "top_p")),
+        *((name, np.int64) for name in ("top_k", "banned_from", "banned_count", "num_top")),
+        ("kept_row", np.int64),
+        *((name, np.float32) for name in ("temperature", "min_p")),
+        *((name, np.int32) for name in ("top_of", "wants_raw", "wants_entropy", "is_changed")),
+    ],
+    align=True,
+)
+_DRAW = np.dtype(
+    [
+        *((name, np.int64) for name in ("token", "kept", "tops")),
+        *((n, np.float64) for n in ("lp_sampled", "lp_temp", "log_mass", "lp_raw", "entropy")),
+    ],
+    align=True,
+)
+_TOP_OF = {"raw": 0, "temp": 1, "sampled": 2}
 
 
 @dataclass(frozen=True)
@@ -249,6 +274,109 @@ class Ops:
             out.data_ptr(), *gate.shape, torch.get_num_threads(),
         )  # fmt: skip
         return out
+
+    # -- router
+
+    def route(
+        self,
+        logits: torch.Tensor,
+        bias: torch.Tensor,
+        *,
+        top_k: int,
+        n_group: int,
+        topk_group: int,
+        scaling: float,
+        forced_ids: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Choose experts and their weights from the router's logits.
+
+        logits      (T, E) float32
+        bias        (E,) float32; added to the sigmoids for the choice, not in the weights
+        forced_ids  (T, K) int64: use these experts instead (routing replay)
+        returns     ids (T, K) int64, weights (T, K) float32; slots by choice score descending.
+                    Ties: the lower expert, and the lower group, wins.
+        """
+        tokens, num_experts = logits.shape
+        logits, bias = _with_rows(logits), _contiguous(bias)
+        if logits.dtype != torch.float32 or bias.dtype != torch.float32:
+            raise ValueError(f"the router is float32, not {logits.dtype} and {bias.dtype}")
+        if not 0 < top_k <= num_experts or num_experts % max(n_group, 1):
+            raise ValueError(f"{top_k} of {num_experts} experts in {n_group} groups")
+        ids = torch.empty((tokens, top_k), dtype=torch.int64)
+        if forced_ids is not None:
+            if forced_ids.numel() and not 0 <= forced_ids.min() <= forced_ids.max() < num_experts:
+                raise ValueError(f"forced experts beyond {num_experts}")
+            ids.copy_(forced_ids)
+        weights = torch.empty((tokens, top_k), dtype=torch.float32)
+        self.library.everstep_route(
+            logits.data_ptr(), logits.stride(0), bias.data_ptr(), tokens, num_experts,
+            top_k, n_group, topk_group, scaling, forced_ids is not None,
+            ids.data_ptr(), weights.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return ids, weights
+
+    # -- sampling
+
+    def sample(self, logits: torch.Tensor, rules: Sequence[Rule]) -> list[Draw]:
+        """Draw one token per row, as `sampling.sample` does.
+
+        logits  (B, V) float32, finite; not changed
+        rules   B
+        """
+        rows, vocab = logits.shape
+        if rows == 0:
+            return []
+        logits = _contiguous(logits)
+        changed = logits
+        if any(rule.changes_logits for rule in rules):
+            changed = logits.clone()
+            for row, rule in enumerate(rules):
+                if rule.changes_logits:
+                    sampling._penalise(changed[row], rule)
+        banned = np.array([i for rule in rules for i in rule.banned], dtype=np.int64)
+        if banned.size and not 0 <= banned.min() <= banned.max() < vocab:
+            raise ValueError(f"banned ids beyond a vocabulary of {vocab}")
+        table = _rule_table(rules, vocab)
+        draws = np.empty(rows, dtype=_DRAW)
+        kept = np.empty((int(table["kept_row"].max()) + 1, vocab), dtype=np.int32)
+        most = int(table["num_top"].max())
+        top_ids, top_lps = np.empty((rows, most), dtype=np.int64), np.empty((rows, most))
+        self.library.everstep_sample(
+            logits.data_ptr(), changed.data_ptr(), rows, vocab, table.ctypes.data,
+            banned.ctypes.data, draws.ctypes.data, kept.ctypes.data, top_ids.ctypes.data,
+            top_lps.ctypes.data, most, torch.get_num_threads(),
+        )  # fmt: skip
+        found = []
+        for row, (rule, numbers) in enumerate(zip(rules, draws.tolist(), strict=True)):
+            token, count, tops, lp_sampled, lp_temp, log_mass, lp_raw, entropy = numbers
+            draw = Draw(token, lp_sampled, lp_temp, math.exp(log_mass), count < vocab)
+            if rule.wants_raw:
+                draw.lp_raw = lp_raw
+            if rule.wants_entropy:
+                draw.entropy = entropy
+            if rule.wants_kept_ids:
+                draw.kept_ids = kept[table["kept_row"][row], :count].tolist() if draw.is_cut else []
+            if rule.num_top:
+                pairs = zip(top_ids[row, :tops].tolist(), top_lps[row, :tops].tolist(), strict=True)
+                draw.top = list(pairs)
+            found.append(draw)
+        return found
+
+
+def _rule_table(rules: Sequence[Rule], vocab: int) -> "np.ndarray[tuple[int], np.dtype[np.void]]":
+    """The rules as sampling.cpp reads them."""
+    table = np.zeros(len(rules), dtype=_RULE)
+    table["u"] = uniforms([r.seed for r in rules], [r.position for r in rules])
+    for name in ("top_p", "top_k", "temperature", "min_p", "wants_raw", "wants_entropy"):
+        table[name] = [getattr(rule, name) for rule in rules]
+    table["num_top"] = [min(rule.num_top, vocab) for rule in rules]
+    table["top_of"] = [_TOP_OF[rule.top_of] for rule in rules]
+    table["is_changed"] = [rule.changes_logits for rule in rules]
+    table["banned_count"] = [len(rule.banned) for rule in rules]
+    table["banned_from"] = np.cumsum(table["banned_count"]) - table["banned_count"]
+    wants = np.array([rule.wants_kept_ids for rule in rules])
+    table["kept_row"] = np.where(wants, np.cumsum(wants) - 1, -1)
+    return table
 
 
 # -- layouts that the library takes; anything else is copied

@@ -290,9 +290,7 @@ def _alternatives(
     if rule.top_of == "sampled" and kept is not None:
         # float64, as lp_sampled is: the drawn token is listed with its own number
         values = torch.full_like(values, float("-inf"), dtype=torch.float64)
-        values[kept] = (lp_temp[row, kept].double() - log_mass).clamp(max=0.0)
-        if kept.shape[0] == 1:
-            values[kept] = 0.0
+        values[kept] = lp_temp[row, kept].double() - log_mass
     ids = _best(values, min(rule.num_top, values.shape[0]))
     pairs = zip(ids.tolist(), values[ids].tolist(), strict=True)
     return [(token, lp) for token, lp in pairs if lp > float("-inf")]

@@ -74,8 +74,9 @@ class Chat:
     async def submit(cls, service: Service, request: ChatRequest, raw: dict[str, Any]) -> "Chat":
         """`raw` is the request as sent. Raises InvalidRequest and what the manager refuses with."""
         _check(request)
+        service.check_choices(1, request.n)
         prompt = render(service, request, raw)
-        prompt_ids = await service.encode(prompt, add_special_tokens=request.add_special_tokens)
+        [prompt_ids] = await service.encode([prompt], add_special_tokens=request.add_special_tokens)
         return cls(service, request, prompt, prompt_ids)
 
     def parser(self) -> OutputParser:

@@ -202,12 +202,10 @@ async def _prompts(service: Service, request: CompletionRequest) -> list[list[in
             f"such lists; got {'a mixed' if kinds else 'an empty'} list",
             field="prompt",
         )
+    service.check_choices(1 if kinds == {int} else len(prompt), request.n)
     if kinds == {int}:
         return [[part for part in prompt if isinstance(part, int)]]
-    lists = []
-    for part in prompt:
-        if isinstance(part, str):
-            lists.append(await service.encode(part, add_special_tokens=request.add_special_tokens))
-        elif isinstance(part, list):
-            lists.append(part)
-    return lists
+    texts = [part for part in prompt if isinstance(part, str)]
+    if texts:
+        return await service.encode(texts, add_special_tokens=request.add_special_tokens)
+    return [part for part in prompt if isinstance(part, list)]

@@ -108,6 +108,11 @@ def _explain(text: str, fields: dict[str, Any], kind: type[Struct]) -> InvalidRe
         return InvalidRequest(text)
     path = found.group(1)
     steps = re.findall(r"\w+|\[[^]]*\]", path)
+    if place.startswith("`key`"):
+        value = _short(fields.get(steps[0]))
+        return InvalidRequest(
+            f"{path} must be an object with token ids for keys, got {value}", field=path
+        )
     if path == steps[0]:
         value = _short(fields.get(path))
         return InvalidRequest(f"{path} must be {accepted(kind)[path]}, got {value}", field=path)
@@ -115,8 +120,6 @@ def _explain(text: str, fields: dict[str, Any], kind: type[Struct]) -> InvalidRe
     expected = _walk(inspect.type_info(kind), steps)
     if "missing" in reason or expected is None:
         return InvalidRequest(f"{field}: {reason[0].lower()}{reason[1:]}", field=field)
-    if place.startswith("key"):
-        expected = "an object with token ids for keys"
     return InvalidRequest(f"{field} must be {expected} ({reason.lower()})", field=field)
 
 

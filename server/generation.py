@@ -55,7 +55,17 @@ class Service(Struct, frozen=True):
             )
         return requested or names[0]
 
-    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+    def check_choices(self, num_prompts: int, n: int) -> None:
+        """Raises InvalidRequest before any of them is encoded."""
+        most = self.config.openai.max_choices
+        if num_prompts * n > most:
+            raise InvalidRequest(
+                f"{num_prompts} prompts × n = {n} are {num_prompts * n} choices; "
+                f"at most {most} are accepted in one request",
+                field="n",
+            )
+
+    async def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
         tokenizer = self.tokenizer
         if tokenizer is None:
             raise InvalidRequest(
@@ -63,9 +73,13 @@ class Service(Struct, frozen=True):
                 "send token ids as the prompt",
                 field="prompt",
             )
-        if len(text) < LONG_TEXT:
-            return tokenizer.encode(text, add_special_tokens)
-        return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens)
+
+        def encode() -> list[list[int]]:
+            return [tokenizer.encode(text, add_special_tokens) for text in texts]
+
+        if sum(map(len, texts)) < LONG_TEXT:
+            return encode()
+        return await asyncio.to_thread(encode)
 
 
 def sampling_of(
@@ -130,12 +144,6 @@ class Generation:
         self.hides_output = hides_output
         self._eos_ids = set(service.tokenizer.eos_ids if service.tokenizer else self.info.eos_ids)
         self.names = TokenNames(service.tokenizer, request.return_tokens_as_token_ids)
-        if len(prompts) * request.n > service.config.openai.max_choices:
-            raise InvalidRequest(
-                f"{len(prompts)} prompts × n = {request.n} are {len(prompts) * request.n} choices; "
-                f"at most {service.config.openai.max_choices} are accepted in one request",
-                field="n",
-            )
         try:
             self._submit(prompts, sampling)
         except BaseException:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from ..engine.rollout import LogprobsMode, Record
+from ..engine.rollout import MAX_SAMPLES, LogprobsMode, Record
 
 NonEmpty = Annotated[str, Meta(min_length=1)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
@@ -41,7 +41,7 @@ class GenerationRequest(Struct, frozen=True, kw_only=True):
     """SGLang's name for include_stop_str_in_output."""
     ignore_eos: bool = False
     skip_special_tokens: bool = True
-    n: Annotated[int, Meta(ge=1, le=4096)] = 1
+    n: Annotated[int, Meta(ge=1, le=MAX_SAMPLES)] = 1
     stream: bool = False
     stream_options: StreamOptions | None = None
     prompt_logprobs: Alternatives | None = None
@@ -63,7 +63,7 @@ class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
     """Text, texts, ids or lists of ids; a list holds one kind (checked in completions.py)."""
     max_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 16
     """0 only with echo or prompt_logprobs: score the prompt, give no token."""
-    best_of: Annotated[int, Meta(ge=1, le=4096)] | None = None
+    best_of: Annotated[int, Meta(ge=1, le=MAX_SAMPLES)] | None = None
     echo: bool = False
     logprobs: Alternatives | None = None
     add_special_tokens: bool = True

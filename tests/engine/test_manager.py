@@ -14,6 +14,7 @@ from everstep.engine.errors import (
     UnknownRollout,
 )
 from everstep.engine.manager import RolloutManager, Submission
+from everstep.engine.messages import StateChanged
 from everstep.engine.rollout import RolloutState, SamplingParams
 from tests.engine.inline_backend import InlineBackend
 from tests.engine.small_tokenizer import small_tokenizer
@@ -307,6 +308,30 @@ def test_close_ends_what_is_live_and_takes_nothing_more():
             await manager.close()
             assert rollout.state is RolloutState.ABORTED
             with pytest.raises(Draining):
+                manager.submit(ask())
+
+    run(body())
+
+
+def test_a_fault_of_the_managers_own_ends_everybody_who_waits():
+    async def body():
+        async with managed() as (manager, backend):
+            backend.is_held = True
+            rollouts = manager.submit(ask()) + manager.submit(ask())
+            waiting = [asyncio.create_task(manager.wait(r.id)) for r in rollouts]
+
+            async def receive():
+                return [StateChanged([(rollouts[0].id, "preempted")])]  # it never ran
+
+            backend.receive = receive
+            manager._collector.cancel()
+            await asyncio.sleep(0)
+            manager._collector = asyncio.create_task(manager._collect())
+            for rollout in await asyncio.wait_for(asyncio.gather(*waiting), 5):
+                assert rollout.state is RolloutState.FAILED
+                assert "may not become preempted" in rollout.finish_reason.detail
+            assert not manager.is_healthy
+            with pytest.raises(EngineUnavailable, match="may not become"):
                 manager.submit(ask())
 
     run(body())

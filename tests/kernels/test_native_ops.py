@@ -3,16 +3,19 @@
 Everything runs at every level that this machine has.
 """
 
+import math
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from everstep.kernels import QuerySpan, native, native_ops, reference
+from everstep.kernels import QuerySpan, Rule, native, native_ops, reference
 from everstep.kernels.activation import swiglu
 from everstep.kernels.norm import rms_norm
+from everstep.kernels.sampling import sample
 
-from ..tolerances import assert_close
+from ..tolerances import assert_close, logprob_tolerance
 from .draws import (
     DTYPES,
     NAN,
@@ -28,7 +31,22 @@ from .draws import (
     threads,
 )
 from .test_attention import assert_attention_close, make_paged
-from .test_row_invariance import assert_rows_are_alone, chunked
+from .test_router import SHAPES as ROUTERS
+from .test_router import are_decided as routes_are_decided
+from .test_router import make_router, options
+from .test_row_invariance import assert_rows_are_alone, chunked, make_rules
+from .test_sampling import (
+    ALL,
+    EXTREMES,
+    LAST_U,
+    VOCABS,
+    assert_is_drawn_at,
+    assert_relations,
+    assert_tops_close,
+    make_rule,
+    rules,
+)
+from .test_sampling import are_decided as draws_are_decided
 
 LEVELS = [name for name in native.runnable(native.machine_flags()) if name != "torch"]
 # groups of 1, 2, 3, 5, 8, 16 and 24; head sizes odd, below and above a vector, and real ones
@@ -336,3 +354,213 @@ def test_casts_are_those_of_the_torch_level(ops):
     # float32 sums in another order cross a border of bf16 now and then
     assert (ops.rms_norm(x, y[0], 1e-6) != rms_norm(x, y[0], 1e-6)).float().mean() < 1e-3
     assert (ops.swiglu(x, y) != swiglu(x, y)).float().mean() < 1e-3
+
+
+# -- router
+
+
+@many
+@given(
+    st.integers(0, 9),
+    st.sampled_from(ROUTERS),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([0.0, -3.0, 3.0]),
+    seeds,
+)
+def test_route_is_the_definition_ties_included(ops, tokens, shape, twins, is_forced, center, seed):
+    x = random(seed + 2, tokens, 8)
+    gate, bias = make_router(seed, 8, shape, twins)
+    bias += center
+    assume(routes_are_decided(x, gate, bias, shape))
+    # float64 sums rounded once: the logits that the definition sees
+    logits = (x.double() @ gate.double().t()).float()
+    forced = None
+    if is_forced:
+        generator = torch.Generator().manual_seed(seed)
+        forced = torch.rand(tokens, shape[0], generator=generator).argsort(dim=-1)[:, : shape[3]]
+    ids, weights = ops.route(logits, bias, forced_ids=forced, **options(shape))
+    expected_ids, expected = reference.route(x, gate, bias, forced_ids=forced, **options(shape))
+    assert torch.equal(ids, expected_ids)
+    assert_close(weights, expected, torch.tensor(2.5))
+
+
+@pytest.mark.parametrize("shape", ROUTERS)
+def test_equal_logits_choose_the_lowest_experts_in_order(ops, shape):
+    ids, _ = ops.route(torch.zeros(3, shape[0]), torch.zeros(shape[0]), **options(shape))
+    assert ids.tolist() == [list(range(shape[3]))] * 3
+
+
+def test_underflown_and_saturated_scores_are_weighed(ops):
+    one = {"n_group": 1, "topk_group": 1, "scaling": 2.5}
+    ids, weights = ops.route(torch.full((1, 4), -200.0), torch.zeros(4), top_k=2, **one)
+    assert (ids.tolist(), weights.tolist()) == ([[0, 1]], [[0.0, 0.0]])
+    ids, _ = ops.route(torch.tensor([[20.0, 40.0, 30.0]]), torch.zeros(3), top_k=2, **one)
+    assert ids.tolist() == [[0, 1]]
+    # a broken row still names experts that exist
+    ids, _ = ops.route(torch.full((1, 4), NAN), torch.zeros(4), top_k=3, **one)
+    assert ids.tolist() == [[0, 1, 2]]
+    with pytest.raises(ValueError, match="beyond"):
+        ops.route(torch.zeros(1, 3), torch.zeros(3), top_k=1, forced_ids=torch.tensor([[3]]), **one)
+
+
+def test_routes_do_not_see_each_other(ops):
+    bias = random(1, 64, scale=0.1)
+    logits = random(2, 341, 64)
+    logits[:, 5] = logits[:, 9]
+    assert_rows_are_alone(lambda x: ops.route(x, bias, **options((64, 8, 4, 8))), logits)
+    assert_rows_are_alone(lambda x: ops.route(x, bias, **options((64, 1, 1, 4))), logits)
+
+
+# -- sampling
+
+
+@settings(many, max_examples=150)
+@given(st.sampled_from(VOCABS), st.sampled_from([0.25, 1.0, 8.0]), rules(), seeds)
+def test_a_draw_is_the_definition_in_every_number(ops, vocab, step, fields, seed):
+    # logits on a grid: exact ties are common, near ties are not
+    logits = (random(seed, vocab, scale=6.0 / step).round() * step).float()
+    rule = make_rule(fields, vocab)
+    expected = reference.sample(logits, rule)
+    lp = reference.tempered(logits.tolist(), rule).tolist()
+    assume(draws_are_decided(lp, rule, expected.kept_ids))
+    got = ops.sample(logits.unsqueeze(0), [rule])[0]
+    close = logprob_tolerance(reference.penalised(logits.tolist(), rule), rule.temperature)
+
+    assert got.is_cut == expected.is_cut
+    assert got.kept_ids == (expected.kept_ids if got.is_cut else [])
+    assert_is_drawn_at(got.token_id, lp, expected.kept_ids, rule, close)
+    raw = reference.log_softmax(logits).tolist()
+    mass = reference.log_mass(lp, expected.kept_ids)
+    assert got.lp_temp == pytest.approx(lp[got.token_id], abs=close)
+    assert got.lp_sampled == pytest.approx(lp[got.token_id] - mass, abs=2 * close)
+    assert got.kept_mass == pytest.approx(math.exp(mass), rel=close, abs=0.0)
+    assert got.lp_raw == pytest.approx(raw[got.token_id], abs=logprob_tolerance(logits.tolist()))
+    assert got.entropy == pytest.approx(expected.entropy, abs=10 * close)
+    if rule.num_top:
+        assert_tops_close(got.top, expected.top, 2 * close)
+    else:
+        assert got.top is None
+    assert_relations(got)
+
+
+@many
+@given(
+    st.sampled_from([0.5, 4.0, 12.0]),
+    st.sampled_from([1e-6, 0.1, 0.5, 0.9, 0.999, 1.0 - 1e-9, 1.0]),
+    st.sampled_from([0, 3, 20, 64, 65, 500, 2999]),
+    st.sampled_from([(), (0,), tuple(range(0, 3000, 2))]),
+    st.sampled_from([0.0, 0.011]),
+    seeds,
+)
+def test_partial_selection_finds_the_support_of_the_full_sort(
+    ops, scale, top_p, top_k, banned, min_p, seed
+):
+    logits = (random(seed, 3000, scale=scale) * 8).round() / 8
+    rule = Rule(
+        0, 0, top_p=top_p, top_k=top_k, banned=banned, min_p=min_p, wants_kept_ids=True
+    )  # fmt: skip
+    got = ops.sample(logits.unsqueeze(0), [rule])[0]
+    kept = got.kept_ids if got.is_cut else list(range(3000))
+    lp = reference.log_softmax(logits).tolist()
+    if reference.support(lp, rule) != kept:
+        # float32 and float64 may part at a border, nowhere else
+        assert not draws_are_decided(lp, rule, kept)
+
+
+@pytest.mark.parametrize("name", EXTREMES)
+@pytest.mark.parametrize("temperature", [0.0, 0.001, 1.0, 100.0])
+def test_every_number_is_finite_at_the_extremes(ops, name, temperature):
+    logits = torch.tensor([EXTREMES[name]])
+    best = int(logits[0].argmax())
+    cuts = ({}, {"banned": (best,)}, {"top_k": 3}, {"top_p": 0.3}, {"min_p": 0.9},
+            {"banned": (best,), "top_p": 0.9})  # fmt: skip
+    for cut in cuts:
+        for top in ("raw", "temp", "sampled"):
+            rule = Rule(0, 0, temperature=temperature, num_top=4, top_of=top, **ALL, **cut)
+            got = ops.sample(logits, [rule])[0]
+            assert 0 <= got.token_id < logits.shape[1]
+            assert_relations(got)
+            if "banned" in cut and logits.shape[1] > 1:
+                assert got.token_id != best
+
+
+@few
+@given(st.sampled_from([2, 511, 512, 513, 1025, 1500]), st.sampled_from([0.1, 3.0, 30.0]), seeds)
+def test_the_token_rises_with_the_uniform_number(ops, vocab, scale, seed):
+    logits = random(seed, vocab, scale=scale)
+    weights = torch.exp(reference.log_softmax(logits))
+    borders = (weights.cumsum(0) / weights.sum()).tolist()[:: max(1, vocab // 100)]
+    us = sorted({min(max(b + d, 0.0), LAST_U) for b in [*borders, 0.0] for d in (-1e-6, 0.0, 1e-6)})
+    for cut in ({}, {"top_p": 0.9}):
+        tokens = [draw.token_id for draw in drawn_at(ops, logits, us, **cut)]
+        assert tokens == sorted(tokens)
+    for u, token in zip(us, (d.token_id for d in drawn_at(ops, logits, us)), strict=True):
+        below = weights[:token].sum().item()
+        assert below - 1e-6 <= u <= below + weights[token].item() + 1e-6
+
+
+def drawn_at(ops, logits, us, **rule):
+    numbers = torch.tensor(us, dtype=torch.float64).numpy()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native_ops, "uniforms", lambda seeds, positions: numbers)
+        return ops.sample(logits.expand(len(us), -1), [Rule(0, 0, **rule)] * len(us))
+
+
+def test_borders_of_equal_tokens_belong_to_the_upper_one(ops):
+    us = [0.0, 1 / 1024, 1 / 1024 - 2.0**-53, 0.5 - 2.0**-53, 0.5, 513 / 1024, LAST_U]
+    drawn = drawn_at(ops, torch.zeros(1024), us)
+    assert [draw.token_id for draw in drawn] == [0, 1, 0, 511, 512, 513, 1023]
+
+
+def test_ids_outside_the_support_are_never_drawn(ops):
+    logits = random(0, 1100, scale=2.0)
+    kept = reference.support(reference.log_softmax(logits).tolist(), Rule(0, 0, top_p=0.6))
+    drawn = drawn_at(ops, logits, [0.0, 0.25, 0.5, LAST_U], top_p=0.6)
+    assert {draw.token_id for draw in drawn} <= set(kept)
+    assert (drawn[0].token_id, drawn[-1].token_id) == (kept[0], kept[-1])
+
+
+def test_a_ban_may_take_all_the_mass(ops):
+    logits = [200.0, 0.0, math.log(3.0)]
+    drawn = ops.sample(
+        torch.tensor([logits] * 400), [Rule(s, 0, banned=(0,)) for s in range(400)]
+    )  # fmt: skip
+    assert 0.65 < sum(got.token_id == 2 for got in drawn) / 400 < 0.85
+    for got in drawn:
+        assert got.lp_sampled == pytest.approx(
+            math.log(0.25 if got.token_id == 1 else 0.75), abs=1e-4
+        )
+        assert got.kept_mass == pytest.approx(4.0 * math.exp(-200.0), rel=1e-4)
+    with pytest.raises(ValueError, match="vocabulary of 3"):
+        ops.sample(torch.zeros(1, 3), [Rule(0, 0, banned=(3,))])
+
+
+@pytest.mark.parametrize("vocab", [2, 50, 512, 513, 3000, 49152])
+def test_a_draw_does_not_see_the_other_rows(ops, vocab):
+    drawn_by = make_rules(21)
+    logits = random(vocab, 21, vocab, scale=4.0)
+    before = logits.clone()
+    with threads(1):
+        alone = [ops.sample(logits[i : i + 1], drawn_by[i : i + 1])[0] for i in range(21)]
+    for count in (1, 2):
+        with threads(count):
+            assert ops.sample(logits, drawn_by) == alone
+    order = torch.randperm(21, generator=torch.Generator().manual_seed(0)).tolist()
+    assert ops.sample(logits[order], [drawn_by[i] for i in order]) == [alone[i] for i in order]
+    assert_same_bits(logits, before)
+
+
+def test_draws_are_those_of_the_torch_level(ops):
+    drawn_by = make_rules(70)
+    logits = random(1, 70, 3000, scale=3.0)
+    for got, expected in zip(ops.sample(logits, drawn_by), sample(logits, drawn_by), strict=True):
+        assert (got.token_id, got.kept_ids, got.is_cut) == (
+            expected.token_id, expected.kept_ids, expected.is_cut,
+        )  # fmt: skip
+        assert got.lp_sampled == pytest.approx(expected.lp_sampled, abs=1e-5)
+        assert got.lp_temp == pytest.approx(expected.lp_temp, abs=1e-5)
+
+
+def test_no_rows_give_no_draws(ops):
+    assert ops.sample(torch.zeros(0, 600), []) == []

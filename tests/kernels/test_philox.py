@@ -9,9 +9,21 @@ from everstep.kernels.philox import philox4x32, uniforms
 
 # Random123's kat_vectors, philox4x32 with 10 rounds
 VECTORS = [
-    ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-    ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    (
+        "00000000 00000000 00000000 00000000",
+        "00000000 00000000",
+        "6627e8d5 e169c58d bc57ac4c 9b00dbd8",
+    ),
+    (
+        "ffffffff ffffffff ffffffff ffffffff",
+        "ffffffff ffffffff",
+        "408f276d 41c83b0e a20bc7c6 6d5451fd",
+    ),
+    (
+        "243f6a88 85a308d3 13198a2e 03707344",
+        "a4093822 299f31d0",
+        "d16cfe09 94fdcceb 5001e420 24126ea1",
+    ),
 ]
 
 
@@ -24,7 +36,11 @@ def test_philox_gives_the_published_words(counter, key, expected):
     assert np.array_equal(philox4x32(words(counter), words(key)), words(expected))
 
 
-@given(st.lists(st.tuples(st.integers(-(2**63), 2**64 - 1), st.integers(0, 2**40)), min_size=1, max_size=20))
+@given(
+    st.lists(
+        st.tuples(st.integers(-(2**63), 2**64 - 1), st.integers(0, 2**40)), min_size=1, max_size=20
+    )
+)
 def test_a_uniform_depends_on_its_own_seed_and_position_only(pairs):
     together = uniforms([s for s, _ in pairs], [p for _, p in pairs])
     assert [uniforms([s], [p])[0] for s, p in pairs] == together.tolist()

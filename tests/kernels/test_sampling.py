@@ -8,7 +8,8 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from everstep.kernels import Rule, log_softmax, reference, sample, sampling, top_of
+from everstep.kernels import Rule, log_softmax, reference, sampling, top_of
+from everstep.kernels.sampling import sample
 
 from ..tolerances import CHI_SQUARE_SIGMAS, LOGPROB, logprob_tolerance
 from .draws import assert_same_bits, few, folded, many, poisoned, random, seeds  # noqa: F401

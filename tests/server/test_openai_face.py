@@ -2,10 +2,12 @@
 
 import base64
 import math
+import threading
 
 import pytest
 
 from everstep.engine.errors import ConfigError
+from everstep.engine.tokenizer import Tokenizer
 from everstep.server.config import HttpConfig, ServeConfig
 
 from .conftest import TOKENIZER, serve
@@ -26,12 +28,12 @@ BOTH = [
     ("logit_bias", [[], {"a": 1}, {"5": 101}, {"5": "x"}, {"-1": 0}, {"9999": 1}]),
     ("seed", [1.5, "a", 2**63, -(2**63) - 1]),
     ("min_tokens", [-1, "a", 500]),
-    ("stop", [1, "", [""], ["a", 1], ["a"] * 65]),
+    ("stop", [1, "", [""], ["a", 1], ["a"] * 65, "a" * 8193, ["ab" * 2049] * 2]),
     ("stop_token_ids", ["a", [-1], ["a"], [9999]]),
     ("include_stop_str_in_output", ["yes", 1]),
     ("ignore_eos", [1]),
     ("skip_special_tokens", [0]),
-    ("n", [0, -1, 1.5, "1", 5000, True]),
+    ("n", [0, -1, 1.5, "1", 1025, 5000, True]),
     ("stream", ["true", 1]),
     ("stream_options", [True, {"include_usage": 1}, {"include_usage": True}]),
     ("prompt_logprobs", [-1, 65, True]),
@@ -125,7 +127,8 @@ async def test_every_bad_value_is_a_400_that_names_its_field(server):
     ("name", "value", "accepted"),
     [
         ("temperature", 101, "from 0 to 100, got 101"),
-        ("n", 0, "an integer from 1 to 4096, got 0"),
+        ("n", 0, "an integer from 1 to 1024, got 0"),
+        ("logit_bias", {"a": 1}, 'an object with token ids for keys, got {"a":1}'),
         ("logprobs_mode", "x", "'raw', 'sampled', 'temp'"),
         ("messages", [{"role": "x"}], "'assistant', 'developer', 'system', 'tool', 'user'"),
         ("response_format", {"type": "x"}, "not supported yet"),
@@ -388,6 +391,30 @@ async def test_long_prompts_keep_their_end_on_request(server):
     await server.post(TEXT, prompt=[5] * 600 + [6], truncate_prompt_tokens=-1, max_tokens=12)
     assert server.backend.adds[0].prompt_ids == [5, 5, 6]
     assert len(server.backend.adds[1].prompt_ids) == 500
+
+
+async def test_many_long_texts_are_encoded_beside_the_event_loop_and_too_many_not_at_all(
+    server, monkeypatch
+):
+    threads = []
+    encode = Tokenizer.encode
+
+    def spy(self, *arguments):
+        threads.append(threading.current_thread())
+        return encode(self, *arguments)
+
+    monkeypatch.setattr(Tokenizer, "encode", spy)
+    texts = ["a" * 15_000, "b" * 15_000]
+    await server.post(TEXT, prompt=texts, truncate_prompt_tokens=2, max_tokens=1)
+    error = (await server.post(TEXT, prompt=["a"] * 4097)).json()["error"]
+    monkeypatch.undo()
+    assert len(threads) == 2
+    assert threading.main_thread() not in threads
+    assert [add.prompt_ids for add in server.backend.adds] == [
+        TOKENIZER.encode(text)[-2:] for text in texts
+    ]
+    assert error["param"] == "n"
+    assert "at most 4096" in error["message"]
 
 
 async def test_without_a_tokenizer_ids_go_in_and_out(anyio_backend):
