@@ -18,6 +18,7 @@ from .dispatch import (
     gate_up,
     level_name,
     linear,
+    log_softmax,
     place_qkv,
     plan_attention,
     prepare,
@@ -31,7 +32,7 @@ from .dispatch import (
     use_level,
 )
 from .gemm import Weight
-from .sampling import Draw, Rule, log_softmax, top_of
+from .sampling import Draw, Rule, top_of
 
 __all__ = [
     "Draw",

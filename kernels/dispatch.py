@@ -336,8 +336,15 @@ def attention(
 # -- drawing
 
 
-def sample(logits: torch.Tensor, rules: Sequence[Rule]) -> list[Draw]:
-    """Draw one token per row, in the order of operations of DESIGN.md §2.
+def log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    """(B, V) float32 → (B, V) float32, in the order of sums of `sample`'s logprobs."""
+    ops = _chosen.ops()
+    return torch_sampling.log_softmax(logits) if ops is None else ops.log_softmax(logits)
+
+
+def sample(logits: torch.Tensor, rules: Sequence[Rule]) -> list[Draw | None]:
+    """Draw one token per row, in the order of operations of DESIGN.md §2; None where its rule
+    takes the logits beyond float32.
 
     logits  (B, V) float32, finite; not changed
     rules   B

@@ -37,6 +37,7 @@ _SIGNATURES = {
     "place_qkv": "ipl" + "llll" + "ppf" + "ppli" + "pppppli",
     "route": "plplllllfippi",
     "sample": "ppllpppppp" + "li",
+    "log_softmax": "pllpi",
 }
 _KINDS = {"p": _POINTER, "i": _INT, "l": _LONG, "f": _FLOAT}
 # the structs of sampling.cpp
@@ -317,8 +318,18 @@ class Ops:
 
     # -- sampling
 
-    def sample(self, logits: torch.Tensor, rules: Sequence[Rule]) -> list[Draw]:
-        """Draw one token per row, as `sampling.sample` does.
+    def log_softmax(self, logits: torch.Tensor) -> torch.Tensor:
+        """(B, V) float32 → (B, V) float32: the numbers that a draw reports as lp_raw."""
+        logits = _contiguous(logits)
+        out = torch.empty_like(logits)
+        self.library.everstep_log_softmax(
+            logits.data_ptr(), *logits.shape, out.data_ptr(), torch.get_num_threads()
+        )
+        return out
+
+    def sample(self, logits: torch.Tensor, rules: Sequence[Rule]) -> list[Draw | None]:
+        """Draw one token per row, as `sampling.sample` does; None where its rule takes the
+        logits beyond float32.
 
         logits  (B, V) float32, finite; not changed
         rules   B
@@ -332,7 +343,11 @@ class Ops:
             changed = logits.clone()
             for row, rule in enumerate(rules):
                 if rule.changes_logits:
-                    sampling._penalise(changed[row], rule)
+                    sampling.penalise(changed[row], rule)
+        lost = {row for row, rule in enumerate(rules) if _overflows(changed[row], rule)}
+        if lost:
+            changed = changed.clone()
+            changed[sorted(lost)] = 0.0
         banned = np.array([i for rule in rules for i in rule.banned], dtype=np.int64)
         if banned.size and not 0 <= banned.min() <= banned.max() < vocab:
             raise ValueError(f"banned ids beyond a vocabulary of {vocab}")
@@ -346,7 +361,7 @@ class Ops:
             banned.ctypes.data, draws.ctypes.data, kept.ctypes.data, top_ids.ctypes.data,
             top_lps.ctypes.data, most, torch.get_num_threads(),
         )  # fmt: skip
-        found = []
+        found: list[Draw | None] = []
         for row, (rule, numbers) in enumerate(zip(rules, draws.tolist(), strict=True)):
             token, count, tops, lp_sampled, lp_temp, log_mass, lp_raw, entropy = numbers
             draw = Draw(token, lp_sampled, lp_temp, math.exp(log_mass), count < vocab)
@@ -359,8 +374,15 @@ class Ops:
             if rule.num_top:
                 pairs = zip(top_ids[row, :tops].tolist(), top_lps[row, :tops].tolist(), strict=True)
                 draw.top = list(pairs)
-            found.append(draw)
+            found.append(None if row in lost else draw)
         return found
+
+
+def _overflows(changed: torch.Tensor, rule: Rule) -> bool:
+    """Whether penalties or ÷ temperature leave a row without a best id in float32."""
+    if not (rule.changes_logits or 0.0 < rule.temperature < 1.0):
+        return False
+    return not math.isfinite(float((changed / (rule.temperature or 1.0)).amax()))
 
 
 def _rule_table(rules: Sequence[Rule], vocab: int) -> "np.ndarray[tuple[int], np.dtype[np.void]]":

@@ -102,7 +102,7 @@ def sample(logits: torch.Tensor, rules: Sequence[Rule]) -> list[Draw | None]:
         changed = logits.clone()
         for row, rule in enumerate(rules):
             if rule.changes_logits:
-                _penalise(changed[row], rule)
+                penalise(changed[row], rule)
     temperatures = torch.tensor([rule.temperature or 1.0 for rule in rules])
     lp_temp = log_softmax(changed / temperatures.unsqueeze(1))
     overflows = _overflows(lp_temp, rules)
@@ -142,7 +142,7 @@ def _overflows(lp_temp: torch.Tensor, rules: Sequence[Rule]) -> set[int]:
     return set(is_lost.nonzero()[:, 0].tolist())
 
 
-def _penalise(logits: torch.Tensor, rule: Rule) -> None:
+def penalise(logits: torch.Tensor, rule: Rule) -> None:
     """Apply penalties and bias to one row, in place (each id once, whatever the order)."""
     counts = Counter(rule.output_ids)
     if rule.repetition_penalty != 1.0:

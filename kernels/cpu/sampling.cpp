@@ -549,3 +549,14 @@ EVERSTEP_API void everstep_sample(const float* raw, const float* z, int64_t rows
         }
     });
 }
+
+// z (rows, size) float32 → out (rows, size): each id's lp_raw, the very numbers that a draw reports.
+EVERSTEP_API void everstep_log_softmax(const float* z, int64_t rows, int64_t size, float* out,
+                                       int32_t threads) {
+    parallel(rows, threads, [&](int64_t r) {
+        const Row row = make_row(z + r * size, size, 1.0f);
+        const double log_total = log_sum(row);
+        for (int64_t i = 0; i < size; ++i)
+            out[r * size + i] = static_cast<float>(logprob(row, i, log_total));
+    });
+}

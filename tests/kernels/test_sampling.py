@@ -8,8 +8,8 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from everstep.kernels import Rule, log_softmax, reference, sampling, top_of
-from everstep.kernels.sampling import sample
+from everstep.kernels import Rule, reference, sampling, top_of
+from everstep.kernels.sampling import log_softmax, sample
 
 from ..tolerances import CHI_SQUARE_SIGMAS, LOGPROB, logprob_tolerance
 from .draws import assert_same_bits, few, folded, many, poisoned, random, seeds  # noqa: F401
@@ -243,7 +243,7 @@ def test_penalties_are_those_of_a_loop(vocab, fields, seed):
     logits[0] = 0.0
     rule = make_rule(fields, vocab)
     changed = logits.clone()
-    sampling._penalise(changed, rule)
+    sampling.penalise(changed, rule)
     expected = reference.penalised(logits.tolist(), rule)
     assert changed.tolist() == pytest.approx(expected, rel=1e-6, abs=1e-5)
 
