@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Runs the programs of sanitize/, each with the source of its name, under ASan + UBSan, then TSan, at every level of this machine and
-# over the emulated AMX unit. Prints "sanitizers: clean" at the end, or stops at the first report.
+# Runs the programs of sanitize/, each with the source of its name, under ASan + UBSan and then TSan,
+# at every level of this machine and over the emulated AMX unit. Prints "sanitizers: clean" at the
+# end, or stops at the first report. Minutes.
 #
 #   kernels/cpu/sanitize.sh
 set -euo pipefail
