@@ -79,12 +79,12 @@ def sides(
         old = plan_attention(spans, block_size=BLOCK_SIZE, tile_tokens=tokens_per_tile(h, g))
         calls["torch"] = lambda i: attention(q, k[i % layers], v[i % layers], old, scale=scale)
     dense = [
-        tuple(x[: batch * context].view(batch, context, g, d).transpose(1, 2) for x in pair)
-        for pair in zip(k, v, strict=True)
+        [x[: batch * context].view(batch, context, g, d).transpose(1, 2) for x in caches]
+        for caches in (k, v)
     ]
     q_dense = q.view(batch, new, h, d).transpose(1, 2)
     calls["sdpa"] = lambda i: torch.nn.functional.scaled_dot_product_attention(
-        q_dense, *dense[i % layers], is_causal=new > 1, enable_gqa=True
+        q_dense, dense[0][i % layers], dense[1][i % layers], is_causal=new > 1, enable_gqa=True
     )
     return calls
 

@@ -316,3 +316,6 @@ def check_paths(source: Path, target: Path) -> None:
         raise ConfigError(f"{target} is the input; name another file for the output (-o)")
     if target.is_dir():
         raise ConfigError(f"{target} is a folder; name a file for the output (-o)")
+    if target.exists() and not target.is_file():
+        # a device or a pipe: what was written before could not be read back
+        raise ConfigError(f"{target} is not a regular file; name one for the output (-o)")

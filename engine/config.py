@@ -8,6 +8,10 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
+# compute threads wait without spinning: on a machine that does other things too, spinning costs
+# more than the second core gives (CPU.md §4). Read by the OpenMP runtime when torch is loaded.
+PATIENCE = {"OMP_WAIT_POLICY": "PASSIVE"}
+
 
 class ModelConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which weights, and in which numbers they are run."""
@@ -27,7 +31,9 @@ class ModelConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         Literal["use", "load"],
         Meta(description="FP8 weights: expand block by block at use, or once at load"),
     ] = "use"
-    max_model_len: Annotated[int, Meta(ge=2, description="context in tokens")] | None = None
+    max_model_len: (
+        Annotated[int, Meta(ge=2, description="context in tokens; default: the model's own")] | None
+    ) = None
     rope_tables: Annotated[
         Literal["float32", "model"],
         Meta(description="model: rotary tables in the model dtype, for comparisons with HF"),

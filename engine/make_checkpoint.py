@@ -139,7 +139,9 @@ def resize(shape: str, sizes: Sequence[str]) -> RingShape:
     kinds: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false"}
     changes = {}
     for size in sizes:
-        name, _, value = size.partition("=")
+        name, equals, value = size.partition("=")
+        if not equals:
+            raise CheckpointError(f"size {size!r} must be KEY=VALUE, as in hidden_size=1024")
         if name not in types:
             raise CheckpointError(f"unknown size {name!r}; accepted: {', '.join(types)}")
         try:

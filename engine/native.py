@@ -21,7 +21,7 @@ import zmq
 import zmq.asyncio
 
 from . import errors
-from .config import EngineConfig
+from .config import PATIENCE, EngineConfig
 from .errors import EngineDied, EverstepError
 from .messages import (
     Died,
@@ -36,9 +36,6 @@ from .messages import (
 
 OnLoading = Callable[[Loading], None]
 GRACE_S = 5.0
-# compute threads wait without spinning: on a machine that does other things too, spinning costs
-# more than the second core gives (CPU.md §4). Read by the OpenMP runtime when torch is loaded.
-PATIENCE = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def _ignore(_: Loading) -> None:

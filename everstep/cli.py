@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import __version__
-from .engine.errors import EverstepError
+from .engine.config import PATIENCE
+from .engine.errors import ConfigError, EverstepError
 from .engine.rollout import SamplingParams
 from .flags import Settings, with_settings
 from .settings import log_format, nearest
@@ -36,6 +37,9 @@ CHAT_SAMPLING = SamplingParams(temperature=0.7, top_p=0.95)
 
 def main() -> None:
     """The console script."""
+    # here, since the conversion of the default model and `doctor --determinism` load torch before
+    # any backend could say it
+    os.environ.update(PATIENCE | dict(os.environ))
     sys.exit(run(sys.argv[1:]))
 
 
@@ -57,11 +61,13 @@ def run(arguments: Sequence[str]) -> int:
             raise
         return _fail(f"{error.filename or 'system'}: {error.strerror}")
     except Exception as error:
-        # the parser's own errors (a bad flag, a missing argument) know how to say it
+        # the parser's own errors (a bad flag, a missing argument) know how to say it; without
+        # any argument the help has been shown, and nothing is left to say
         message = getattr(error, "format_message", None)
         if message is None:
             raise
-        return _fail(_explain(error, " ".join(message().split())))
+        words = " ".join(message().split())
+        return _fail(_explain(error, words)) if words else 2
     return code if isinstance(code, int) else 0
 
 
@@ -127,6 +133,8 @@ def chat(
     """
     from . import chat as conversations
 
+    if " " in (said := settings.config.engine.model.path.strip()) and not Path(said).exists():
+        raise ConfigError(f"MODEL is {said!r}; a prompt goes to --prompt: everstep chat --prompt …")
     with _open_llm(settings) as llm:
         conversation = conversations.Conversation(llm, system=system, sampling=sampling)
         if prompt is not None:

@@ -133,7 +133,10 @@ def _walk(tree: type[Struct], prefix: str) -> Iterator[Setting]:
             continue
         parts, metas, _ = _parts(annotation)
         text = next((meta.description for meta in metas if meta.description), "")
-        yield Setting(path, annotation, field.default, text, _accepts(annotation, parts, metas))
+        default = field.default
+        if default is msgspec.NODEFAULT and field.default_factory is not msgspec.NODEFAULT:
+            default = field.default_factory()
+        yield Setting(path, annotation, default, text, _accepts(annotation, parts, metas))
 
 
 def _parts(annotation: Any) -> tuple[list[Any], list[Meta], bool]:
@@ -170,6 +173,8 @@ def _accepts(annotation: Any, parts: Sequence[Any], metas: Sequence[Meta]) -> st
             words.append(kind + _range(metas))
         elif part is str:
             words.append("text")
+        elif typing.get_origin(part) is dict:
+            words.append("a table")
         else:
             words.append("a list (repeat the flag, or separate by commas)")
     if _parts(annotation)[2]:
@@ -178,10 +183,12 @@ def _accepts(annotation: Any, parts: Sequence[Any], metas: Sequence[Meta]) -> st
 
 
 def _range(metas: Sequence[Meta]) -> str:
-    low = next(
-        (m.ge if m.ge is not None else m.gt for m in metas if (m.ge, m.gt) != (None, None)), None
-    )
-    high = next((m.le for m in metas if m.le is not None), None)
+    """` from 0 to 1`, ` above 0, at most 1`, ` of at least 1`, ` above 0`, or nothing."""
+    low = next((meta.ge for meta in metas if meta.ge is not None), None)
+    above = next((meta.gt for meta in metas if meta.gt is not None), None)
+    high = next((meta.le for meta in metas if meta.le is not None), None)
+    if above is not None:
+        return f" above {above}" + (f", at most {high}" if high is not None else "")
     if low is not None and high is not None:
         return f" from {low} to {high}"
     return f" of at least {low}" if low is not None else ""

@@ -153,12 +153,13 @@ class Ops:
         q = _with_heads(q)
         k_cache, v_cache = _same_slots(k_cache, v_cache)
         out = torch.empty((tokens, heads, dim), dtype=q.dtype)
-        rows, starts, lengths, tables = (plan.spans[i].data_ptr() for i in range(4))
+        count = plan.spans.shape[1]
+        rows, starts, lengths, tables = (plan.spans.data_ptr() + 8 * i * count for i in range(4))
         self.library.everstep_attention(
             _is_bf16(q, k_cache, v_cache),
             q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr(),
             heads, kv_heads, dim, q.stride(0), k_cache.stride(0),
-            plan.spans.shape[1], rows, starts, lengths, tables,
+            count, rows, starts, lengths, tables,
             plan.blocks.data_ptr(), plan.block_size, scale, torch.get_num_threads(),
         )  # fmt: skip
         return out

@@ -131,12 +131,17 @@ class EngineCollector(Collector):
         self._model_name = model_name
 
     def collect(self) -> Iterator[Metric]:
-        families = {**_core_families(self._manager), **_declared(self._manager.metrics.metrics)}
-        for name, family in families.items():
+        found = families(self._manager)
+        for name, family in found.items():
             yield _render(name, family, None)
         for alias, name in ALIASES.items():
-            if name in families:
-                yield _render(alias, families[name], self._model_name)
+            if name in found:
+                yield _render(alias, found[name], self._model_name)
+
+
+def families(manager: RolloutManager) -> dict[str, Family]:
+    """All metrics under our names, without the `_total` that counters have on the wire."""
+    return {**_core_families(manager), **_declared(manager.metrics.metrics)}
 
 
 def _declared(metrics: Iterable[Counter | Gauge | Histogram]) -> dict[str, Family]:

@@ -11,10 +11,12 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 def test_every_folder_with_an_init_is_packed():
     packed = set(PROJECT["tool"]["setuptools"]["packages"])
+    environments = {path.parent.name for path in ROOT.glob("*/pyvenv.cfg")}
+    outside = {"tests", "benchmarks", "build"} | environments
     folders = {
         path.parent.relative_to(ROOT)
         for path in ROOT.rglob("__init__.py")
-        if not {"tests", "benchmarks", "build", ".venv"} & set(path.relative_to(ROOT).parts)
+        if not outside & set(path.relative_to(ROOT).parts)
     }
     real = {
         f

@@ -60,11 +60,16 @@ struct Vec {
 EVERSTEP_INLINE NativeInt as_int(Native x) { return (NativeInt)x; }
 EVERSTEP_INLINE Native as_float(NativeInt x) { return (Native)x; }
 
+// function(part) for each register; written out, since the compiler keeps in registers only what it
+// never saw indexed by a variable
 template <class Function>
 EVERSTEP_INLINE Vec each(Function function) {
-    Vec out;
-    for (int i = 0; i < kParts; ++i) out.part[i] = function(i);
-    return out;
+    if constexpr (kParts == 1)
+        return Vec{{function(0)}};
+    else if constexpr (kParts == 2)
+        return Vec{{function(0), function(1)}};
+    else
+        return Vec{{function(0), function(1), function(2), function(3)}};
 }
 
 EVERSTEP_INLINE Vec set(float x) {
@@ -76,12 +81,17 @@ EVERSTEP_INLINE Vec zero() {
 }
 
 EVERSTEP_INLINE Vec load(const float* from) {
-    Vec out;
-    std::memcpy(&out, from, sizeof out);
-    return out;
+    return each([&](int i) {
+        Native part;
+        std::memcpy(&part, from + i * kWidth, sizeof part);
+        return part;
+    });
 }
 
-EVERSTEP_INLINE void store(float* to, Vec x) { std::memcpy(to, &x, sizeof x); }
+EVERSTEP_INLINE void store(float* to, Vec x) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kParts; ++i) std::memcpy(to + i * kWidth, &x.part[i], sizeof(Native));
+}
 
 // The first `count` lanes only; memory beyond is neither read nor written.
 EVERSTEP_INLINE Vec load_first(const float* from, int count) {

@@ -13,6 +13,8 @@
 // where there are many; never K.
 #include "gemm.h"
 
+#include <type_traits>
+
 #include "amx.h"
 
 namespace everstep {
@@ -25,6 +27,7 @@ constexpr int kMaxSums = 6;  // of 16 registers, two each
 #else
 constexpr int kMaxSums = 4;  // NEON: of 32 registers, four each
 #endif
+constexpr int kDirectSums = 16;  // where the tables of FP8 codes take registers too
 constexpr int kMaxRows = 32;
 constexpr int kMaxTiles = 4;
 constexpr int kAheadBytes = 1024;
@@ -36,14 +39,24 @@ struct Sums {
 
 // -- the three loops: how a step of K is loaded and multiplied
 
+// steps of two k that share a scale: 128 columns
+constexpr std::int64_t kScaleSteps = 64;
+
+// What turns codes into numbers, made anew for each kScaleSteps; here: nothing.
+struct NoDecoder {
+    EVERSTEP_INLINE void start(const float*, std::int64_t) {}
+};
+
 struct Float32 {
     using X = float;
     using XPart = Vec;
     using WPart = Vec;
     static constexpr int kStep = 1;
     static constexpr int kStepBytes = kLanes * 4;
+    static constexpr int kSums = kMaxSums;
+    using Decoder = NoDecoder;
 
-    static EVERSTEP_INLINE WPart weight(const char* w, const float*, std::int64_t) {
+    static EVERSTEP_INLINE WPart weight(const Decoder&, const char* w) {
         return load(reinterpret_cast<const float*>(w));
     }
     static EVERSTEP_INLINE XPart row(const X* x) { return set(*x); }
@@ -59,8 +72,10 @@ struct PairsDot {
     using WPart = __m512i;
     static constexpr int kStep = 2;
     static constexpr int kStepBytes = kLanes * 2 * 2;
+    static constexpr int kSums = kMaxSums;
+    using Decoder = NoDecoder;
 
-    static EVERSTEP_INLINE WPart weight(const char* w, const float*, std::int64_t) {
+    static EVERSTEP_INLINE WPart weight(const Decoder&, const char* w) {
         return _mm512_loadu_si512(w);
     }
     static EVERSTEP_INLINE XPart row(const X* x) {
@@ -78,31 +93,66 @@ using Bf16 = PairsDot;
 
 // Sixteen e4m3 codes times their scales. As float16 with its bits moved up a code is 1/256 of its
 // value, subnormals included; the scale holds the 256.
-EVERSTEP_INLINE __m512 decode(const char* codes, __m512 scale) {
-    const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)codes));
+EVERSTEP_INLINE __m512 decode(__m128i codes, __m512 scale) {
+    const __m256i wide = _mm256_cvtepi8_epi16(codes);
     const __m256i half = _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(-0x4001));
     return _mm512_mul_ps(_mm512_cvtph_ps(half), scale);
 }
 
-// 2 × 16 codes to 16 bf16 pairs: each product rounded to float32, then to bf16, as
-// Weight.expanded() does.
-EVERSTEP_INLINE __m512i decode_pairs(const char* codes, __m512 scale) {
-    const __m512i order = _mm512_set_epi16(
-        31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
-        19, 3, 18, 2, 17, 1, 16, 0);
-    const __m512bh both =
-        _mm512_cvtne2ps_pbh(decode(codes + kLanes, scale), decode(codes, scale));
-    return _mm512_permutexvar_epi16(order, (__m512i)both);
-}
+// 16 × 2 codes to 16 bf16 pairs: each product rounded to float32, then to bf16, as
+// Weight.expanded() does. With one scale for all there are 128 results and their negatives.
+struct BlockDecoder {
+    __m512i table[4];
 
-template <bool kIsBlock>
+    EVERSTEP_INLINE void start(const float* scale, std::int64_t block) {
+        alignas(64) static constexpr std::uint64_t kFirst[2] = {0x0706050403020100, 0x0f0e0d0c0b0a0908};
+        const __m512 factor = _mm512_set1_ps(scale[block]);
+        const __m128i first = _mm_load_si128(reinterpret_cast<const __m128i*>(kFirst));
+#pragma GCC unroll 4
+        for (int part = 0; part < 4; ++part) {
+            const auto low = static_cast<char>(part * 32), high = static_cast<char>(part * 32 + 16);
+            table[part] = (__m512i)_mm512_cvtne2ps_pbh(
+                decode(_mm_add_epi8(first, _mm_set1_epi8(high)), factor),
+                decode(_mm_add_epi8(first, _mm_set1_epi8(low)), factor));
+        }
+    }
+    EVERSTEP_INLINE __m512i pairs(const char* codes) const {
+        const __m512i wide = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)codes));
+        const __m512i low = _mm512_permutex2var_epi16(table[0], wide, table[1]);
+        const __m512i high = _mm512_permutex2var_epi16(table[2], wide, table[3]);
+        const __mmask32 is_high = _mm512_test_epi16_mask(wide, _mm512_set1_epi16(0x40));
+        const __m512i size = _mm512_mask_blend_epi16(is_high, low, high);
+        // size ^ (sign & 0x8000)
+        return _mm512_ternarylogic_epi32(size, _mm512_slli_epi16(wide, 8),
+                                         _mm512_set1_epi16(-0x8000), 0x78);
+    }
+};
+
+struct ChannelDecoder {
+    __m512 factor[2];
+
+    // lanes of 8 outputs × 2 k, so that rounding leaves pairs
+    EVERSTEP_INLINE void start(const float* scale, std::int64_t) {
+        const __m512 all = _mm512_loadu_ps(scale);
+        factor[0] = _mm512_permutexvar_ps(
+            _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0), all);
+        factor[1] = _mm512_permutexvar_ps(
+            _mm512_set_epi32(15, 15, 14, 14, 13, 13, 12, 12, 11, 11, 10, 10, 9, 9, 8, 8), all);
+    }
+    EVERSTEP_INLINE __m512i pairs(const char* codes) const {
+        const auto* from = reinterpret_cast<const __m128i*>(codes);
+        return (__m512i)_mm512_cvtne2ps_pbh(decode(_mm_loadu_si128(from + 1), factor[1]),
+                                            decode(_mm_loadu_si128(from), factor[0]));
+    }
+};
+
+template <class D>
 struct Fp8Dot : PairsDot {
     static constexpr int kStepBytes = kLanes * 2;
+    static constexpr int kSums = kDirectSums;
+    using Decoder = D;
 
-    static EVERSTEP_INLINE WPart weight(const char* w, const float* scale, std::int64_t step) {
-        return decode_pairs(
-            w, kIsBlock ? _mm512_set1_ps(scale[step >> 6]) : _mm512_loadu_ps(scale));
-    }
+    static EVERSTEP_INLINE WPart weight(const D& decoder, const char* w) { return decoder.pairs(w); }
 };
 
 #else
@@ -117,8 +167,10 @@ struct PairsExpanded {
     using WPart = Pair;
     static constexpr int kStep = 2;
     static constexpr int kStepBytes = kLanes * 2 * 2;
+    static constexpr int kSums = kMaxSums;
+    using Decoder = NoDecoder;
 
-    static EVERSTEP_INLINE WPart weight(const char* w, const float*, std::int64_t) {
+    static EVERSTEP_INLINE WPart weight(const Decoder&, const char* w) {
         const Vec pairs = load(reinterpret_cast<const float*>(w));
         return {each([&](int i) { return as_float(as_int(pairs.part[i]) << 16); }),
                 each([&](int i) { return as_float(as_int(pairs.part[i]) & ~0xffff); })};
@@ -131,11 +183,11 @@ struct PairsExpanded {
 };
 using Bf16 = PairsExpanded;
 
-// Sixteen e4m3 codes times their scales, which hold a factor of 256 (see Packed).
+// Every second of 32 e4m3 codes times their scales, which hold a factor of 256 (see Packed).
 EVERSTEP_INLINE Vec decode(const char* codes, Vec scale) {
     float lanes[kLanes];
     for (int i = 0; i < kLanes; ++i) {
-        const auto code = static_cast<std::uint32_t>(static_cast<std::uint8_t>(codes[i]));
+        const auto code = static_cast<std::uint32_t>(static_cast<std::uint8_t>(codes[2 * i]));
         const std::uint32_t bits = (code & 0x80u) << 24 | (code & 0x7fu) << 20;
         std::memcpy(&lanes[i], &bits, sizeof bits);
     }
@@ -155,29 +207,43 @@ void block(const typename F::X* x, std::int64_t x_stride, const char* w, std::in
     const std::int64_t steps = k / F::kStep;
     const std::int64_t rounds_of_own = steps - kAheadBytes / F::kStepBytes;
     typename F::WPart parts[kTiles];
-    for (std::int64_t step = 0; step < steps; ++step) {
-        // ahead in this tile, then in the tile that the next block of columns begins with
-        const std::int64_t jump = step < rounds_of_own ? 0 : (kTiles - 1) * tile_bytes;
+    typename F::Decoder decoders[kTiles];
+    for (std::int64_t step = 0; step < steps;) {
+        const std::int64_t end = std::is_same_v<typename F::Decoder, NoDecoder>
+                                     ? steps
+                                     : std::min(steps, step + kScaleSteps);
 #pragma GCC unroll 8
-        for (int tile = 0; tile < kTiles; ++tile) {
-            const char* from = w + tile * tile_bytes + step * F::kStepBytes;
-            __builtin_prefetch(from + kAheadBytes + jump);
-            parts[tile] = F::weight(from, scale + tile * scale_stride, step);
-        }
+        for (int tile = 0; tile < kTiles; ++tile)
+            decoders[tile].start(scale + tile * scale_stride, step / kScaleSteps);
+        for (; step < end; ++step) {
+            // ahead in this tile, then in the tile that the next block of columns begins with
+            const std::int64_t jump = step < rounds_of_own ? 0 : (kTiles - 1) * tile_bytes;
+#pragma GCC unroll 8
+            for (int tile = 0; tile < kTiles; ++tile) {
+                const char* from = w + tile * tile_bytes + step * F::kStepBytes;
+                __builtin_prefetch(from + kAheadBytes + jump);
+                parts[tile] = F::weight(decoders[tile], from);
+            }
 #pragma GCC unroll 16
-        for (int row = 0; row < kRows; ++row) {
-            const typename F::XPart part = F::row(x + row * x_stride + step * F::kStep);
+            for (int row = 0; row < kRows; ++row) {
+                const typename F::XPart part = F::row(x + row * x_stride + step * F::kStep);
 #pragma GCC unroll 8
-            for (int tile = 0; tile < kTiles; ++tile)
-                sums[row][tile] = F::multiply(sums[row][tile], part, parts[tile]);
+                for (int tile = 0; tile < kTiles; ++tile)
+                    sums[row][tile] = F::multiply(sums[row][tile], part, parts[tile]);
+            }
         }
     }
     if (k % F::kStep != 0) {
-        for (int tile = 0; tile < kTiles; ++tile)
-            parts[tile] = F::weight(w + tile * tile_bytes + steps * F::kStepBytes,
-                                    scale + tile * scale_stride, steps);
+#pragma GCC unroll 8
+        for (int tile = 0; tile < kTiles; ++tile) {
+            decoders[tile].start(scale + tile * scale_stride, steps / kScaleSteps);
+            parts[tile] =
+                F::weight(decoders[tile], w + tile * tile_bytes + steps * F::kStepBytes);
+        }
+#pragma GCC unroll 16
         for (int row = 0; row < kRows; ++row) {
             const typename F::XPart part = F::last(x + row * x_stride + steps * F::kStep);
+#pragma GCC unroll 8
             for (int tile = 0; tile < kTiles; ++tile)
                 sums[row][tile] = F::multiply(sums[row][tile], part, parts[tile]);
         }
@@ -191,9 +257,11 @@ template <class F>
 using Block = void (*)(const typename F::X*, std::int64_t, const char*, std::int64_t, const float*,
                        std::int64_t, std::int64_t, Sums&);
 
-constexpr int max_rows(int tiles) { return std::min(8, std::max(1, kMaxSums / tiles)); }
+constexpr int max_rows(int tiles, int sums = kMaxSums) {
+    return std::min(8, std::max(1, sums / tiles));
+}
 
-template <class F, int kTiles, int kRows = max_rows(kTiles)>
+template <class F, int kTiles, int kRows = max_rows(kTiles, F::kSums)>
 Block<F> pick_rows(int rows) {
     if constexpr (kRows > 1)
         if (rows < kRows) return pick_rows<F, kTiles, kRows - 1>(rows);
@@ -202,8 +270,9 @@ Block<F> pick_rows(int rows) {
 
 template <class F>
 Block<F> pick(int rows, int tiles) {
+    if (tiles == 1) return pick_rows<F, 1>(rows);
+    if constexpr (F::kSums <= kDirectSums) return pick_rows<F, 2>(rows);
     switch (tiles) {
-        case 1: return pick_rows<F, 1>(rows);
         case 2: return pick_rows<F, 2>(rows);
         case 3: return pick_rows<F, 3>(rows);
         default: return pick_rows<F, 4>(rows);
@@ -272,6 +341,11 @@ const char* expand(const Packed& w, std::int64_t tile, int tiles) {
         const char* codes = static_cast<const char*>(w.data) + (tile + t) * w.tile_bytes();
         const float* scale = w.scale + (tile + t) * w.scales_per_tile();
         const std::int64_t used = ceil_div(w.k, 2);
+#if defined(__AVX512BF16__)
+        BlockDecoder blocks;
+        ChannelDecoder channels;
+        if (w.format == kFp8Channel) channels.start(scale, 0);
+#endif
         for (std::int64_t pair = 0; pair < pairs; ++pair) {
             bf16* to = out + (t * pairs + pair) * 2 * kLanes;
             if (pair >= used) {
@@ -280,13 +354,16 @@ const char* expand(const Packed& w, std::int64_t tile, int tiles) {
             }
             const char* from = codes + pair * 2 * kLanes;
 #if defined(__AVX512BF16__)
-            const __m512 factor =
-                w.format == kFp8Block ? _mm512_set1_ps(scale[pair >> 6]) : _mm512_loadu_ps(scale);
-            _mm512_storeu_si512(to, decode_pairs(from, factor));
+            if (w.format == kFp8Block) {
+                if (pair % kScaleSteps == 0) blocks.start(scale, pair / kScaleSteps);
+                _mm512_storeu_si512(to, blocks.pairs(from));
+            } else {
+                _mm512_storeu_si512(to, channels.pairs(from));
+            }
 #else
-            const Vec factor = w.format == kFp8Block ? set(scale[pair >> 6]) : load(scale);
+            const Vec factor = w.format == kFp8Block ? set(scale[pair / kScaleSteps]) : load(scale);
             const Vec first = round_bf16(decode(from, factor));
-            const Vec second = round_bf16(decode(from + kLanes, factor));
+            const Vec second = round_bf16(decode(from + 1, factor));
             const Vec both = each([&](int i) {
                 const NativeInt low = as_int(first.part[i]) >> 16 & 0xffff;
                 return as_float(low | as_int(second.part[i]));
@@ -314,29 +391,32 @@ int tiles_at_once(const Packed& w, std::int64_t rows) {
     return w.is_pair || rows <= max_rows(4) ? 4 : 3;
 }
 
+constexpr int kDirectTiles = 2;
+
+// One block of rows: every code is decoded once, on its way into the product.
+bool is_decoded_in_registers(std::int64_t rows) {
+#if defined(__AVX512BF16__)
+    return rows <= max_rows(kDirectTiles, kDirectSums);
+#else
+    return rows < 0;
+#endif
+}
+
 template <class F>
 void run(const Packed& w, const typename F::X* x, std::int64_t x_stride, const Share& share,
          const Sink& sink) {
     const std::int64_t rows = share.end_row - share.first_row;
-    const int at_once = tiles_at_once(w, rows);
+    const bool is_direct = w.scale && is_decoded_in_registers(rows);
+    const int at_once = is_direct ? kDirectTiles : tiles_at_once(w, rows);
     const std::int64_t tile_bytes = w.tile_bytes(), scales = w.scales_per_tile();
     Sums sums;
     for (std::int64_t tile = share.first_tile; tile < share.end_tile; tile += at_once) {
         const auto tiles = static_cast<int>(std::min<std::int64_t>(at_once, share.end_tile - tile));
-        const int most = max_rows(tiles);
+        const int most = max_rows(tiles, is_direct ? kDirectSums : kMaxSums);
         const char* data = static_cast<const char*>(w.data) + tile * tile_bytes;
         const float* scale = w.scale + (w.scale ? tile * scales : 0);
-        bool is_expanded = false;
-#if defined(__AVX512BF16__)
-        // more than one block of rows: decode once
-        if (w.scale && rows > most)
-#else
-        if (w.scale)
-#endif
-        {
-            data = expand(w, tile, tiles);
-            is_expanded = true;
-        }
+        const bool is_expanded = w.scale && !is_direct;
+        if (is_expanded) data = expand(w, tile, tiles);
         for (std::int64_t row = share.first_row; row < share.end_row;) {
             const int count = next_rows(share.end_row - row, most);
             const auto* from = x + row * x_stride;
@@ -486,9 +566,9 @@ void linear(const Packed& w, const void* x, std::int64_t m, std::int64_t x_strid
         if (w.format == kBf16)
             run<Bf16>(w, rows, stride, share, sink);
         else if (w.format == kFp8Block)
-            run<Fp8Dot<true>>(w, rows, stride, share, sink);
+            run<Fp8Dot<BlockDecoder>>(w, rows, stride, share, sink);
         else
-            run<Fp8Dot<false>>(w, rows, stride, share, sink);
+            run<Fp8Dot<ChannelDecoder>>(w, rows, stride, share, sink);
 #else
         run<Bf16>(w, rows, stride, share, sink);
 #endif
@@ -544,7 +624,7 @@ EVERSTEP_API void everstep_pack(std::int32_t format, const void* w, std::int64_t
     else
         pack(static_cast<const std::uint8_t*>(w), n, k, stride, padded,
              static_cast<std::uint8_t*>(out), step, offset, threads,
-             [](std::int64_t i, int lane) { return i * kLanes + lane; });
+             [](std::int64_t i, int lane) { return i / 2 * 32 + lane * 2 + i % 2; });
 }
 
 EVERSTEP_API void everstep_linear(const everstep::Packed* w, const void* x, std::int64_t m,

@@ -16,7 +16,7 @@ enum Output : std::int32_t { kRounded = 0, kFloat = 1 };
 //
 //   float32  data[tile][k][16 n]
 //   bf16     data[tile][k/2][16 n][2 k]     k padded to a multiple of 32: AMX's tile order
-//   fp8      data[tile][k/2][2 k][16 n]     codes; k padded likewise
+//   fp8      data[tile][k/2][16 n][2 k]     codes; k padded likewise
 //            scale[tile][ceil(K/128)]       block      each 256 times its value: the codes are
 //            scale[tile][16 n]              channel    read as float16, 1/256 of theirs
 //

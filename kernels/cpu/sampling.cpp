@@ -25,6 +25,8 @@ namespace {
 constexpr int64_t kBlock = 512;
 // candidates of which the ranking is settled by sorting them
 constexpr int64_t kFew = 48;
+// more candidates than this are first told apart by bins of their values
+constexpr int kBins = 512;
 
 // as kernels/native_ops.py lays them out
 struct Rule {
@@ -47,7 +49,7 @@ struct Ranked {
 };
 
 EVERSTEP_INLINE bool is_ahead(const Ranked& a, const Ranked& b) {
-    return a.value > b.value || (a.value == b.value && a.id < b.id);
+    return (a.value > b.value) | ((a.value == b.value) & (a.id < b.id));
 }
 
 // -- sums in float64
@@ -263,10 +265,39 @@ Ranked kth(Ranked* candidates, int64_t count, int64_t k) {
     return candidates[k - 1];
 }
 
+// Leave the candidates of one bin of values: that in which the mass reaches the target. Bins are
+// even in y from the best candidate to the worst, so they keep the order. Returns how many are
+// left; `before` gets the mass of the bins above.
+int64_t narrow_to_bin(Ranked* candidates, int64_t count, const float* e, double target,
+                      double* before) {
+    float best = candidates[0].value, worst = best;
+    for (int64_t i = 1; i < count; ++i) {
+        best = candidates[i].value > best ? candidates[i].value : best;
+        worst = candidates[i].value < worst ? candidates[i].value : worst;
+    }
+    if (!(worst > -1e30f) || best == worst) return count;
+    double mass[kBins] = {};
+    const float scale = static_cast<float>(kBins) / (best - worst);
+    auto bin_of = [&](const Ranked& x) {
+        return std::min(static_cast<int>((best - x.value) * scale), kBins - 1);
+    };
+    for (int64_t i = 0; i < count; ++i) mass[bin_of(candidates[i])] += e[candidates[i].id];
+    int bin = 0;
+    // the worst candidate is in the last bin: no bin that is stopped at is empty
+    for (; bin < kBins - 1 && *before + mass[bin] < target; ++bin) *before += mass[bin];
+    int64_t n = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        candidates[n] = candidates[i];
+        n += bin_of(candidates[i]) == bin;
+    }
+    return n;
+}
+
 // The last in rank before which less than `target` has been gathered. Reorders.
 // Quickselect by mass: each round leaves one side of a pivot, whose mass is known, behind.
 Ranked border_of_mass(Ranked* candidates, int64_t count, const float* e, double target) {
     double before = 0.0;
+    if (count > kBins) count = narrow_to_bin(candidates, count, e, target, &before);
     while (count > kFew) {
         Ranked* end = candidates + count;
         Ranked a = candidates[0], b = candidates[count / 2], c = candidates[count - 1];
@@ -295,8 +326,11 @@ Ranked border_of_mass(Ranked* candidates, int64_t count, const float* e, double 
 // Keep what does not rank behind the border; ids stay ascending.
 int64_t keep_to(Ranked* kept, int64_t count, Ranked border) {
     int64_t n = 0;
-    for (int64_t i = 0; i < count; ++i)
-        if (!is_ahead(border, kept[i])) kept[n++] = kept[i];
+    for (int64_t i = 0; i < count; ++i) {
+        const bool stays = !is_ahead(border, kept[i]);
+        kept[n] = kept[i];
+        n += stays;
+    }
     return n;
 }
 
@@ -472,8 +506,10 @@ private:
         }
         if (rule_.min_p > 0.0f) {
             int64_t n = 0;
-            for (int64_t i = 0; i < kept_count_; ++i)
-                if (e_[kept_[i].id] >= rule_.min_p) kept_[n++] = kept_[i];
+            for (int64_t i = 0; i < kept_count_; ++i) {
+                kept_[n] = kept_[i];
+                n += e_[kept_[i].id] >= rule_.min_p;
+            }
             kept_count_ = n;
         }
     }

@@ -76,6 +76,8 @@ def test_exit_codes_and_refusals(
     for target, word in [
         (good, "is the input"),
         (tmp_path, "is a folder"),
+        (Path("/dev/null"), "is not a regular file"),
+        (Path("/dev/full"), "is not a regular file"),
         (tmp_path / "none" / "out", "cannot be written"),
     ]:
         assert run(["batch", str(good), "-o", str(target), *base]) == 2

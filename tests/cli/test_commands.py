@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from everstep import cli
 from everstep.cli import run
 from everstep.clients.batch import Counts
 from everstep.engine.messages import Stats
@@ -24,6 +26,7 @@ from tests.fakes import FakeClock
 def test_version_and_help_need_nothing_heavy() -> None:
     code = """
 import sys
+from everstep import cli
 from everstep.cli import run
 assert run(["--version"]) == 0 and run(["serve", "--help"]) == 0
 heavy = {"torch", "starlette", "uvicorn", "numpy", "zmq", "tokenizers"} & set(sys.modules)
@@ -32,6 +35,17 @@ assert not heavy, heavy
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("everstep 0.")
+
+
+def test_every_command_has_patient_threads_before_torch_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "")
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setattr(cli, "run", lambda arguments: 0)
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
 
 
 def test_a_checkpoint_is_made_verified_and_not_overwritten(

@@ -115,6 +115,8 @@ def test_flags_that_set_nothing_are_met_with_a_note_or_a_reason(
         ("chat a --model b", "two models: MODEL is 'a', --model is 'b'"),
         ("chat a b", "unexpected extra argument"),
         ("chat --max-num-seqs", "requires an argument"),
+        ("chat --top-p 0", "top_p must be a number above 0.0, at most 1.0, got '0'"),
+        ("make-checkpoint OUT --size hidden_size", "'hidden_size' must be KEY=VALUE"),
         ("chat --temperature hot", "temperature must be a number from 0.0 to 100.0, got 'hot'"),
         ("chat --block-size 0", "engine.kv.block_size must be"),
         ("nix", "No such command"),
@@ -132,6 +134,20 @@ def test_a_users_mistake_is_one_line_and_exit_2(
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert words in err
+
+
+def test_a_prompt_in_place_of_the_model_is_told_from_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(["chat", "Why is the sky blue?"]) == 2
+    assert "a prompt goes to --prompt" in capsys.readouterr().err
+
+
+def test_no_command_at_all_shows_the_help_and_no_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([]) == 2
+    captured = capsys.readouterr()
+    assert "everstep chat" in captured.out
+    assert captured.err == ""
 
 
 def test_batch_invariance_of_vllm_is_acknowledged(

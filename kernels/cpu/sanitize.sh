@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Runs the programs of sanitize/, each with the source of its name, under ASan + UBSan and then TSan,
+# at every level of this machine and over the emulated AMX unit. Prints "sanitizers: clean" at the
+# end, or stops at the first report. Minutes.
+#
+#   kernels/cpu/sanitize.sh
+set -euo pipefail
+cd "$(dirname "$0")"
+out=$(mktemp -d)
+trap 'rm -rf "$out"' EXIT
+common="-std=c++17 -O1 -g -fno-math-errno -ffp-contract=off -Wall -Wextra -Werror -Wno-psabi
+  -Wno-uninitialized -Wno-maybe-uninitialized"
+avx512="-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mfma -mf16c"
+declare -A levels=([portable]="")
+grep -qw avx2 /proc/cpuinfo && levels[avx2]="-mavx2 -mfma -mf16c"
+grep -qw avx512_bf16 /proc/cpuinfo && levels[avx512]="$avx512" \
+  levels[amx-emulated]="$avx512 -DEVERSTEP_EMULATE_AMX"
+grep -qw amx_bf16 /proc/cpuinfo && levels[amx]="$avx512 -mamx-tile -mamx-bf16 -mamx-int8"
+for level in "${!levels[@]}"; do
+  for program in sanitize/*.cpp; do
+    name=$(basename "$program" .cpp)
+    for kind in address,undefined thread; do
+      # OpenMP's barriers are unknown to TSan: plain threads instead
+      ${CXX:-c++} $common ${levels[$level]} -fsanitize=$kind -fno-sanitize-recover=all \
+        -DEVERSTEP_STD_THREADS "$program" "$name.cpp" -pthread -o "$out/$name"
+      echo "$level, $kind: $("$out/$name")"
+    done
+  done
+done
+echo "sanitizers: clean"
