@@ -90,7 +90,8 @@ class RowResult(Struct, kw_only=True):
 
     prompt_lp[i], prompt_top[i] belong to prompt position start + 1 + i (given those before it).
     routing_* hold one record per token of the row.
-    nonfinite names step and layer where a value was first not finite; then `sampled` is None.
+    nonfinite names step and layer where a value was first not finite; fault is what this row
+    raised, run alone. With either the rollout ends, and `sampled` is None.
     """
 
     sampled: Sampled | None = None
@@ -99,6 +100,11 @@ class RowResult(Struct, kw_only=True):
     routing_ids: bytes = b""
     routing_weights: bytes = b""
     nonfinite: str | None = None
+    fault: str | None = None
+
+    @property
+    def is_bad(self) -> bool:
+        return self.nonfinite is not None or self.fault is not None
 
 
 class StepResult(Struct, kw_only=True):

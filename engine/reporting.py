@@ -18,6 +18,8 @@ def ending(rollout: LiveRollout, result: RowResult) -> FinishReason | None:
     """Why the rollout ends with this row, whose token was appended already; None: it goes on."""
     if result.nonfinite is not None:
         return FinishReason("error", detail=f"nonfinite: {result.nonfinite}")
+    if result.fault is not None:
+        return FinishReason("error", detail=f"internal: {result.fault}")
     if result.sampled is None:
         return None
     if result.sampled.token_id in rollout.stop_ids:
@@ -61,7 +63,7 @@ def report(
     if rollout.has_extras:
         if sampled is not None:
             _add_sampled_extras(tokens, sampled)
-        if result.nonfinite is None:
+        if not result.is_bad:
             has_news |= _add_row_records(tokens, rollout, row, result)
     end = row.start + len(row.token_ids)
     if end > rollout.num_reported_rows:

@@ -5,6 +5,7 @@ Shapes: T packed tokens, R rows whose logits are wanted, V vocabulary, L MoE lay
 
 import ctypes
 import math
+import traceback
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,7 +22,7 @@ from ..kernels import (
     sample,
     top_of,
 )
-from . import model
+from . import log, model
 from .config import ModelConfig, ResolvedKV
 from .model import Forward, KVStore
 from .plan import Row, RowResult, Sampled, StepPlan, StepResult
@@ -79,7 +80,7 @@ class ModelRunner:
             seed=0,
             banned_ids=[],
         )
-        self.run(StepPlan(step=0, rows=[row]))
+        self._run_rows([row], 0)
         for tensor in self._tensors():
             tensor[self._slots([1])] = 0
 
@@ -88,9 +89,22 @@ class ModelRunner:
         """Carry out a plan: parks, unparks, copies, then the rows."""
         self._move_blocks(plan)
         results: list[RowResult] = []
-        if plan.rows:
-            results = self._run_rows(plan)
+        try:
+            if plan.rows:
+                results = self._run_rows(plan.rows, plan.step)
+        except Exception:
+            # a row has the same bits alone, so that only those pay that cannot be run
+            results = [self._run_alone(row, plan.step) for row in plan.rows]
         return StepResult(version=self.weights.version, digest=self.weights.digest, rows=results)
+
+    def _run_alone(self, row: Row, step: int) -> RowResult:
+        try:
+            [result] = self._run_rows([row], step)
+        except Exception as error:
+            text = traceback.format_exc()
+            log.event("row.failed", level="error", rollout=row.rollout_id, traceback=text)
+            result = RowResult(fault=" ".join(f"{type(error).__name__}: {error}".split()))
+        return result
 
     def _tensors(self) -> list[torch.Tensor]:
         return [*self._store.keys, *self._store.values]
@@ -116,8 +130,7 @@ class ModelRunner:
         first = torch.tensor(blocks, dtype=torch.int64) * size
         return (first.unsqueeze(1) + torch.arange(size)).reshape(-1)
 
-    def _run_rows(self, plan: StepPlan) -> list[RowResult]:
-        rows = plan.rows
+    def _run_rows(self, rows: list[Row], step: int) -> list[RowResult]:
         spans, first = [], 0
         for row in rows:
             spans.append(QuerySpan(first, row.start, len(row.token_ids), row.block_table))
@@ -125,13 +138,13 @@ class ModelRunner:
         ids = torch.tensor([i for row in rows for i in row.token_ids])
         layout = model.plan_step(self.weights.config, spans, self._kv.block_size)
         out = model.forward(self.weights, ids, self._store, layout, self._tables)
-        bad = self._find_nonfinite(ids, layout, out, spans, plan.step)
+        bad = self._find_nonfinite(ids, layout, out, spans, step)
         results = [RowResult(nonfinite=bad.get(i)) for i in range(len(rows))]
         for row, span, result in zip(rows, spans, results, strict=True):
             if result.nonfinite is None:
-                self._record_prompt(row, span, out, result, plan.step)
+                self._record_prompt(row, span, out, result, step)
                 self._record_routing(row, span, out, result)
-        self._draw(rows, spans, out, results, plan.step)
+        self._draw(rows, spans, out, results, step)
         return results
 
     def _find_nonfinite(

@@ -178,8 +178,8 @@ class Scheduler:
             rollout.ids.append(sampled.token_id)
             self._num_drawn += 1
         else:
-            assert result.nonfinite or not row.samples, f"{row.rollout_id}: a draw is missing"
-        if result.nonfinite is None:
+            assert result.is_bad or not row.samples, f"{row.rollout_id}: a draw is missing"
+        if not result.is_bad:
             self._kv.book(rollout.kv, row.start + len(row.token_ids))
         if rollout.parent_hash is not None:
             self._roster.requeue(self._roster.watch.advance(rollout, is_done=row.samples))

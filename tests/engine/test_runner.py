@@ -3,6 +3,7 @@
 import asyncio
 from dataclasses import replace
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -15,7 +16,7 @@ from everstep.engine.determinism import Laboratory
 from everstep.engine.manager import RolloutManager, Submission
 from everstep.engine.messages import Add, Tokens
 from everstep.engine.native import ThreadBackend
-from everstep.engine.rollout import Rollout, SamplingParams
+from everstep.engine.rollout import FinishReason, Rollout, SamplingParams
 from everstep.engine.weights import load_weights
 
 PROMPT = [(11 * i * i + 5) % 250 for i in range(40)]
@@ -32,8 +33,9 @@ def generate(folder, sampling, prompts, **batch) -> list[Rollout]:
         await manager.start()
         try:
             found = []
-            for prompt in prompts:
-                found += manager.submit(Submission(prompt_ids=prompt, sampling=sampling))
+            each = sampling if isinstance(sampling, list) else [sampling] * len(prompts)
+            for prompt, params in zip(prompts, each, strict=True):
+                found += manager.submit(Submission(prompt_ids=prompt, sampling=params))
             return [await manager.wait(r.id) for r in found]
         finally:
             await manager.close()
@@ -202,6 +204,33 @@ def test_a_draw_beyond_float32_ends_that_rollout_alone(tiny_checkpoint):
     assert ended["good"].type == "length"
     assert ended["bad"].type == "error"
     assert ended["bad"].detail.endswith("(penalties, temperature)")
+
+
+@pytest.mark.parametrize("max_tokens", [1, 6])
+def test_a_row_that_cannot_be_run_ends_its_rollout_and_the_others_keep_their_bits(
+    tiny_checkpoint, monkeypatch, max_tokens
+):
+    draw = kernels.sample
+
+    def sample(logits, rules):
+        if any(rule.seed == 13 for rule in rules):
+            raise IndexError("no such\nindex")
+        return draw(logits, rules)
+
+    monkeypatch.setattr("everstep.engine.runner.sample", sample)
+    params = SamplingParams(max_tokens=max_tokens, prompt_logprobs=1, record=("routing",))
+    prompts = [PROMPT, PROMPT[:9], PROMPT[:20]]
+    seeds = [msgspec.structs.replace(params, seed=seed) for seed in (1, 13, 2)]
+    first, bad, second = generate(tiny_checkpoint, seeds, prompts)
+    assert bad.finish_reason == FinishReason("error", detail="internal: IndexError: no such index")
+    assert bad.output_ids == []
+    for rollout, sampling, prompt in (
+        (first, seeds[0], prompts[0]),
+        (second, seeds[2], prompts[2]),
+    ):
+        [alone] = generate(tiny_checkpoint, [sampling], [prompt])
+        for name in ("output_ids", "lp_sampled", "prompt_lp", "routing_ids", "routing_weights"):
+            assert getattr(rollout, name) == getattr(alone, name), name
 
 
 def replace_id(add: Add, rollout_id: str, prompt: list[int]) -> Add:
