@@ -237,7 +237,7 @@ void soften(float* row, int64_t last) {
     const Vec top = set(max_lanes(best));
     Vec total = zero();
     for (int64_t j = 0; j < vectors; ++j) {
-        Vec e = exp(load(row + j * kLanes) - top);
+        Vec e = exp_share(load(row + j * kLanes) - top);
         total = total + e;
         store(row + j * kLanes, e);
     }
@@ -245,7 +245,7 @@ void soften(float* row, int64_t last) {
     T* weights = (T*)row;
     for (int64_t j = 0; j < vectors; ++j) {
         Vec e = load(row + j * kLanes);
-        store(weights + j * kLanes, e * share);
+        store_share(weights + j * kLanes, e * share);
     }
 }
 

@@ -33,6 +33,40 @@ EVERSTEP_INLINE Vec round_to<bf16>(Vec x) {
     return round_bf16(x);
 }
 
+// e^x for x <= 0 as softmax needs it, within 2 ulp: cheaper than exp, as nothing overflows, and
+// what is below e^-86 (4e-38, nothing beside the 1 of the largest score) is taken for e^-86.
+EVERSTEP_INLINE Vec exp_share(Vec x) {
+    const Native low = -86.0f - Native{}, shift = 12582912.0f - Native{};
+    return each([&](int i) {
+        const Native t = x.part[i] < low ? low : x.part[i];
+        const Native shifted = fma(t, 1.44269504f - Native{}, shift);
+        const Native n = shifted - shift;
+        Native r = fma(n, -0.693359375f - Native{}, t);
+        r = fma(n, 2.12194440e-4f - Native{}, r);
+        Native p = 1.9875691500e-4f - Native{};
+        p = fma(p, r, 1.3981999507e-3f - Native{});
+        p = fma(p, r, 8.3334519073e-3f - Native{});
+        p = fma(p, r, 4.1665795894e-2f - Native{});
+        p = fma(p, r, 1.6666665459e-1f - Native{});
+        p = fma(p, r, 5.0000001201e-1f - Native{});
+        p = fma(p, r * r, r) + 1.0f;
+        // n, in the low bits of `shifted`, goes to the exponent; the bits above it are shifted out
+        return as_float(as_int(p) + (as_int(shifted) << 23));
+    });
+}
+
+// Weights of a softmax: as store(), which treats subnormals otherwise (a bf16 product takes them
+// for zero in any case).
+EVERSTEP_INLINE void store_share(float* to, Vec x) { store(to, x); }
+EVERSTEP_INLINE void store_share(bf16* to, Vec x) {
+#if defined(__AVX512BF16__)
+    const __m256bh half = _mm512_cvtneps_pbh((__m512)x.part[0]);
+    std::memcpy(to, &half, sizeof half);
+#else
+    store(to, x);
+#endif
+}
+
 // -- words of 32 bits: a float32, or two bf16 (the even element in the lower half)
 
 struct Words {
