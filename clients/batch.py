@@ -18,7 +18,8 @@ from typing import BinaryIO
 from msgspec import Struct
 
 from ..engine.errors import ConfigError, EverstepError, InvalidRequest
-from ..engine.manager import RolloutManager, Submission
+from ..engine.intake import Submission
+from ..engine.manager import RolloutManager
 from ..engine.rollout import Rollout, RolloutState
 from ..engine.tokenizer import Tokenizer
 from .batch_lines import Defaults, Job, explicit_id, job_of, parse_line

@@ -24,7 +24,8 @@ from ..engine.backend import Backend
 from ..engine.config import EngineConfig
 from ..engine.errors import ConfigError, EngineUnavailable, InvalidRequest
 from ..engine.hub import Progress, ignore_progress, resolve
-from ..engine.manager import Delta, RolloutManager, Submission
+from ..engine.intake import Submission
+from ..engine.manager import Delta, RolloutManager
 from ..engine.messages import Died, Loading, Ready
 from ..engine.native import ThreadBackend
 from ..engine.rollout import Rollout, SamplingParams, check_prompt

@@ -1,6 +1,6 @@
 """One record per event: a dotted name, then fields. Text for people, JSON with EVERSTEP_LOG=json.
 
-    log.event("rollout.finished", rollout=id, tokens=812, reason="stop")
+log.event("rollout.finished", rollout=id, tokens=812, reason="stop")
 """
 
 import json
@@ -25,7 +25,11 @@ class _TextFormatter(logging.Formatter):
 class _JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         fields = getattr(record, "fields", {})
-        head = {"time": record.created, "level": record.levelname.lower(), "event": record.getMessage()}
+        head = {
+            "time": record.created,
+            "level": record.levelname.lower(),
+            "event": record.getMessage(),
+        }
         return json.dumps(head | fields, default=str)
 
 

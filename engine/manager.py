@@ -11,22 +11,20 @@ import time
 import traceback
 import uuid
 from collections.abc import AsyncIterator, Iterable, Sequence
-from typing import Any
 
 from msgspec import Struct
 
 from . import log
 from .backend import Backend
-from .detokenizer import Detokenizer
 from .errors import (
-    ContextTooLong,
     Draining,
     EngineUnavailable,
     EverstepError,
-    InvalidRequest,
     Overloaded,
     UnknownRollout,
 )
+from .growth import Growth
+from .intake import Submission
 from .messages import (
     Add,
     Cancel,
@@ -42,31 +40,10 @@ from .messages import (
     Tokens,
 )
 from .metrics import Registry
-from .rollout import (
-    MAX_SAMPLES,
-    FinishReason,
-    Rollout,
-    RolloutState,
-    SamplingParams,
-    Segment,
-    check_prompt,
-    derive_seed,
-)
+from .rollout import FinishReason, Rollout, RolloutState
 from .tokenizer import Tokenizer
 
 MAX_RESTARTS = 3
-
-
-class Submission(Struct, kw_only=True):
-    """What a face asks for: `samples` rollouts of one prompt."""
-
-    prompt_ids: list[int]
-    sampling: SamplingParams = SamplingParams()
-    samples: int = 1
-    group_id: str | None = None
-    priority: int = 0
-    client: str = ""
-    metadata: Any = None
 
 
 class Delta(Struct):
@@ -81,22 +58,6 @@ class Delta(Struct):
     end: int
     text: str
     is_last: bool
-
-
-class _Entry:
-    """A rollout with what only the manager needs: its detokeniser and who waits for news."""
-
-    __slots__ = ("detokenizer", "news", "rollout")
-
-    def __init__(self, rollout: Rollout, detokenizer: Detokenizer | None) -> None:
-        self.rollout = rollout
-        self.detokenizer = detokenizer
-        self.news = asyncio.Event()
-
-    def publish(self) -> None:
-        """Wake every reader; each looks at the rollout itself."""
-        self.news.set()
-        self.news = asyncio.Event()
 
 
 class RolloutManager:
@@ -117,7 +78,7 @@ class RolloutManager:
         self._tokenizer = tokenizer
         self._run_seed = run_seed
         self._max_live = max_live
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, Growth] = {}
         self._num_live = 0
         self._num_submitted = 0
         self._info: Ready | None = None
@@ -167,7 +128,7 @@ class RolloutManager:
     async def close(self) -> None:
         """Abort what is live, then end the backend."""
         self._is_draining = True
-        self.cancel([i for i, e in self._entries.items() if not e.rollout.state.is_ended])
+        self.cancel(list(self._entries))
         if self._collector is not None:
             self._collector.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -181,7 +142,7 @@ class RolloutManager:
 
         Raises InvalidRequest (ContextTooLong), Overloaded, EngineUnavailable, Draining.
         """
-        max_tokens = self._check(submission)
+        max_tokens = self._admit(submission)
         group_id = submission.group_id or f"grp-{uuid.uuid4().hex}"
         self._num_submitted += 1
         rollouts = []
@@ -192,14 +153,14 @@ class RolloutManager:
                 index=index,
                 prompt_ids=submission.prompt_ids,
                 sampling=submission.sampling,
-                seed=self._seed(submission, index),
+                seed=submission.seed_of(index, run_seed=self._run_seed, number=self._num_submitted),
                 max_tokens=max_tokens,
                 priority=submission.priority,
                 client=submission.client,
                 metadata=submission.metadata,
                 created_s=time.time(),
             )
-            self._entries[rollout.id] = _Entry(rollout, self._detokenizer(rollout))
+            self._entries[rollout.id] = Growth(rollout, self._tokenizer)
             self._num_live += 1
             rollouts.append(rollout)
         self._backend.send([self._add(rollout) for rollout in rollouts])
@@ -269,40 +230,15 @@ class RolloutManager:
         if entry is not None and entry.rollout.state.is_ended:
             del self._entries[rollout_id]
 
-    # --- checks ------------------------------------------------------------------------
+    # --- helpers of these --------------------------------------------------------------
 
-    def _check(self, submission: Submission) -> int:
-        """The resolved max_tokens, or the error that says what is wrong."""
+    def _admit(self, submission: Submission) -> int:
+        """The resolved max_tokens, or the error that says why it cannot run now."""
         if self._is_draining:
             raise Draining("the server is shutting down; send this elsewhere")
-        info = self.info
-        if not 1 <= submission.samples <= MAX_SAMPLES:
-            raise InvalidRequest(
-                f"n must be from 1 to {MAX_SAMPLES}, got {submission.samples}", field="n"
-            )
-        sampling = submission.sampling.check(vocab_size=info.vocab_size)
-        check_prompt(
-            submission.prompt_ids, vocab_size=info.vocab_size, max_model_len=info.max_model_len
+        max_tokens = submission.check(
+            self.info, eos_ids=self._eos_ids, has_tokenizer=self._tokenizer is not None
         )
-        if sampling.stop and self._tokenizer is None:
-            raise InvalidRequest(
-                "stop: strings need a tokenizer, and this engine runs without one; "
-                "use stop_token_ids",
-                field="stop",
-            )
-        room = info.max_model_len - len(submission.prompt_ids)
-        if sampling.max_tokens is not None and sampling.max_tokens > room:
-            raise ContextTooLong(
-                f"max_tokens: {len(submission.prompt_ids)} prompt tokens leave room for {room} of "
-                f"the context's {info.max_model_len}, got {sampling.max_tokens}",
-                field="max_tokens",
-            )
-        max_tokens = sampling.max_tokens or room
-        if sampling.min_tokens > max_tokens:
-            raise InvalidRequest(
-                f"min_tokens: at most {max_tokens} tokens fit, got {sampling.min_tokens}",
-                field="min_tokens",
-            )
         if self._num_live + submission.samples > self._max_live:
             raise Overloaded(
                 f"{self._num_live} rollouts are waiting or running, the limit is "
@@ -311,32 +247,14 @@ class RolloutManager:
             )
         return max_tokens
 
-    def _seed(self, submission: Submission, index: int) -> int:
-        """The rollout's own seed: two rollouts never share one by accident."""
-        seed = submission.sampling.seed
-        if seed is None:
-            return derive_seed("rollout", self._run_seed, self._num_submitted, index)
-        return seed if submission.samples == 1 else derive_seed("sample", seed, index)
-
-    def _detokenizer(self, rollout: Rollout) -> Detokenizer | None:
-        if self._tokenizer is None:
-            return None
-        sampling = rollout.sampling
-        return Detokenizer(
-            self._tokenizer,
-            stop=sampling.stop,
-            include_stop=sampling.include_stop_str_in_output,
-            skip_special_tokens=sampling.skip_special_tokens,
-            min_tokens=sampling.min_tokens,
-        )
+    @property
+    def _eos_ids(self) -> tuple[int, ...]:
+        """The tokenizer knows more of them than the configs that a core has read."""
+        return tuple(self.info.eos_ids if self._tokenizer is None else self._tokenizer.eos_ids)
 
     def _add(self, rollout: Rollout) -> Add:
         sampling = rollout.sampling
-        eos = (
-            list(self._tokenizer.eos_ids)
-            if self._tokenizer is not None
-            else list(self.info.eos_ids)
-        )
+        eos = self._eos_ids
         stop_ids = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else eos)}
         return Add(
             rollout_id=rollout.id,
@@ -352,15 +270,15 @@ class RolloutManager:
             start_paused=rollout.id in self._paused,
         )
 
-    def _entry(self, rollout_id: str) -> _Entry:
+    def _entry(self, rollout_id: str) -> Growth:
         entry = self._entries.get(rollout_id)
         if entry is None:
             raise UnknownRollout(f"no rollout has the id {rollout_id!r}")
         return entry
 
-    def _live(self, rollout_ids: Iterable[str]) -> list[_Entry]:
+    def _live(self, rollout_ids: Iterable[str]) -> list[Growth]:
         found = (self._entries.get(rollout_id) for rollout_id in rollout_ids)
-        return [e for e in found if e is not None and not e.rollout.state.is_ended]
+        return [entry for entry in found if entry is not None and entry.is_live]
 
     # --- what cores say ----------------------------------------------------------------
 
@@ -395,9 +313,8 @@ class RolloutManager:
                     self._take_tokens(message, tokens)
             case StateChanged():
                 for rollout_id, state in message.moves:
-                    entry = self._entries.get(rollout_id)
-                    if entry is not None and not entry.rollout.state.is_ended:
-                        self._move(entry.rollout, RolloutState(state))
+                    for entry in self._live([rollout_id]):
+                        entry.move(RolloutState(state))
             case Rejected():
                 for entry in self._live([message.rollout_id]):
                     self._end(
@@ -408,139 +325,37 @@ class RolloutManager:
             case _:
                 log.event("core.unexpected_message", level="warning", kind=type(message).__name__)
 
-    def _move(self, rollout: Rollout, state: RolloutState) -> None:
-        if rollout.state == state:
-            return
-        rollout.num_preemptions += state == RolloutState.PREEMPTED
-        rollout.move(state)
-
     def _take_tokens(self, message: Tokens, tokens: RolloutTokens) -> None:
         entry = self._entries.get(tokens.rollout_id)
-        if entry is None or entry.rollout.state.is_ended:
+        if entry is None or not entry.is_live:
             return  # cancelled, or ended at a stop string, while the core went on
         rollout = entry.rollout
-        self._append_prompt(rollout, tokens)
-        matched = self._append_output(entry, message, tokens)
-        if matched is not None:
-            self._end(entry, RolloutState.FINISHED, FinishReason("stop", matched))
-            self._backend.send([Cancel([rollout.id])])
-        elif tokens.finish is not None:
-            failed = tokens.finish.type == "error"
-            state = RolloutState.FAILED if failed else RolloutState.FINISHED
-            self._end(entry, state, tokens.finish)
-        else:
-            entry.publish()
-
-    def _append_prompt(self, rollout: Rollout, tokens: RolloutTokens) -> None:
-        """Prompt logprobs and routing by position; what is there already is not taken twice."""
-        if tokens.prompt_lp:
-            if not rollout.prompt_lp:
-                rollout.prompt_lp.append(None)
-                rollout.prompt_top.append([])
-            skip = len(rollout.prompt_lp) - tokens.prompt_start
-            rollout.prompt_lp += tokens.prompt_lp[skip:]
-            rollout.prompt_top += tokens.prompt_top[skip:]
-        if tokens.routing_ids:
-            info = self.info
-            choices = info.num_moe_layers * info.num_experts_per_tok
-            width = 1 if info.num_experts <= 256 else 2
-            skip = len(rollout.routing_ids) // (choices * width) - tokens.routing_start
-            rollout.routing_ids += tokens.routing_ids[skip * choices * width :]
-            rollout.routing_weights += tokens.routing_weights[skip * choices * 4 :]
-        if tokens.num_cached_tokens is not None and not rollout.output_ids:
-            rollout.num_cached_tokens = tokens.num_cached_tokens
-
-    def _append_output(self, entry: _Entry, message: Tokens, tokens: RolloutTokens) -> str | None:
-        """Append what is new; the stop string if one was completed. Tokens after the one that
-        completes it count as never sampled."""
-        rollout, detokenizer = entry.rollout, entry.detokenizer
-        skip = len(rollout.output_ids) - tokens.start
-        count = len(tokens.ids)
-        matched = None
-        silent = self._silent_token(rollout, tokens)
-        for index in range(max(skip, 0), len(tokens.ids)):
-            if detokenizer is not None and index != silent:
-                rollout.text += detokenizer.push(tokens.ids[index])
-                rollout.text_offset = detokenizer.offset
-                matched = detokenizer.matched
-            if matched is not None:
-                count = index + 1
-                break
-        part = slice(max(skip, 0), count)
-        if not tokens.ids[part]:
-            return None
-        if rollout.first_token_s is None:
-            rollout.first_token_s = time.time()
+        is_first = rollout.first_token_s is None
+        finish = entry.take(message, tokens, self.info)
+        if is_first and rollout.first_token_s is not None:
             self._ttft.observe(rollout.first_token_s - rollout.created_s)
-        self._open_segment(rollout, message)
-        rollout.output_ids += tokens.ids[part]
-        rollout.lp_sampled += tokens.lp_sampled[part]
-        rollout.lp_temp += tokens.lp_temp[part]
-        rollout.kept_mass += tokens.kept_mass[part]
-        rollout.flags += tokens.flags[part]
-        rollout.versions += [message.version] * len(tokens.ids[part])
-        rollout.lp_raw += tokens.lp_raw[part]
-        rollout.entropy += tokens.entropy[part]
-        rollout.kept_ids += tokens.kept_ids[part]
-        rollout.top += tokens.top[part]
-        return matched
+        if finish is None:
+            entry.publish()
+            return
+        failed = finish.type == "error"
+        self._end(entry, RolloutState.FAILED if failed else RolloutState.FINISHED, finish)
+        if finish is not tokens.finish:
+            # a stop string, of which the core knows nothing
+            self._backend.send([Cancel([rollout.id])])
 
-    def _silent_token(self, rollout: Rollout, tokens: RolloutTokens) -> int | None:
-        """Index of a stop token whose text is not shown (as vLLM does); None: all are."""
-        finish = tokens.finish
-        if finish is None or not isinstance(finish.matched, int):
-            return None
-        return None if rollout.sampling.include_stop_str_in_output else len(tokens.ids) - 1
-
-    def _open_segment(self, rollout: Rollout, message: Tokens) -> None:
-        last = rollout.segments[-1] if rollout.segments else None
-        info = self.info
-        if last is None or (last.version, last.digest, last.core) != (
-            message.version,
-            message.digest,
-            info.core_id,
-        ):
-            rollout.segments.append(
-                Segment(
-                    start=len(rollout.output_ids),
-                    version=message.version,
-                    digest=message.digest,
-                    numerics=info.numerics,
-                    core=info.core_id,
-                )
-            )
-
-    def _end(self, entry: _Entry, state: RolloutState, reason: FinishReason) -> None:
+    def _end(self, entry: Growth, state: RolloutState, reason: FinishReason) -> None:
+        entry.end(state, reason)
         rollout = entry.rollout
-        self._flush_text(entry, reason)
-        rollout.move(state)
-        rollout.finish_reason = reason
-        rollout.ended_s = time.time()
         self._num_live -= 1
         self._paused.discard(rollout.id)
         self._ended.add(1, reason.type)
+        assert rollout.ended_s is not None
         self._e2e.observe(rollout.ended_s - rollout.created_s)
         if rollout.first_token_s is not None and len(rollout.output_ids) > 1:
             rest = rollout.ended_s - rollout.first_token_s
             self._itl.observe(rest / (len(rollout.output_ids) - 1))
         if reason.type == "error":
             log.event("rollout.failed", level="error", rollout=rollout.id, detail=reason.detail)
-        entry.publish()
-
-    def _flush_text(self, entry: _Entry, reason: FinishReason) -> None:
-        """Give what was held back. Before a silent stop token half a character may be open,
-        which that token would have completed: then it is not text of this rollout."""
-        rollout, detokenizer = entry.rollout, entry.detokenizer
-        if detokenizer is None or self._tokenizer is None:
-            return
-        tail = detokenizer.finish()
-        if tail and isinstance(reason.matched, int):
-            skip = rollout.sampling.skip_special_tokens
-            whole = self._tokenizer.decode(rollout.output_ids, skip_special_tokens=skip)
-            if not whole.startswith(rollout.text + tail):
-                tail = ""
-        rollout.text += tail
-        rollout.text_offset = len(rollout.text)
 
     # --- a core that dies --------------------------------------------------------------
 
@@ -580,6 +395,5 @@ class RolloutManager:
         if self._is_paused:
             self._backend.send([Pause(None)])
         for entry in entries:
-            if entry.rollout.state != RolloutState.QUEUED:
-                self._move(entry.rollout, RolloutState.QUEUED)
+            entry.move(RolloutState.QUEUED)
         self._backend.send([self._add(entry.rollout) for entry in entries])

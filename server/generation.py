@@ -10,7 +10,8 @@ from msgspec import UNSET, Struct, UnsetType, structs
 from starlette.requests import Request
 
 from ..engine.errors import InvalidRequest, UnknownModel
-from ..engine.manager import RolloutManager, Submission
+from ..engine.intake import Submission
+from ..engine.manager import RolloutManager
 from ..engine.messages import Ready
 from ..engine.rollout import (
     LogprobsMode,

@@ -40,6 +40,8 @@ BOOKS = {
     "detokenizer",
     "hub",
     "kv_cache",
+    "growth",
+    "intake",
     "manager",
     "native",
     "planner",

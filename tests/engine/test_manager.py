@@ -13,7 +13,8 @@ from everstep.engine.errors import (
     Overloaded,
     UnknownRollout,
 )
-from everstep.engine.manager import RolloutManager, Submission
+from everstep.engine.intake import Submission
+from everstep.engine.manager import RolloutManager
 from everstep.engine.messages import StateChanged
 from everstep.engine.rollout import RolloutState, SamplingParams
 from tests.engine.inline_backend import InlineBackend
@@ -367,5 +368,18 @@ def test_prompt_logprobs_and_routing_align_with_positions_also_after_a_new_core(
             # every position but the last sampled token was computed: 30 + 8 - 1 rows of 2 bytes
             assert len(done.routing_ids) == 37 * 2
             assert len(done.routing_weights) == 37 * 8
+
+    run(body())
+
+
+def test_min_tokens_with_nothing_left_to_draw_is_refused():
+    async def body():
+        async with managed() as (manager, _):
+            everything = tuple(range(300))
+            with pytest.raises(InvalidRequest) as caught:
+                manager.submit(ask(min_tokens=2, stop_token_ids=everything))
+            assert caught.value.field == "stop_token_ids"
+            [fine] = manager.submit(ask(stop_token_ids=everything))
+            assert len((await manager.wait(fine.id)).output_ids) == 1
 
     run(body())

@@ -13,7 +13,8 @@ from everstep.engine import teacher
 from everstep.engine.checkpoint import Checkpoint
 from everstep.engine.config import EngineConfig, KVConfig, ModelConfig
 from everstep.engine.determinism import Laboratory
-from everstep.engine.manager import RolloutManager, Submission
+from everstep.engine.intake import Submission
+from everstep.engine.manager import RolloutManager
 from everstep.engine.messages import Add, Tokens
 from everstep.engine.native import ThreadBackend
 from everstep.engine.rollout import FinishReason, Rollout, SamplingParams
