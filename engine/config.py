@@ -8,9 +8,10 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-# compute threads wait without spinning: on a machine that does other things too, spinning costs
-# more than the second core gives (CPU.md §4). Read by the OpenMP runtime when torch is loaded.
-PATIENCE = {"OMP_WAIT_POLICY": "PASSIVE"}
+# Compute threads wait for each other a little, then sleep: on a machine that does other things too,
+# long spinning costs more than the second core gives, and none at all doubles a small step
+# (benchmarks/RESULTS.md). Read by the OpenMP runtime when torch is loaded.
+PATIENCE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "50000"}
 
 
 class ModelConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ COUNT = 60
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     lines: list[Any] = [
-        {"custom_id": f"c{i}", "prompt": [1 + i, 2, 3], "max_tokens": 2 + i % 10, "n": 1 + i % 2}
+        {"custom_id": f"c{i}", "prompt": [1 + i, 2, 3], "max_tokens": 12 + i % 10, "n": 1 + i % 2}
         for i in range(COUNT - 2)
     ]
     chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 8, "logprobs": True}
@@ -50,6 +51,8 @@ def test_a_batch_killed_twice_gives_the_bytes_of_one_that_was_not(
         while not killed.exists() or killed.read_bytes().count(b"\n") < num_lines:
             assert process.poll() is None, process.stderr and process.stderr.read()
             time.sleep(0.005)
+        # held where it is, so that it cannot be done before it is killed
+        process.send_signal(signal.SIGSTOP)
         if num_lines == 5:
             other = subprocess.run(command, capture_output=True, text=True, timeout=60)
             assert other.returncode == 2

@@ -379,7 +379,8 @@ def test_a_size_of_a_preset_can_be_changed_by_name():
     [
         ("width=3", "unknown size 'width'; accepted: vocab_size, hidden_size"),
         ("hidden_size=many", "size hidden_size must be a whole number, got 'many'"),
-        ("use_bias", "size use_bias must be true or false, got ''"),
+        ("use_bias=maybe", "size use_bias must be true or false, got 'maybe'"),
+        ("use_bias", "size 'use_bias' must be KEY=VALUE"),
     ],
 )
 def test_a_size_that_cannot_be_is_named(size, message):
