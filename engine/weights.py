@@ -107,12 +107,11 @@ class WeightReader:
         return prepare(self._weight(name))
 
     def _weight(self, name: str) -> Weight:
-        """The linear layer `name`, every format."""
+        """The linear layer `name`, every format; it may alias the map (`prepare` copies)."""
         stored = self.checkpoint.linear(name)
-        bias = None if stored.bias is None else stored.bias.to(self.dtype, copy=True)
+        bias = None if stored.bias is None else stored.bias.to(self.dtype)
         if stored.scale is None:
-            data = stored.weight.to(self.dtype, copy=True).contiguous()
-            return Weight(data, self.dtype, bias=bias)
+            return Weight(stored.weight.to(self.dtype), self.dtype, bias=bias)
         weight = self._quantised(stored, bias)
         if self._expand_now:
             return Weight(weight.expanded().contiguous(), self.dtype, bias=bias)
@@ -121,10 +120,10 @@ class WeightReader:
     def _quantised(self, stored: StoredLinear, bias: torch.Tensor | None) -> Weight:
         assert stored.scale is not None
         return Weight(
-            stored.weight.clone(),
+            stored.weight,
             self.dtype,
             kind=stored.kind,
-            scale=stored.scale.float().clone(),
+            scale=stored.scale.float(),
             bias=bias,
             activations=self._activations,
         )

@@ -9,7 +9,7 @@ Shapes: T packed tokens, H hidden, I width of an MLP, E experts, K experts per t
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -101,18 +101,19 @@ def use_level(name: str) -> Iterator[None]:
 
 
 def prepare(weight: Weight) -> Linear:
-    """`weight` in the form that this level multiplies; the original may be dropped."""
+    """A copy of `weight` in the form that this level multiplies; its tensors may be a file's map."""
     ops = _chosen.ops()
     if ops is None or _needs_torch(weight):
-        return weight
+        return _copied(weight)
     return pack(weight, ops.library)
 
 
 def prepare_gate_up(gate: Weight, up: Weight) -> GateUp:
     """Gate and up of one MLP, together."""
     ops = _chosen.ops()
-    if ops is None or _needs_torch(gate) or _needs_torch(up):
-        return Pair(gate, up)
+    is_mixed = gate.kind != up.kind  # a file may keep one of them unquantised
+    if ops is None or is_mixed or _needs_torch(gate) or _needs_torch(up):
+        return Pair(_copied(gate), _copied(up))
     return pack_gate_up(gate, up, ops.library)
 
 
@@ -143,6 +144,16 @@ def prepare_experts(gate_ups: Sequence[GateUp], downs: Sequence[Linear]) -> Expe
     if len(pairs) == len(gate_ups) and len(packed) == len(downs):
         return ExpertBank(gate_ups, downs, ExpertTable(pairs, packed))
     return ExpertBank(gate_ups, downs)
+
+
+def _copied(weight: Weight) -> Weight:
+    """In memory of its own, contiguous and aligned: torch may round otherwise on other data."""
+
+    def copy(x: torch.Tensor | None) -> torch.Tensor | None:
+        return None if x is None else x.clone(memory_format=torch.contiguous_format)
+
+    data = weight.data.clone(memory_format=torch.contiguous_format)
+    return replace(weight, data=data, scale=copy(weight.scale), bias=copy(weight.bias))
 
 
 def _needs_torch(weight: Weight) -> bool:

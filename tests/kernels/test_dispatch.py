@@ -107,3 +107,20 @@ def test_weights_take_the_levels_form_and_w8a8_stays_with_torch(level):
 def test_the_level_is_named_and_explained(level):
     assert kernels.level_name() == level
     assert kernels.explain()["level"].startswith(level)
+
+
+def test_a_gate_and_an_up_of_different_formats_still_make_an_mlp(level):
+    gate = make_weight("block", 48, 128, torch.bfloat16)
+    up = make_weight("plain", 48, 128, torch.bfloat16)
+    x = random(1, 5, 128, dtype=torch.bfloat16)
+    actual = kernels.gate_up(x, kernels.prepare_gate_up(gate, up))
+    expected = reference.swiglu(reference.linear(x, gate), reference.linear(x, up))
+    assert (actual.double() - expected.double()).abs().max() < 0.05
+
+
+def test_prepared_weights_do_not_alias_what_they_were_made_of(level):
+    data = random(1, 32, 32, dtype=torch.float32)
+    x, prepared = random(2, 3, 32), kernels.prepare(Weight(data, torch.float32))
+    before = kernels.linear(x, prepared).clone()
+    data.zero_()
+    assert_same_bits(kernels.linear(x, prepared), before)
