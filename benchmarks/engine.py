@@ -27,7 +27,7 @@ from everstep.engine.messages import Add
 from everstep.engine.model import KVStore
 from everstep.engine.rollout import SamplingParams
 from everstep.engine.rotary import rotary_tables
-from everstep.engine.runner import ModelRunner
+from everstep.engine.runner import FEW_TOKENS, ModelRunner
 from everstep.engine.weights import Weights, load_weights
 from everstep.kernels import QuerySpan
 
@@ -80,7 +80,11 @@ def bare_step(weights: Weights, count: int) -> Callable[[], object]:
     plan = model.plan_step(config, spans, BLOCK)
     ids = torch.arange(count) % config.vocab_size
 
+    threads = torch.get_num_threads()
+
     def step() -> object:
+        # as the runner does
+        torch.set_num_threads(1 if count < FEW_TOKENS else threads)
         with torch.inference_mode():
             out = model.forward(weights, ids, kv, plan, tables)
             return model.logits(weights, out.hidden)
@@ -131,6 +135,7 @@ def main() -> None:
         assert isinstance(trial.core.runner, ModelRunner)
         whole_ms, bare_ms = [], []
         for _ in range(STEPS):
+            torch.set_num_threads(options.threads)
             whole_ms.append(milliseconds(trial.step))
             bare_ms.append(milliseconds(bare))
         whole, alone = statistics.median(whole_ms), statistics.median(bare_ms)

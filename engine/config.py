@@ -8,10 +8,10 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-# Compute threads wait for each other a little, then sleep: on a machine that does other things too,
-# long spinning costs more than the second core gives, and none at all doubles a small step
+# Compute threads sleep while they wait for each other: beside one other busy process, threads that
+# spin can share a core with the one they wait for, and a step then takes a second
 # (benchmarks/RESULTS.md). Read by the OpenMP runtime when torch is loaded.
-PATIENCE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "50000"}
+PATIENCE = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 class ModelConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -32,6 +32,9 @@ from .weights import Weights
 
 # changes when the bits of the C++ kernels do
 KERNELS_VERSION = 1
+# steps of fewer tokens run on one thread: waking a second one for each of some 300 small products
+# costs more than it gives (benchmarks/RESULTS.md). Bits do not depend on the number of threads.
+FEW_TOKENS = 16
 # rows of prompt logits in memory at once
 PROMPT_ROWS = 64
 
@@ -46,6 +49,7 @@ class ModelRunner:
         table_dtype = weights.dtype if config.rope_tables == "model" else torch.float32
         self._tables = rotary_tables(weights.config, kv.max_model_len, table_dtype)
         self._parked: dict[str, list[torch.Tensor]] = {}
+        self._num_threads = torch.get_num_threads()
 
     @property
     def numerics(self) -> str:
@@ -89,12 +93,16 @@ class ModelRunner:
         """Carry out a plan: parks, unparks, copies, then the rows."""
         self._move_blocks(plan)
         results: list[RowResult] = []
+        is_small = sum(len(row.token_ids) for row in plan.rows) < FEW_TOKENS
+        torch.set_num_threads(1 if is_small else self._num_threads)
         try:
             if plan.rows:
                 results = self._run_rows(plan.rows, plan.step)
         except Exception:
             # a row has the same bits alone, so that only those pay that cannot be run
             results = [self._run_alone(row, plan.step) for row in plan.rows]
+        finally:
+            torch.set_num_threads(self._num_threads)
         return StepResult(version=self.weights.version, digest=self.weights.digest, rows=results)
 
     def _run_alone(self, row: Row, step: int) -> RowResult:
