@@ -131,6 +131,7 @@ def main() -> None:
     per_token = 2 * weights.config.num_hidden_layers * weights.config.num_key_value_heads
     per_token *= weights.config.head_dim * weights.dtype.itemsize
     for count in (1, 8, 32, 128):
+        torch.set_num_threads(options.threads)
         trial, bare = decoding(weights, count), bare_step(weights, count)
         assert isinstance(trial.core.runner, ModelRunner)
         whole_ms, bare_ms = [], []
