@@ -69,6 +69,28 @@ class BatchConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     max_queue: Annotated[int, Meta(ge=1, description="rollouts waiting; beyond it: 429")] = 65536
 
 
+class JournalConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The file in which durable rollouts outlive the process (docs/explain/journal.md)."""
+
+    path: Annotated[str, Meta(min_length=1, description="the file; off: none")] | None = None
+    durability: Annotated[
+        Literal["process", "accepts", "power"],
+        Meta(
+            description="what also survives power loss; process: nothing promised, accepts: all "
+            "but the newest tokens, power: everything; kill -9 loses nothing at any level"
+        ),
+    ] = "accepts"
+    max_bytes: Annotated[
+        int, Meta(ge=2**20, description="size beyond which no new rollout is accepted")
+    ] = 16 * 2**30
+    retain_acked_s: Annotated[
+        float, Meta(ge=0, description="how long the name of an acknowledged rollout is kept")
+    ] = 3600.0
+    retain_keys_s: Annotated[
+        float, Meta(ge=0, description="how long an Idempotency-Key is remembered")
+    ] = 86400.0
+
+
 class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything a core needs."""
 

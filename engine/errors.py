@@ -3,12 +3,18 @@
     EverstepError
     ├── InvalidRequest            400  a parameter is wrong; `field` names it
     │   ├── ContextTooLong        400  prompt and max_tokens do not fit
-    │   └── UnknownModel          404
+    │   ├── UnknownModel          404
+    │   └── InvalidTrajectory     400  an export that cannot be taken; `field` names the part
+    ├── Conflict                  409  it contradicts what is known here
+    │   ├── KeyReused             409  an Idempotency-Key with another body
+    │   └── IllegalState          409  the rollout's state does not allow it
     ├── UnknownRollout            404
     ├── Overloaded                429  a queue is full; `retry_after_s`
     ├── EngineUnavailable         503  not ready
     │   ├── EngineDied            503
     │   └── Draining              503
+    ├── JournalError              503  the journal cannot be used; names the file, and the table and row
+    │   └── JournalFull           503  no room; nothing of the call was written
     ├── CheckpointError           exit 2  a model folder that cannot be loaded; names the tensor or the key
     ├── ConfigError               exit 2  a setting that cannot be used; names its path
     └── MissingExtra              exit 2  an optional package is not installed; names the extra
@@ -49,6 +55,31 @@ class UnknownModel(InvalidRequest):
     status = 404
 
 
+class InvalidTrajectory(InvalidRequest):
+    """An exported rollout that cannot be taken: cut, forged, foreign or of a newer format."""
+
+    code = "invalid_trajectory"
+
+
+class Conflict(EverstepError):
+    """The call contradicts what is known here; the same call will never succeed."""
+
+    code = "conflict"
+    status = 409
+
+
+class KeyReused(Conflict):
+    """The Idempotency-Key was used before, with another body."""
+
+    code = "idempotency_key_reused"
+
+
+class IllegalState(Conflict):
+    """The rollout is in a state that does not allow the call."""
+
+    code = "illegal_state"
+
+
 class UnknownRollout(EverstepError):
     """No rollout has this id."""
 
@@ -82,6 +113,20 @@ class EngineDied(EngineUnavailable):
 
 class Draining(EngineUnavailable):
     """The server is going down and takes no new work."""
+
+
+class JournalError(EverstepError):
+    """The journal cannot be used. The message names the file and, where one is bad, the record."""
+
+    code = "journal_error"
+    status = 503
+
+
+class JournalFull(JournalError):
+    """The journal has no room for new rollouts. Nothing was written; the call may be repeated."""
+
+    code = "journal_full"
+    retryable = True
 
 
 class CheckpointError(EverstepError):

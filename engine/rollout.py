@@ -199,6 +199,12 @@ class Rollout(Struct, kw_only=True):
     """Whose share of the machine this is charged to (fair queueing)."""
     metadata: Any = None
     attempt: int = 0
+    pool: str = ""
+    """Whose token budget it grows on."""
+    is_durable: bool = False
+    """Journaled: readers see journaled tokens only, and it outlives the process."""
+    forked_from: tuple[str, int] | None = None
+    """(rollout, number of its output tokens that were kept)."""
     state: RolloutState = RolloutState.QUEUED
     finish_reason: FinishReason | None = None
 

@@ -9,7 +9,13 @@ import msgspec
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from ..engine.errors import EngineUnavailable, EverstepError, InvalidRequest, Overloaded
+from ..engine.errors import (
+    EngineUnavailable,
+    EverstepError,
+    InvalidRequest,
+    JournalFull,
+    Overloaded,
+)
 from .openai_types import ErrorBody, ErrorResponse
 from .stream import ClientGone, RolloutFailed
 
@@ -72,7 +78,7 @@ def error_of(error: EverstepError) -> ErrorResponse:
 def error_response(error: EverstepError) -> Response:
     """With the headers that tell clients when, or whether, to try again."""
     headers: dict[str, str] = {}
-    if isinstance(error, Overloaded | EngineUnavailable):
+    if isinstance(error, Overloaded | EngineUnavailable | JournalFull):
         wait_s = error.retry_after_s if isinstance(error, Overloaded) else UNAVAILABLE_RETRY_S
         headers["retry-after"] = str(math.ceil(wait_s))
         headers["retry-after-ms"] = str(math.ceil(wait_s * 1000))

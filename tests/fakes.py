@@ -43,8 +43,8 @@ def fake_token(seed: int, position: int, ids: Sequence[int], vocab_size: int) ->
 
 
 def fake_logprob(ids: Sequence[int]) -> float:
-    """The logprob of the last id given those before it."""
-    return -(fingerprint("logprob", tuple(ids)) % 1000) / 100
+    """The logprob of the last id given those before it: a float32, as real ones are."""
+    return -(fingerprint("logprob", tuple(ids)) % 1000) / 128
 
 
 def fake_routing(ids: Sequence[int]) -> bytes:

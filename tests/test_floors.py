@@ -23,6 +23,7 @@ WORDS = {
     "config",
     "errors",
     "expected_tensors",
+    "journal_ops",
     "json_keys",
     "log",
     "messages",
@@ -32,6 +33,7 @@ WORDS = {
     "ring_config",
     "rollout",
     "rope_config",
+    "trajectory",
 }
 BOOKS = {
     "admission",
@@ -42,6 +44,7 @@ BOOKS = {
     "kv_cache",
     "growth",
     "intake",
+    "journal_memory",
     "manager",
     "native",
     "planner",

@@ -1,0 +1,245 @@
+"""A journal in memory: the same answers as the file's, and nothing survives.
+
+For tests, and the model that the file is compared with. Everything is held packed, so nothing is
+shared with the caller.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+
+import msgspec
+from msgspec import Struct
+
+from .config import JournalConfig
+from .errors import Conflict, IllegalState, JournalError, JournalFull
+from .journal_ops import (
+    Accept,
+    Ack,
+    Append,
+    End,
+    Flip,
+    Op,
+    Pause,
+    Query,
+    Recovered,
+    RequestKey,
+    Resume,
+    Summary,
+    grow,
+)
+from .rollout import Rollout, RolloutState
+from .trajectory import decode, encode, pack, unpack
+
+
+class _Entry(Struct, frozen=True):
+    """A rollout as stored; changes make a new one."""
+
+    summary: Summary
+    data: bytes
+    """The packed trajectory; empty once acknowledged."""
+    acked_s: float | None = None
+
+
+class _State(Struct):
+    """All of it; `commit` works on a copy."""
+
+    entries: dict[str, _Entry]
+    keys: dict[tuple[str, str, str], tuple[RequestKey, list[str]]]
+    is_all_paused: bool = False
+    flip: tuple[int, str] | None = None
+    num_accepted: int = 0
+    num_rollouts: int = 0
+
+
+class MemoryJournal:
+    """A `JournalStore` without a file."""
+
+    def __init__(
+        self, config: JournalConfig | None = None, *, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._config = config or JournalConfig()
+        self._clock = clock
+        self._state = _State({}, {})
+        self._is_closed = False
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(len(entry.data) for entry in self._state.entries.values())
+
+    def recover(self) -> Recovered:
+        self._check_open()
+        state, now = self._state, self._clock()
+        live = [
+            _restore(entry) for entry in state.entries.values() if not entry.summary.state.is_ended
+        ]
+        keys = [
+            (key, list(ids))
+            for key, ids in state.keys.values()
+            if key.created_s + self._config.retain_keys_s > now
+        ]
+        return Recovered(
+            live=live,
+            is_all_paused=state.is_all_paused,
+            keys=keys,
+            flip=state.flip,
+            num_accepted=state.num_accepted,
+        )
+
+    def check(self) -> list[str]:
+        self._check_open()
+        return []
+
+    def commit(self, ops: Sequence[Op]) -> None:
+        self._check_open()
+        state = self._state
+        draft = msgspec.structs.replace(state, entries=dict(state.entries), keys=dict(state.keys))
+        for op in ops:
+            self._apply(draft, op)
+        self._state = draft
+
+    def read(self, rollout_id: str) -> Rollout | None:
+        self._check_open()
+        entry = self._state.entries.get(rollout_id)
+        return None if entry is None or entry.summary.is_acked else _restore(entry)
+
+    def summary(self, rollout_id: str) -> Summary | None:
+        self._check_open()
+        entry = self._state.entries.get(rollout_id)
+        return None if entry is None else msgspec.structs.replace(entry.summary)
+
+    def list(self, query: Query) -> list[Summary]:
+        self._check_open()
+        found = [
+            msgspec.structs.replace(entry.summary)
+            for entry in self._state.entries.values()
+            if entry.summary.number > query.after
+            and query.state in (None, entry.summary.state)
+            and query.group_id in (None, entry.summary.group_id)
+            and query.pool in (None, entry.summary.pool)
+        ]
+        return found[: query.limit]
+
+    def compact(self) -> None:
+        self._check_open()
+        now, state = self._clock(), self._state
+        state.entries = {
+            rollout_id: entry
+            for rollout_id, entry in state.entries.items()
+            if entry.acked_s is None or entry.acked_s + self._config.retain_acked_s > now
+        }
+        state.keys = {
+            name: (key, ids)
+            for name, (key, ids) in state.keys.items()
+            if key.created_s + self._config.retain_keys_s > now
+        }
+
+    def close(self) -> None:
+        self._is_closed = True
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise JournalError("journal (memory): closed")
+
+    def _apply(self, draft: _State, op: Op) -> None:
+        match op:
+            case Accept():
+                self._accept(draft, op)
+            case Append():
+                for grown in op.grown:
+                    entry = _live(draft, grown.rollout_id)
+                    rollout = _restore(entry)
+                    grow(rollout, op.origin, grown, op.time_s)
+                    _put(draft, entry, rollout)
+            case End():
+                if not op.rollout.state.is_ended:
+                    raise IllegalState(f"rollout {op.rollout.id}: {op.rollout.state} is no ending")
+                _put(draft, _live(draft, op.rollout.id), op.rollout)
+            case Pause():
+                draft.is_all_paused |= op.rollout_ids is None
+                _mark(draft, op.rollout_ids, RolloutState.PAUSED)
+            case Resume():
+                draft.is_all_paused &= op.rollout_ids is not None
+                _mark(draft, op.rollout_ids, RolloutState.QUEUED)
+            case Ack():
+                for rollout_id in op.rollout_ids:
+                    self._acknowledge(draft, rollout_id)
+            case Flip():
+                draft.flip = (op.version, op.digest)
+
+    def _accept(self, draft: _State, op: Accept) -> None:
+        if (limit := self._config.max_bytes) < self.num_bytes:
+            raise JournalFull(f"journal (memory): {self.num_bytes} bytes, the limit is {limit}")
+        draft.num_accepted = max(draft.num_accepted + 1, op.number)
+        for rollout in op.rollouts:
+            if rollout.id in draft.entries:
+                raise Conflict(f"rollout {rollout.id} is in the journal already")
+            draft.num_rollouts += 1
+            is_paused = draft.is_all_paused or rollout.state is RolloutState.PAUSED
+            state = RolloutState.PAUSED if is_paused else RolloutState.QUEUED
+            summary = Summary(
+                number=draft.num_rollouts,
+                id=rollout.id,
+                group_id=rollout.group_id,
+                index=rollout.index,
+                pool=rollout.pool,
+                state=state,
+                created_s=rollout.created_s,
+                ended_s=None,
+                num_output_tokens=0,
+                is_acked=False,
+            )
+            _put(draft, _Entry(summary, b""), rollout)
+        if op.key is not None:
+            key = op.key
+            name = (key.holder, key.route, key.key)
+            known = draft.keys.get(name)
+            if known and known[0].created_s + self._config.retain_keys_s > self._clock():
+                raise Conflict(f"the Idempotency-Key {key.key!r} is in the journal already")
+            draft.keys[name] = (key, [rollout.id for rollout in op.rollouts])
+
+    def _acknowledge(self, draft: _State, rollout_id: str) -> None:
+        entry = draft.entries.get(rollout_id)
+        if entry is None or entry.summary.is_acked:
+            return
+        if not entry.summary.state.is_ended:
+            raise IllegalState(f"rollout {rollout_id} has not ended: it cannot be acknowledged")
+        summary = msgspec.structs.replace(entry.summary, is_acked=True)
+        draft.entries[rollout_id] = _Entry(summary, b"", self._clock())
+
+
+def _live(draft: _State, rollout_id: str) -> _Entry:
+    entry = draft.entries.get(rollout_id)
+    if entry is None or entry.summary.state.is_ended:
+        raise IllegalState(f"rollout {rollout_id} is not live in the journal")
+    return entry
+
+
+def _restore(entry: _Entry) -> Rollout:
+    rollout = unpack(decode(entry.data))
+    if not rollout.state.is_ended:
+        rollout.state = entry.summary.state
+    return rollout
+
+
+def _put(draft: _State, entry: _Entry, rollout: Rollout) -> None:
+    """Store the rollout. A live one is stored without text, queued: the entry knows what is so."""
+    trajectory = pack(rollout)
+    state, ended_s = entry.summary.state, None
+    if rollout.state.is_ended:
+        state, ended_s = rollout.state, rollout.ended_s
+    else:
+        trajectory.text, trajectory.text_offset = "", 0
+        trajectory.state = RolloutState.QUEUED
+    summary = msgspec.structs.replace(
+        entry.summary, state=state, ended_s=ended_s, num_output_tokens=len(rollout.output_ids)
+    )
+    draft.entries[rollout.id] = _Entry(summary, encode(trajectory))
+
+
+def _mark(draft: _State, rollout_ids: Sequence[str] | None, state: RolloutState) -> None:
+    """Live rollouts (None: all) are paused, or no longer."""
+    for rollout_id in list(draft.entries) if rollout_ids is None else rollout_ids:
+        entry = draft.entries.get(rollout_id)
+        if entry is not None and not entry.summary.state.is_ended:
+            summary = msgspec.structs.replace(entry.summary, state=state)
+            draft.entries[rollout_id] = msgspec.structs.replace(entry, summary=summary)

@@ -1,0 +1,163 @@
+"""The journal in memory: what any journal answers."""
+
+import pytest
+
+from everstep.engine.config import JournalConfig
+from everstep.engine.errors import Conflict, IllegalState, JournalError, JournalFull
+from everstep.engine.journal_memory import MemoryJournal
+from everstep.engine.journal_ops import (
+    Accept,
+    Ack,
+    Append,
+    End,
+    Flip,
+    Pause,
+    Query,
+    RequestKey,
+    Resume,
+)
+from everstep.engine.rollout import RolloutState
+from tests.engine.journal.drawn import ORIGINS, end, make_grown, make_rollout
+from tests.fakes import FakeClock
+
+KEY = RequestKey("", "/rollouts", "k-1", "digest", created_s=1000.0)
+
+
+@pytest.fixture
+def clock():
+    clock = FakeClock()
+    clock.advance(1000.0 - clock())
+    return clock
+
+
+@pytest.fixture
+def journal(clock):
+    config = JournalConfig(retain_acked_s=10, retain_keys_s=20)
+    journal = MemoryJournal(config, clock=clock)
+    journal.commit([Accept([make_rollout("a"), make_rollout("b")], KEY)])
+    return journal
+
+
+def append(journal, rollout_id, start, num, origin=ORIGINS[0], time_s=1001.0):
+    journal.commit([Append(origin, [make_grown(rollout_id, start, num)], time_s)])
+
+
+def test_live_rollouts_come_back_with_tokens_and_segments(journal):
+    append(journal, "a", 0, 3)
+    append(journal, "a", 3, 2, ORIGINS[1])
+    append(journal, "a", 5, 1, ORIGINS[1])
+    [a, b] = journal.recover().live
+    assert (a.id, len(a.output_ids), b.output_ids) == ("a", 6, [])
+    assert [(s.start, s.version) for s in a.segments] == [(0, 1), (3, 2)]
+    assert a.versions == [1, 1, 1, 2, 2, 2]
+    assert a.first_token_s == 1001.0
+    assert journal.read("a") == a
+
+
+def test_nothing_is_shared_with_the_caller(journal):
+    rollout = make_rollout("c", metadata={"list": [1]})
+    journal.commit([Accept([rollout])])
+    rollout.metadata["list"].append(2)
+    rollout.prompt_ids.append(9)
+    seen = journal.read("c")
+    assert (seen.metadata, seen.prompt_ids) == ({"list": [1]}, [1, 2, 3])
+    seen.prompt_ids.append(8)
+    assert journal.read("c").prompt_ids == [1, 2, 3]
+
+
+def test_a_commit_is_all_or_nothing(journal):
+    with pytest.raises(IllegalState, match="from 5 on do not follow the 0"):
+        journal.commit([Flip(3, "cc"), Append(ORIGINS[0], [make_grown("a", 5, 1)])])
+    assert journal.recover().flip is None
+    with pytest.raises(Conflict):
+        journal.commit([Accept([make_rollout("c"), make_rollout("a")])])
+    assert journal.summary("c") is None
+    with pytest.raises(Conflict, match="k-1"):
+        journal.commit([Accept([make_rollout("c")], KEY)])
+    assert journal.recover().num_accepted == 1
+
+
+def test_an_ending_replaces_what_was_appended(journal):
+    append(journal, "a", 0, 2)
+    whole = end(journal.read("a"))
+    whole.text, whole.text_offset = "ab", 2
+    journal.commit([End(whole)])
+    assert journal.read("a") == whole
+    assert [r.id for r in journal.recover().live] == ["b"]
+    for op in (End(whole), Append(ORIGINS[0], [make_grown("a", 2, 1)])):
+        with pytest.raises(IllegalState):
+            journal.commit([op])
+
+
+def test_only_endings_are_acknowledged_and_then_only_their_name_is_kept(journal, clock):
+    with pytest.raises(IllegalState, match="has not ended"):
+        journal.commit([Ack(["a"])])
+    journal.commit([End(end(journal.read("a"))), Ack(["a"])])
+    journal.commit([Ack(["a", "unknown"])])
+    assert journal.read("a") is None
+    assert journal.summary("a").is_acked
+    clock.advance(9)
+    journal.compact()
+    assert journal.summary("a") is not None
+    clock.advance(2)
+    journal.compact()
+    assert journal.summary("a") is None
+
+
+def test_pause_all_holds_for_what_comes_later(journal):
+    journal.commit([Pause(["a"])])
+    assert [r.state for r in journal.recover().live] == ["paused", "queued"]
+    journal.commit([Pause(None), Accept([make_rollout("c")]), Resume(["b"])])
+    recovered = journal.recover()
+    assert recovered.is_all_paused
+    assert [r.state for r in recovered.live] == ["paused", "queued", "paused"]
+    journal.commit([Resume(None), Accept([make_rollout("d")])])
+    recovered = journal.recover()
+    assert not recovered.is_all_paused
+    assert {r.state for r in recovered.live} == {RolloutState.QUEUED}
+
+
+def test_keys_are_kept_for_their_time(journal, clock):
+    assert journal.recover().keys == [(KEY, ["a", "b"])]
+    clock.advance(19)
+    journal.compact()
+    assert journal.recover().keys
+    clock.advance(2)
+    assert not journal.recover().keys
+    journal.commit([Accept([make_rollout("c")], KEY)])
+
+
+def test_the_number_of_submissions_never_falls(journal):
+    journal.commit([Accept([make_rollout("c")], number=7)])
+    journal.commit([Accept([make_rollout("d")], number=5)])
+    assert journal.recover().num_accepted == 8
+    journal.commit([End(end(journal.read("d"))), Ack(["d"])])
+    journal.compact()
+    assert journal.recover().num_accepted == 8
+
+
+def test_lists_go_by_order_of_acceptance(journal):
+    journal.commit([Accept([make_rollout("c", group_id="grp-2", pool="p")]), Pause(["b"])])
+    names = [s.id for s in journal.list(Query())]
+    assert names == ["a", "b", "c"]
+    [first] = journal.list(Query(limit=1))
+    assert [s.id for s in journal.list(Query(after=first.number))] == ["b", "c"]
+    assert [s.id for s in journal.list(Query(group_id="grp-2"))] == ["c"]
+    assert [s.id for s in journal.list(Query(pool="p"))] == ["c"]
+    assert [s.id for s in journal.list(Query(state=RolloutState.PAUSED))] == ["b"]
+
+
+def test_full_means_no_new_rollouts_and_all_else_goes_on():
+    journal = MemoryJournal(JournalConfig(max_bytes=2**20))
+    journal.commit([Accept([make_rollout("a", prompt_ids=[1] * 2**18)])])
+    with pytest.raises(JournalFull, match="1048576"):
+        journal.commit([Accept([make_rollout("b")])])
+    append(journal, "a", 0, 1)
+    journal.commit([End(end(journal.read("a"))), Ack(["a"])])
+    journal.commit([Accept([make_rollout("b")])])
+
+
+def test_a_closed_journal_says_so(journal):
+    journal.close()
+    with pytest.raises(JournalError, match="closed"):
+        journal.commit([])
