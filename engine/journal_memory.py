@@ -66,6 +66,10 @@ class MemoryJournal:
     def num_bytes(self) -> int:
         return sum(len(entry.data) for entry in self._state.entries.values())
 
+    @property
+    def num_rollouts(self) -> int:
+        return sum(not entry.summary.is_acked for entry in self._state.entries.values())
+
     def recover(self) -> Recovered:
         self._check_open()
         state, now = self._state, self._clock()

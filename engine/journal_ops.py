@@ -183,7 +183,12 @@ class JournalStore(Protocol):
     """
 
     @property
-    def num_bytes(self) -> int: ...
+    def num_bytes(self) -> int:
+        """Of what is kept; space that is free to be used again does not count."""
+
+    @property
+    def num_rollouts(self) -> int:
+        """Live, or ended and not yet acknowledged."""
 
     def recover(self) -> Recovered: ...
 

@@ -45,6 +45,7 @@ BOOKS = {
     "growth",
     "intake",
     "journal_memory",
+    "journal_thread",
     "manager",
     "native",
     "planner",
