@@ -65,7 +65,7 @@ def answer(plan: StepPlan) -> StepResult:
         )
         for row in plan.rows
     ]
-    return StepResult(version=1, digest="v1", rows=rows)
+    return StepResult.of(1, "v1", rows)
 
 
 def main() -> None:

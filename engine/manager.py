@@ -309,7 +309,7 @@ class RolloutManager:
     def _take(self, message: FromCore) -> None:
         match message:
             case Tokens():
-                for tokens in message.rollouts:
+                for tokens in message.each():
                     self._take_tokens(message, tokens)
             case StateChanged():
                 for rollout_id, state in message.moves:

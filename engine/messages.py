@@ -4,14 +4,16 @@ Manager → core: `ToCore`. Core → manager: `FromCore`. A core holds nothing t
 give it again, so any rollout can be moved to another core by its prompt and output ids alone.
 """
 
+from collections.abc import Iterator
 from typing import Literal
 
 import msgspec
 from msgspec import Struct
 
+from .plan import Draws
 from .rollout import FinishReason, SamplingParams
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 class Add(Struct, tag="add", kw_only=True):
@@ -127,12 +129,52 @@ class RolloutTokens(Struct, kw_only=True, omit_defaults=True):
     finish: FinishReason | None = None
 
 
+class PlainTokens(Struct):
+    """One new output token each, of rollouts with no other news: parallel lists.
+
+    `starts` are indexes of the tokens in the output, as `RolloutTokens.start`.
+    """
+
+    rollout_ids: list[str]
+    starts: list[int]
+    draws: Draws
+
+    def __iter__(self) -> Iterator[RolloutTokens]:
+        draws = self.draws
+        for rollout_id, start, token_id, lp_sampled, lp_temp, kept_mass, flags in zip(
+            self.rollout_ids,
+            self.starts,
+            draws.token_ids,
+            draws.lp_sampled,
+            draws.lp_temp,
+            draws.kept_mass,
+            draws.flags,
+            strict=True,
+        ):
+            yield RolloutTokens(
+                rollout_id=rollout_id,
+                start=start,
+                ids=[token_id],
+                lp_sampled=[lp_sampled],
+                lp_temp=[lp_temp],
+                kept_mass=[kept_mass],
+                flags=[flags],
+            )
+
+
 class Tokens(Struct, tag="tokens"):
-    """The outcome of one step, under one policy version."""
+    """The outcome of one step, under one policy version. No rollout is in it twice."""
 
     version: int
     digest: str
-    rollouts: list[RolloutTokens]
+    rollouts: list[RolloutTokens] = []
+    plain: PlainTokens | None = None
+
+    def each(self) -> Iterator[RolloutTokens]:
+        """The news rollout by rollout."""
+        yield from self.rollouts
+        if self.plain is not None:
+            yield from self.plain
 
 
 class StateChanged(Struct, tag="state"):

@@ -3,7 +3,8 @@
 One step: `Scheduler.schedule()` → StepPlan → `Runner.run()` → StepResult → `Scheduler.commit()`.
 """
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Protocol, Self
 
 from msgspec import Struct
 
@@ -85,8 +86,11 @@ class Sampled(Struct, kw_only=True):
     top: list[tuple[int, float]] | None = None
 
 
+NO_DRAW = Sampled(token_id=0, lp_sampled=0.0, lp_temp=0.0, kept_mass=0.0, flags=0)
+
+
 class RowResult(Struct, kw_only=True):
-    """The outcome for one row, aligned with `StepPlan.rows`.
+    """The outcome for one row of a plan.
 
     prompt_lp[i], prompt_top[i] belong to prompt position start + 1 + i (given those before it).
     routing_* hold one record per token of the row.
@@ -106,13 +110,66 @@ class RowResult(Struct, kw_only=True):
     def is_bad(self) -> bool:
         return self.nonfinite is not None or self.fault is not None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is one drawn token, nothing more and nothing else."""
+        sampled = self.sampled
+        if sampled is None or self.is_bad or self.prompt_lp or self.prompt_top or self.routing_ids:
+            return False
+        return (sampled.lp_raw, sampled.entropy, sampled.kept_ids, sampled.top) == (None,) * 4
+
+
+class Draws(Struct, kw_only=True):
+    """Drawn tokens of many rows as parallel lists: what `Sampled` always has."""
+
+    token_ids: list[int]
+    lp_sampled: list[float]
+    lp_temp: list[float]
+    kept_mass: list[float]
+    flags: list[int]
+
+    def sampled(self, index: int) -> Sampled:
+        """Entry `index` by itself."""
+        return Sampled(
+            token_id=self.token_ids[index],
+            lp_sampled=self.lp_sampled[index],
+            lp_temp=self.lp_temp[index],
+            kept_mass=self.kept_mass[index],
+            flags=self.flags[index],
+        )
+
 
 class StepResult(Struct, kw_only=True):
-    """Rows' outcomes under one policy version."""
+    """Rows' outcomes under one policy version.
+
+    draws   one entry per row of the plan; that of a row in `rows` means nothing
+    rows    index of the row → its outcome, for all that is not one drawn token and no more
+    """
 
     version: int
     digest: str
-    rows: list[RowResult]
+    draws: Draws
+    rows: dict[int, RowResult] = {}
+
+    @classmethod
+    def of(cls, version: int, digest: str, outcomes: Sequence[RowResult]) -> Self:
+        """From one outcome per row."""
+        draws = Draws(token_ids=[], lp_sampled=[], lp_temp=[], kept_mass=[], flags=[])
+        rows = {}
+        for index, outcome in enumerate(outcomes):
+            if not outcome.is_plain:
+                rows[index] = outcome
+            sampled = outcome.sampled or NO_DRAW
+            draws.token_ids.append(sampled.token_id)
+            draws.lp_sampled.append(sampled.lp_sampled)
+            draws.lp_temp.append(sampled.lp_temp)
+            draws.kept_mass.append(sampled.kept_mass)
+            draws.flags.append(sampled.flags)
+        return cls(version=version, digest=digest, draws=draws, rows=rows)
+
+    def outcome(self, index: int) -> RowResult:
+        """What became of one row."""
+        return self.rows.get(index) or RowResult(sampled=self.draws.sampled(index))
 
 
 class Runner(Protocol):

@@ -103,7 +103,7 @@ class ModelRunner:
             results = [self._run_alone(row, plan.step) for row in plan.rows]
         finally:
             torch.set_num_threads(self._num_threads)
-        return StepResult(version=self.weights.version, digest=self.weights.digest, rows=results)
+        return StepResult.of(self.weights.version, self.weights.digest, results)
 
     def _run_alone(self, row: Row, step: int) -> RowResult:
         try:

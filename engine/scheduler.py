@@ -160,9 +160,9 @@ class Scheduler:
         # rows computed under other weights than they were planned for are shared with nobody
         self.set_version(result.digest)
         news: list[RolloutTokens] = []
-        for rollout, row, row_result in zip(draft.rollouts, plan.rows, result.rows, strict=True):
+        for index, (rollout, row) in enumerate(zip(draft.rollouts, plan.rows, strict=True)):
             if rollout.state != "ended":
-                tokens = self._book(rollout, row, row_result)
+                tokens = self._book(rollout, row, result.outcome(index))
                 if tokens is not None:
                     news.append(tokens)
         self._kv.end_step()

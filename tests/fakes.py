@@ -146,7 +146,7 @@ class FakeRunner:
             self._carry_out_moves(plan)
             self._check_writes(plan)
         results = [self._run_row(row) for row in plan.rows]
-        return StepResult(version=self.version, digest=self.digest, rows=results)
+        return StepResult.of(self.version, self.digest, results)
 
     def _carry_out_moves(self, plan: StepPlan) -> None:
         for park in plan.parks:
@@ -287,7 +287,7 @@ class FakeFront:
                 for rollout_id, state in message.moves:
                     self.rollouts[rollout_id].move(RolloutState(state))
             elif isinstance(message, Tokens):
-                for tokens in message.rollouts:
+                for tokens in message.each():
                     self._receive_tokens(self.rollouts[tokens.rollout_id], tokens, message.version)
 
     def _receive_tokens(self, rollout: Rollout, tokens: RolloutTokens, version: int) -> None:

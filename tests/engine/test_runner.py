@@ -157,7 +157,7 @@ def test_a_value_that_is_not_finite_ends_that_rollout_alone_and_names_step_and_l
         take(messages)
         for message in messages:
             if isinstance(message, Tokens):
-                ended.update({t.rollout_id: t.finish for t in message.rollouts if t.finish})
+                ended.update({t.rollout_id: t.finish for t in message.each() if t.finish})
 
     trial._take = spy
     if bad_layer is None:
@@ -195,7 +195,7 @@ def test_a_draw_beyond_float32_ends_that_rollout_alone(tiny_checkpoint):
         take(messages)
         for message in messages:
             if isinstance(message, Tokens):
-                ended.update({t.rollout_id: t.finish for t in message.rollouts if t.finish})
+                ended.update({t.rollout_id: t.finish for t in message.each() if t.finish})
 
     trial._take = spy
     for name, temperature in (("bad", 0.001), ("good", 1.0)):

@@ -600,7 +600,7 @@ def test_chunk_without_news_is_not_reported():
         plan = arena.scheduler.schedule()
         messages = arena.scheduler.commit(plan, arena.runner.run(plan))
         reports.append(
-            [t.num_cached_tokens for m in messages if isinstance(m, Tokens) for t in m.rollouts]
+            [t.num_cached_tokens for m in messages if isinstance(m, Tokens) for t in m.each()]
         )
     assert reports == [[0], [], [None]]
 
@@ -641,6 +641,6 @@ def test_runner_that_draws_too_few_is_caught():
     arena.ask(PROMPT)
     plan = arena.scheduler.schedule()
     result = arena.runner.run(plan)
-    result.rows = [RowResult()]
+    result.rows = {0: RowResult()}
     with pytest.raises(AssertionError, match="a draw is missing"):
         arena.scheduler.commit(plan, result)
