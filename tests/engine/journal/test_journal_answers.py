@@ -1,9 +1,10 @@
-"""The journal in memory: what any journal answers."""
+"""What any journal answers: the one in a file, and the one in memory."""
 
 import pytest
 
 from everstep.engine.config import JournalConfig
 from everstep.engine.errors import Conflict, IllegalState, JournalError, JournalFull
+from everstep.engine.journal import Journal
 from everstep.engine.journal_memory import MemoryJournal
 from everstep.engine.journal_ops import (
     Accept,
@@ -30,10 +31,27 @@ def clock():
     return clock
 
 
+@pytest.fixture(params=["file", "memory"])
+def open_journal(request, tmp_path, clock):
+    """A function (config) → journal; in a file it is the same journal each time."""
+    opened = []
+
+    def open_it(config):
+        if request.param == "memory":
+            return MemoryJournal(config, clock=clock)
+        for journal in opened:
+            journal.close()
+        opened.append(Journal.open(tmp_path / "journal.db", config, clock=clock))
+        return opened[-1]
+
+    yield open_it
+    for journal in opened:
+        journal.close()
+
+
 @pytest.fixture
-def journal(clock):
-    config = JournalConfig(retain_acked_s=10, retain_keys_s=20)
-    journal = MemoryJournal(config, clock=clock)
+def journal(open_journal):
+    journal = open_journal(JournalConfig(retain_acked_s=10, retain_keys_s=20))
     journal.commit([Accept([make_rollout("a"), make_rollout("b")], KEY)])
     return journal
 
@@ -147,8 +165,8 @@ def test_lists_go_by_order_of_acceptance(journal):
     assert [s.id for s in journal.list(Query(state=RolloutState.PAUSED))] == ["b"]
 
 
-def test_full_means_no_new_rollouts_and_all_else_goes_on():
-    journal = MemoryJournal(JournalConfig(max_bytes=2**20))
+def test_full_means_no_new_rollouts_and_all_else_goes_on(open_journal):
+    journal = open_journal(JournalConfig(max_bytes=2**20))
     journal.commit([Accept([make_rollout("a", prompt_ids=[1] * 2**18)])])
     with pytest.raises(JournalFull, match="1048576"):
         journal.commit([Accept([make_rollout("b")])])

@@ -1,0 +1,225 @@
+"""The journal's file: one owner, its pragmas, its schema, and what its faults are called.
+
+SQLite in WAL mode through apsw. One process with one connection reads, writes and checkpoints:
+`locking_mode = EXCLUSIVE` keeps the WAL index in its memory, and a lock file beside the journal
+names the owner to others. Nothing is mapped into memory. Checkpoints are made by us, since SQLite
+would swallow the error of a failed fsync in one of its own.
+"""
+
+import contextlib
+import fcntl
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import apsw
+
+from .errors import JournalError, JournalFull
+from .journal_rows import Books, DamagedRecord
+
+APPLICATION_ID = 0x45565354  # "EVST"
+SCHEMA = 1
+_MAGIC = b"SQLite format 3\0"
+_FOLDER = Path(__file__).parent
+PAGE_SIZE = 4096
+
+
+class OwnerLock:
+    """A lock on `PATH-lock`, which holds the pid of its owner. It ends with the process."""
+
+    def __init__(self, path: str) -> None:
+        self._path = f"{path}-lock"
+        try:
+            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise JournalError(f"journal {path}: cannot be written: {error.strerror}") from None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            owner = os.pread(self._file, 20, 0).decode(errors="replace").strip() or "unknown"
+            os.close(self._file)
+            raise JournalError(
+                f"journal {path}: in use by process {owner}; stop it, or use another file"
+            ) from None
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, f"{os.getpid()}\n".encode(), 0)
+
+    def release(self) -> None:
+        """The file stays: to remove it would let two owners lock two files of one name."""
+        os.close(self._file)
+
+
+def check_header(path: str) -> None:
+    """Raise JournalError for a file that is no journal of ours, before SQLite could touch it."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(100)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise JournalError(f"journal {path}: cannot be read: {error.strerror}") from None
+    if not head or os.path.exists(f"{path}-journal"):
+        return  # not yet made, or its making was interrupted
+    if len(head) < 100 or not head.startswith(_MAGIC):
+        raise JournalError(f"journal {path}: not a journal (no SQLite file); it is left as it is")
+    check_identity(path, int.from_bytes(head[68:72], "big"), int.from_bytes(head[60:64], "big"))
+
+
+def check_identity(path: str, application_id: int, schema: int) -> None:
+    """Raise JournalError for another program's database, or a newer schema than ours."""
+    if application_id != APPLICATION_ID:
+        raise JournalError(
+            f"journal {path}: not a journal (SQLite application id {application_id:#x}, "
+            f"expected {APPLICATION_ID:#x}); it is left as it is"
+        )
+    if schema > SCHEMA:
+        raise JournalError(
+            f"journal {path}: schema {schema}, this version of everstep knows {SCHEMA}; "
+            "use a newer one"
+        )
+
+
+def connect(path: str, *, vfs: str | None = None, is_read_only: bool = False) -> apsw.Connection:
+    """An open connection with our pragmas; raises JournalError. A missing file is made."""
+    name, flags = path, apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE
+    if is_read_only:
+        flags = apsw.SQLITE_OPEN_READONLY
+        if not os.path.exists(f"{path}-wal"):
+            # without a WAL nothing need be made beside the file, not even for locks
+            name, flags = f"file:{quote(path)}?immutable=1", flags | apsw.SQLITE_OPEN_URI
+    with translated(path):
+        db = apsw.Connection(name, flags=flags, vfs=vfs)
+        try:
+            # an error on the way must leave the file as it was: no checkpoint at close
+            db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+            db.config(apsw.SQLITE_DBCONFIG_DEFENSIVE, 1)
+            db.config(apsw.SQLITE_DBCONFIG_TRUSTED_SCHEMA, 0)
+            db.wal_autocheckpoint(0)
+            db.set_busy_timeout(0)
+            pragmas = ["cell_size_check = ON", "mmap_size = 0", "temp_store = MEMORY"]
+            if sys.platform == "darwin":
+                pragmas += ["fullfsync = ON", "checkpoint_fullfsync = ON"]
+            if not is_read_only:
+                pragmas.append("locking_mode = EXCLUSIVE")
+            for pragma in pragmas:
+                db.execute(f"PRAGMA {pragma}")
+            if not is_read_only:
+                _prepare(db, path, is_real_file=vfs is None)
+            check_identity(path, _pragma(db, "application_id"), _pragma(db, "user_version"))
+            _check_schema(db, path)
+        except BaseException:
+            db.close(True)
+            raise
+    return db
+
+
+def _prepare(db: apsw.Connection, path: str, *, is_real_file: bool) -> None:
+    """Make the tables of a new file, bring an older schema up to date, switch to WAL."""
+    db.execute("PRAGMA synchronous = FULL")
+    is_new = not db.execute("SELECT 1 FROM sqlite_schema LIMIT 1").fetchall()
+    if is_new and _pragma(db, "application_id") in (0, APPLICATION_ID):
+        # in rollback mode, so that the file has its identity before there ever is a WAL
+        db.execute(f"PRAGMA page_size = {PAGE_SIZE}")
+        db.execute("PRAGMA auto_vacuum = INCREMENTAL")
+        with transaction(db):
+            db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            _migrate(db, 0)
+            db.execute(
+                "INSERT INTO books VALUES (1, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", Books().columns()
+            )
+        if is_real_file:
+            sync_folder(path)
+    check_identity(path, _pragma(db, "application_id"), _pragma(db, "user_version"))
+    if (schema := _pragma(db, "user_version")) < SCHEMA:
+        with transaction(db):
+            _migrate(db, schema)
+    [[mode]] = db.execute("PRAGMA journal_mode = WAL").fetchall()
+    if mode != "wal":
+        raise JournalError(f"journal {path}: this place has no write-ahead log (mode {mode})")
+
+
+def _migrate(db: apsw.Connection, schema: int) -> None:
+    for number in range(schema + 1, SCHEMA + 1):
+        db.execute((_FOLDER / f"journal_schema_{number}.sql").read_text(encoding="utf-8"))
+    db.execute(f"PRAGMA user_version = {SCHEMA}")
+
+
+def _check_schema(db: apsw.Connection, path: str) -> None:
+    """The tables must be the ones that the migrations make: SQLite trusts their text."""
+    query = "SELECT type, name, tbl_name, sql FROM sqlite_schema ORDER BY name"
+    with contextlib.closing(apsw.Connection(":memory:")) as model:
+        _migrate(model, 0)
+        if db.execute(query).fetchall() != model.execute(query).fetchall():
+            raise JournalError(f"journal {path}: table sqlite_schema: damaged, not our schema")
+
+
+@contextlib.contextmanager
+def transaction(db: apsw.Connection) -> Iterator[None]:
+    """BEGIN IMMEDIATE … COMMIT; ROLLBACK on any error."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        # SQLite may have rolled back by itself (a full disk)
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
+
+
+@contextlib.contextmanager
+def translated(path: str) -> Iterator[None]:
+    """SQLite's errors and damaged records as ours, in one line that names the file."""
+    try:
+        yield
+    except DamagedRecord as error:
+        raise JournalError(f"journal {path}: damaged: {error}") from None
+    except apsw.FullError:
+        raise JournalFull(
+            f"journal {path}: the disk is full; what was accepted is kept and written when there "
+            "is room"
+        ) from None
+    except (apsw.CorruptError, apsw.NotADBError, apsw.FormatError) as error:
+        raise JournalError(f"journal {path}: damaged: {error}") from None
+    except (apsw.ReadOnlyError, apsw.CantOpenError, apsw.PermissionsError) as error:
+        raise JournalError(f"journal {path}: cannot be written: {error}") from None
+    except (apsw.BusyError, apsw.LockedError):
+        raise JournalError(f"journal {path}: in use by another process") from None
+    except (apsw.IOError, apsw.Error) as error:
+        raise JournalError(f"journal {path}: {type(error).__name__}: {error}") from None
+
+
+def _pragma(db: apsw.Connection, name: str) -> int:
+    value: Any = db.execute(f"PRAGMA {name}").fetchall()[0][0]
+    return int(value)
+
+
+def pages(db: apsw.Connection) -> tuple[int, int]:
+    """How many the file has, and how many of them are free."""
+    return _pragma(db, "page_count"), _pragma(db, "freelist_count")
+
+
+def used_bytes(db: apsw.Connection) -> int:
+    """Of pages that hold something; free ones are used again."""
+    num_pages, num_free = pages(db)
+    return (num_pages - num_free) * PAGE_SIZE
+
+
+def finish(db: apsw.Connection) -> None:
+    """Write the WAL into the file and remove it."""
+    if not db.readonly("main"):
+        db.execute("PRAGMA synchronous = FULL")
+        db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+        db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
+
+
+def sync_folder(path: str) -> None:
+    """Make the name of a new file durable."""
+    file = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
