@@ -8,9 +8,10 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-# Compute threads sleep while they wait for each other: beside one other busy process, threads that
+# Torch's threads sleep while they wait for each other: beside one other busy process, threads that
 # spin can share a core with the one they wait for, and a step then takes a second
-# (benchmarks/RESULTS.md). Read by the OpenMP runtime when torch is loaded.
+# (benchmarks/RESULTS.md). Read by the OpenMP runtime when torch is loaded. The C++ library has
+# threads of its own, which do both (kernels/cpu/pool.cpp).
 PATIENCE = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 

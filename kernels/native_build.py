@@ -33,6 +33,7 @@ COMMON = [
     "-fno-trapping-math",
     "-ffp-contract=off",
     "-fPIC",
+    "-pthread",
     "-fvisibility=hidden",
     "-fvisibility-inlines-hidden",
     "-Wall",
@@ -41,7 +42,6 @@ COMMON = [
     "-Wno-uninitialized",
     "-Wno-maybe-uninitialized",
 ]
-THREADS = ("-fopenmp",)
 
 
 class BuildError(RuntimeError):
@@ -70,7 +70,7 @@ def source_hash() -> str:
     digest = hashlib.sha256()
     for path in sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    digest.update(repr((COMMON, THREADS, levels_of_this_kind())).encode())
+    digest.update(repr((COMMON, levels_of_this_kind())).encode())
     return digest.hexdigest()[:16]
 
 
@@ -95,23 +95,16 @@ def cached_library(cache: Path, level: str, compiler: str) -> Path:
 def build(level: str, target: Path, compiler: str, *, extra: Sequence[str] = ()) -> None:
     """Compile all sources for `level` into `target`, which appears whole or not at all.
 
-    extra  further flags, for sanitizers
+    extra  further flags, for tests
 
     Processes that build the same target at once do not disturb each other: each works in a
-    folder of its own, and the last rename wins. Without OpenMP the library runs on one thread.
-    Raises BuildError.
+    folder of its own, and the last rename wins. Raises BuildError.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     flags = [*COMMON, *levels_of_this_kind()[level], *extra]
     with tempfile.TemporaryDirectory(prefix=".build-", dir=target.parent) as name:
         folder = Path(name)
-        is_threaded = "-DEVERSTEP_STD_THREADS" not in extra
-        try:
-            whole = _compile(compiler, [*flags, *(THREADS if is_threaded else ())], folder)
-        except BuildError:
-            if not is_threaded or _knows(compiler, THREADS, folder):
-                raise
-            whole = _compile(compiler, flags, folder)
+        whole = _compile(compiler, flags, folder)
         whole.replace(target)
 
 
@@ -126,17 +119,6 @@ def _compile(compiler: str, flags: Sequence[str], folder: Path) -> Path:
     whole = folder / "whole.so"
     _run([compiler, *flags, "-shared", *objects, "-o", str(whole)])
     return whole
-
-
-def _knows(compiler: str, flags: Sequence[str], folder: Path) -> bool:
-    """True iff the compiler links an empty library with these flags."""
-    source = folder / "empty.cpp"
-    source.write_text("int everstep_empty;\n")
-    try:
-        _run([compiler, *flags, "-shared", "-fPIC", str(source), "-o", str(folder / "empty.so")])
-    except BuildError:
-        return False
-    return True
 
 
 def _run(command: Sequence[str]) -> None:

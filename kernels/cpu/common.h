@@ -19,17 +19,11 @@
 #include <cstdlib>
 #include <cstring>
 
-#if defined(_OPENMP)
-#include <omp.h>
-#elif defined(EVERSTEP_STD_THREADS)
-// for ThreadSanitizer, which does not know OpenMP's barriers
-#include <thread>
-#include <vector>
-#endif
-
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
+
+#include "pool.h"
 
 // a function that Python calls: plain C names, nothing thrown
 #define EVERSTEP_API extern "C" __attribute__((visibility("default")))
@@ -271,7 +265,8 @@ EVERSTEP_INLINE Vec sigmoid(Vec x) { return set(1.0f) / (set(1.0f) + exp(zero() 
 // -- threads
 
 // Calls function(task) for each task in [0, tasks), on up to `threads` threads. Which thread runs
-// a task never changes what it computes: tasks write disjoint outputs and share no sum.
+// a task never changes what it computes: tasks write disjoint outputs and share no sum. A thread
+// that is done with a task takes the next, so there may be many, of different sizes (pool.h).
 template <class Function>
 inline void parallel(std::int64_t tasks, int threads, const Function& function) {
     if (threads > tasks) threads = static_cast<int>(tasks);
@@ -279,19 +274,10 @@ inline void parallel(std::int64_t tasks, int threads, const Function& function) 
         for (std::int64_t task = 0; task < tasks; ++task) function(task);
         return;
     }
-#if defined(_OPENMP)
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (std::int64_t task = 0; task < tasks; ++task) function(task);
-#elif defined(EVERSTEP_STD_THREADS)
-    std::vector<std::thread> workers;
-    for (int worker = 0; worker < threads; ++worker)
-        workers.emplace_back([&, worker] {
-            for (std::int64_t task = worker; task < tasks; task += threads) function(task);
-        });
-    for (std::thread& worker : workers) worker.join();
-#else
-    for (std::int64_t task = 0; task < tasks; ++task) function(task);
-#endif
+    share_tasks(
+        tasks, threads,
+        [](const void* context, std::int64_t task) { (*static_cast<const Function*>(context))(task); },
+        &function);
 }
 
 // -- memory

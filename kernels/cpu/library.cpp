@@ -14,15 +14,6 @@ EVERSTEP_API const char* everstep_level() {
 #endif
 }
 
-// 1: calls may use several threads.
-EVERSTEP_API int everstep_has_threads() {
-#if defined(_OPENMP) || defined(EVERSTEP_STD_THREADS)
-    return 1;
-#else
-    return 0;
-#endif
-}
-
 // 1: a multiply-add is rounded once; 0: twice.
 EVERSTEP_API int everstep_has_fma() {
 #if defined(__FMA__) || defined(__FP_FAST_FMAF)

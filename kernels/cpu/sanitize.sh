@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the programs of sanitize/, each with the source of its name, under ASan + UBSan and then TSan,
+# Runs the programs of sanitize/, each with the source of its name and the threads, under ASan + UBSan and then TSan,
 # at every level of this machine and over the emulated AMX unit. Prints "sanitizers: clean" at the
 # end, or stops at the first report. Minutes.
 #
@@ -20,10 +20,12 @@ for level in "${!levels[@]}"; do
   for program in sanitize/*.cpp; do
     name=$(basename "$program" .cpp)
     for kind in address,undefined thread; do
-      # OpenMP's barriers are unknown to TSan: plain threads instead
+      sources=("$program" pool.cpp)
+      [ "$name" = pool ] || sources+=("$name.cpp")
       ${CXX:-c++} $common ${levels[$level]} -fsanitize=$kind -fno-sanitize-recover=all \
-        -DEVERSTEP_STD_THREADS "$program" "$name.cpp" -pthread -o "$out/$name"
-      echo "$level, $kind: $("$out/$name")"
+        "${sources[@]}" -pthread -o "$out/$name"
+      # the child of sanitize/pool.cpp starts threads, which TSan allows only when asked
+      echo "$level, $kind: $(TSAN_OPTIONS=die_after_fork=0 "$out/$name")"
     done
   done
 done
