@@ -110,7 +110,7 @@ def cli_page() -> str:
     """Every command with its own flags; those of settings are named by section."""
     group = cast(Any, typer.main.get_command(cli.app))
     blocks: list[Any] = []
-    for name, command in group.commands.items():
+    for name, command in leaves(group):
         blocks += _command(name, command)
     return page(
         "Command line",
@@ -135,6 +135,15 @@ def cli_page() -> str:
             [(code(f.names), _accepted(f), f.note or f.reason) for f in dialects.FOREIGN],
         ),
     )
+
+
+def leaves(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(name, command) of every command, `bench offline` among them."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from leaves(command, f"{prefix}{name} ")
+        else:
+            yield f"{prefix}{name}", command
 
 
 def _accepted(flag: dialects.Foreign) -> str:

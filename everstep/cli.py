@@ -6,21 +6,18 @@ Whatever is the user's to mend ends in one line, `error: …`, and exit code 2.
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from . import __version__
+from . import __version__, bench_cli
 from .engine.config import PATIENCE
 from .engine.errors import ConfigError, EverstepError
 from .engine.rollout import SamplingParams
 from .flags import Settings, with_settings
 from .settings import log_format, nearest
-
-if TYPE_CHECKING:
-    from .clients.llm import LLM
 
 app = typer.Typer(
     name="everstep",
@@ -30,6 +27,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(bench_cli.app)
 
 _ENGINE = ("engine",)
 CHAT_SAMPLING = SamplingParams(temperature=0.7, top_p=0.95)
@@ -132,10 +131,11 @@ def chat(
     [dim]printf 'Hello\\nAnd again?\\n' | everstep chat[/dim]
     """
     from . import chat as conversations
+    from .offline import open_llm
 
     if " " in (said := settings.config.engine.model.path.strip()) and not Path(said).exists():
         raise ConfigError(f"MODEL is {said!r}; a prompt goes to --prompt: everstep chat --prompt …")
-    with _open_llm(settings) as llm:
+    with open_llm(settings) as llm:
         conversation = conversations.Conversation(llm, system=system, sampling=sampling)
         if prompt is not None:
             conversations.one_answer(conversation, prompt, sys.stdout)
@@ -148,21 +148,6 @@ def chat(
             conversations.on_a_terminal(conversation, console)
         else:
             conversations.in_a_pipe(conversation, iter(sys.stdin), sys.stdout)
-
-
-@contextlib.contextmanager
-def _open_llm(settings: Settings) -> "Iterator[LLM]":
-    from .clients.llm import LLM
-    from .progress import Stages
-
-    with Stages() as stages:
-        llm = LLM(
-            config=settings.config.engine,
-            skip_tokenizer_init=settings.config.skip_tokenizer_init,
-            on_progress=stages,
-        )
-    with llm:
-        yield llm
 
 
 @app.command()

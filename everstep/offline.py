@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,23 @@ from .server.config import ServeConfig
 if TYPE_CHECKING:
     from .clients.batch import Counts
     from .clients.batch_output import BatchOutput
+    from .clients.llm import LLM
+    from .flags import Settings
+
+
+@contextlib.contextmanager
+def open_llm(settings: "Settings") -> Iterator["LLM"]:
+    """The model of the settings in this process, the stages of its loading shown."""
+    from .clients.llm import LLM
+
+    with Stages() as stages:
+        llm = LLM(
+            config=settings.config.engine,
+            skip_tokenizer_init=settings.config.skip_tokenizer_init,
+            on_progress=stages,
+        )
+    with llm:
+        yield llm
 
 
 def run_batch(

@@ -18,7 +18,7 @@ from everstep.settings import settings_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), ROOT / "llms.txt", *ROOT.glob("docs/**/*.md")])
-COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+ROOT_COMMAND: Any = typer.main.get_command(app)
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -44,28 +44,50 @@ def command_lines() -> Iterator[tuple[str, list[str]]]:
                     yield str(page.relative_to(ROOT)), words[1:]
 
 
+def commands(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(name, command), those of a group with its name before theirs."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, f"{prefix}{name} ")
+        else:
+            yield f"{prefix}{name}", command
+
+
+COMMANDS = dict(commands(ROOT_COMMAND))
+
+
+def command_of(words: list[str]) -> tuple[str, list[str]]:
+    """The command's name, one word or two, and what follows it."""
+    length = 2 if " ".join(words[:2]) in COMMANDS else 1
+    return " ".join(words[:length]), words[length:]
+
+
 def unknown_words(words: list[str]) -> list[str]:
     """What of a command line does not exist."""
     if words in (["--help"], ["--version"]):
         return []
-    if not words or words[0] not in COMMANDS:
+    name, rest = command_of(words)
+    command = COMMANDS.get(name)
+    if command is None:
         return words[:1] or ["(no command)"]
     known = {"--help"}
-    for parameter in COMMANDS[words[0]].params:
+    for parameter in command.params:
         known |= set(parameter.opts) | set(parameter.secondary_opts)
-    flags = [word.partition("=")[0] for word in words[1:] if re.match(r"--?[a-zA-Z]", word)]
+    flags = [word.partition("=")[0] for word in rest if re.match(r"--?[a-zA-Z]", word)]
     return [flag for flag in flags if flag not in known]
 
 
 def test_every_command_line_names_a_command_and_its_flags() -> None:
     found = list(command_lines())
-    assert {words[0] for _, words in found} == set(COMMANDS)
+    assert {command_of(words)[0] for _, words in found} == set(COMMANDS)
     assert [(page, unknown_words(words)) for page, words in found if unknown_words(words)] == []
 
 
 def test_a_flag_that_does_not_exist_is_found() -> None:
     assert unknown_words(["chat", "--promt", "hi"]) == ["--promt"]
     assert unknown_words(["chatt"]) == ["chatt"]
+    assert unknown_words(["bench", "offlin"]) == ["bench"]
+    assert unknown_words(["bench", "serve", "--num-prompt", "3"]) == ["--num-prompt"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
