@@ -200,7 +200,7 @@ def _argument(parameter: Any) -> str:
 
 
 def _option(option: Any) -> str:
-    words = code(option.opts)
+    words = code([*option.opts, *option.secondary_opts])
     if getattr(option, "is_flag", False):
         return words
     return f"{words} {option.metavar or 'VALUE'}"
