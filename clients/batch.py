@@ -249,9 +249,7 @@ class BatchRun:
 
     def _release(self, rollouts: Sequence[Rollout]) -> None:
         ids = [rollout.id for rollout in rollouts]
-        self._manager.cancel(ids)
-        for rollout_id in ids:
-            self._manager.forget(rollout_id)
+        self._manager.drop(ids)
 
     async def _reap(self) -> None:
         """Wait until one job has its record."""

@@ -315,9 +315,7 @@ async def _run_all(
         for task in waiting:
             task.cancel()
         ids = [rollout.id for rollout in rollouts]
-        manager.cancel(ids)
-        for rollout_id in ids:
-            manager.forget(rollout_id)
+        manager.drop(ids)
 
 
 async def _feed(
@@ -328,8 +326,7 @@ async def _feed(
         async for delta in manager.stream(rollout.id):
             put(delta)
     finally:
-        manager.cancel([rollout.id])
-        manager.forget(rollout.id)
+        manager.drop([rollout.id])
 
 
 @contextlib.contextmanager

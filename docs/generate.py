@@ -21,8 +21,11 @@ from everstep.engine.errors import (
     InvalidRequest,
     MissingExtra,
 )
+from everstep.engine.journal_memory import MemoryJournal
+from everstep.engine.journal_thread import JournalThread
 from everstep.engine.manager import RolloutManager
 from everstep.engine.messages import Stats
+from everstep.engine.metrics import Registry
 from everstep.engine.rollout import SamplingParams
 from everstep.server.config import ServeConfig
 from everstep.server.http import BodyTooLarge
@@ -208,9 +211,11 @@ def _option(option: Any) -> str:
 
 def metrics() -> str:
     """What /metrics shows, as the collector makes it from a core that reports zeros."""
-    manager = RolloutManager(cast(Backend, None), None)
+    registry = Registry()
+    JournalThread(MemoryJournal(), metrics=registry)
+    manager = RolloutManager(cast(Backend, None), None, metrics=registry)
     zeros = {f: 0 for f in Stats.__struct_fields__ if not f.startswith("kv_")}
-    manager.stats = Stats(**cast(Any, zeros))
+    manager._core.stats = Stats(**cast(Any, zeros))
     found = families(manager)
     others: dict[str, list[str]] = {}
     for alias, name in ALIASES.items():

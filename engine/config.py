@@ -92,6 +92,23 @@ class JournalConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     ] = 86400.0
 
 
+class RestartConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is done about a core that dies. Its rollouts wait, and go on from the tokens they have."""
+
+    attempts: (
+        Annotated[
+            int,
+            Meta(ge=0, description="deaths in a row, without a token in between, that are mended"),
+        ]
+        | None
+    ) = 10
+    """None: for ever."""
+    first_delay_s: Annotated[
+        float, Meta(gt=0, description="wait before the first start; four times as long each time")
+    ] = 0.1
+    max_delay_s: Annotated[float, Meta(gt=0, description="longest wait before a start")] = 30.0
+
+
 class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything a core needs."""
 

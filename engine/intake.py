@@ -1,12 +1,23 @@
 """What a face asks for, checked once: a submission that passes can run."""
 
+import time
+import uuid
 from typing import Any
 
 from msgspec import Struct
 
 from .errors import ContextTooLong, InvalidRequest
 from .messages import Ready
-from .rollout import MAX_SAMPLES, SamplingParams, check_prompt, derive_seed
+from .rollout import MAX_SAMPLES, Rollout, SamplingParams, check_prompt, derive_seed
+
+
+class Accepted(Struct, frozen=True):
+    """Durable rollouts that are in the journal now; is_replay: they were, under the same key."""
+
+    group_id: str
+    """Of the first."""
+    rollout_ids: list[str]
+    is_replay: bool = False
 
 
 class Submission(Struct, kw_only=True):
@@ -19,6 +30,7 @@ class Submission(Struct, kw_only=True):
     priority: int = 0
     """Larger runs first and preempts smaller."""
     client: str = ""
+    pool: str = ""
     metadata: Any = None
 
     def check(self, info: Ready, *, eos_ids: tuple[int, ...], has_tokenizer: bool) -> int:
@@ -58,12 +70,45 @@ class Submission(Struct, kw_only=True):
             )
         return max_tokens
 
-    def seed_of(self, index: int, *, run_seed: int, number: int) -> int:
-        """The seed of a sample: two rollouts never share one by accident.
+    def make(self, *source: object, max_tokens: int) -> list[Rollout]:
+        """The rollouts, in sample order, before any token exists.
 
-        number  of the submission, counted by the manager
+        source  what seeds are derived from where none is given; no two submissions share it
         """
-        seed = self.sampling.seed
-        if seed is None:
-            return derive_seed("rollout", run_seed, number, index)
-        return seed if self.samples == 1 else derive_seed("sample", seed, index)
+        group_id = self.group_id or new_group_id()
+        created_s = time.time()
+        return [
+            Rollout(
+                id=new_rollout_id(),
+                group_id=group_id,
+                index=index,
+                prompt_ids=self.prompt_ids,
+                sampling=self.sampling,
+                seed=seed_of(self.sampling.seed, self.samples, index, *source),
+                max_tokens=max_tokens,
+                priority=self.priority,
+                client=self.client,
+                pool=self.pool,
+                metadata=self.metadata,
+                created_s=created_s,
+            )
+            for index in range(self.samples)
+        ]
+
+
+def new_rollout_id() -> str:
+    return f"ro-{uuid.uuid4().hex}"
+
+
+def new_group_id() -> str:
+    return f"grp-{uuid.uuid4().hex}"
+
+
+def seed_of(seed: int | None, samples: int, index: int, *source: object) -> int:
+    """The seed of sample `index`: two rollouts never share one by accident.
+
+    source  what it is derived from where none is given
+    """
+    if seed is None:
+        return derive_seed(*source, index)
+    return seed if samples == 1 else derive_seed("sample", seed, index)

@@ -1,67 +1,53 @@
-"""RolloutManager: the only writer of rollouts.
+"""RolloutManager: what faces call to submit, read and control rollouts.
 
-It checks and submits, collects tokens, finds stop strings (a core knows no text), and gives
-every rollout exactly one ending. Whatever a core knows it could be told again from here, so a
-core that dies costs time: its rollouts are submitted to the next one with the tokens they have.
+It checks what comes in and owns what lives: `Holdings`. `Collector` (engine/collector.py) speaks
+with the core: whatever a core knows it could be told again from here, so a core that dies costs
+time. `Keeper` (engine/keeping.py) speaks with the journal: what is durable outlives this process.
 """
 
-import asyncio
-import contextlib
-import time
-import traceback
-import uuid
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
-from msgspec import Struct
-
-from . import log
 from .backend import Backend
+from .collector import Collector
+from .config import RestartConfig
 from .errors import (
+    Conflict,
     Draining,
-    EngineUnavailable,
-    EverstepError,
+    EngineDied,
+    IllegalState,
+    JournalError,
     Overloaded,
     UnknownRollout,
 )
-from .growth import Growth
-from .intake import Submission
-from .messages import (
-    Add,
-    Cancel,
-    Died,
-    FromCore,
-    Pause,
-    Ready,
-    Rejected,
-    Resume,
-    RolloutTokens,
-    StateChanged,
-    Stats,
-    Tokens,
-)
-from .metrics import Registry
-from .rollout import FinishReason, Rollout, RolloutState
+from .growth import Growth, durable_growth
+from .holdings import Holdings
+from .intake import Accepted, Submission
+from .journal_ops import Query, RequestKey
+from .journal_thread import JournalThread
+from .keeping import Ids, Keeper, Page, ids_of
+from .messages import Pause, Ready, Resume, Stats
+from .metrics import Counter, Gauge, Histogram, Registry
+from .readers import Delta, deltas, until
+from .recovery import bring_back
+from .rollout import Rollout
 from .tokenizer import Tokenizer
+from .trajectory import Trajectory
+from .transfer import export_of, forks_of, imported
 
-MAX_RESTARTS = 3
+__all__ = ["Delta", "RolloutManager"]
 
-
-class Delta(Struct):
-    """News of one rollout: its tokens [start, end) and the text that became final with them.
-
-    The per-token values are read from the rollout itself: `rollout.output_ids[start:end]` ….
-    Text may lag behind tokens (half a UTF-8 character, the beginning of a stop string).
-    """
-
-    rollout: Rollout
-    start: int
-    end: int
-    text: str
-    is_last: bool
+Rollouts = list[Rollout]
+Growths = list[Growth]
+Metrics = list[Counter | Gauge | Histogram]
 
 
 class RolloutManager:
-    """Owns every rollout: checks, submits, collects tokens, finds stop strings, ends."""
+    """Owns every rollout: checks, submits, collects tokens, finds stop strings, ends.
+
+    journal        what makes rollouts durable (`accept` …); it is closed with the manager
+    retain_keys_s  how long an Idempotency-Key is remembered, as the journal does
+    allow_other_weights  whether journaled rollouts go on under weights that they were not begun with
+    """
 
     def __init__(
         self,
@@ -70,330 +56,362 @@ class RolloutManager:
         *,
         run_seed: int = 0,
         max_live: int = 65536,
+        restarts: RestartConfig = RestartConfig(),
+        journal: JournalThread | None = None,
+        retain_keys_s: float = 86400.0,
+        allow_other_weights: bool = False,
+        metrics: Registry | None = None,
     ) -> None:
-        self.metrics = Registry()
-        self.stats: Stats | None = None
-        """The core's latest."""
-        self._backend = backend
+        self.metrics = metrics or Registry()
         self._tokenizer = tokenizer
         self._run_seed = run_seed
         self._max_live = max_live
-        self._entries: dict[str, Growth] = {}
-        self._num_live = 0
         self._num_submitted = 0
-        self._info: Ready | None = None
-        self._failure: str | None = None
+        self._allow_other_weights = allow_other_weights
+        self.num_recovered = 0
+        """Live rollouts that the journal brought back at the start."""
         self._is_draining = False
-        self._collector: asyncio.Task[None] | None = None
-        self._paused: set[str] = set()
-        self._is_paused = False
-        self._declare_metrics()
-
-    def _declare_metrics(self) -> None:
-        m = self.metrics
-        self._ended = m.counter(
-            "everstep:rollouts_ended_total", "rollouts by how they ended", ["reason"]
+        self._is_closed = False
+        self._holdings = Holdings(self.metrics)
+        self._keeper: Keeper | None = None
+        if journal is not None:
+            self._keeper = Keeper(journal, self._holdings, retain_keys_s=retain_keys_s)
+        self._core = Collector(
+            backend,
+            self._holdings,
+            tokenizer,
+            keeper=self._keeper,
+            restarts=restarts,
+            metrics=self.metrics,
         )
-        self._ttft = m.histogram(
-            "everstep:time_to_first_token_seconds", "submission to first token"
-        )
-        self._e2e = m.histogram("everstep:e2e_request_latency_seconds", "submission to ending")
-        self._itl = m.histogram(
-            "everstep:inter_token_latency_seconds", "time per output token after the first"
-        )
-        self._restarts = m.counter("everstep:core_restarts_total", "cores started again")
+        if self._keeper is not None:
+            self._keeper.on_change = self._on_journal
 
     @property
     def info(self) -> Ready:
         """What the core said when it was ready; raises EngineUnavailable before."""
-        if self._info is None:
-            raise EngineUnavailable(self._failure or "the engine is loading")
-        return self._info
+        return self._core.info
+
+    @property
+    def stats(self) -> Stats | None:
+        """The core's latest."""
+        return self._core.stats
 
     @property
     def is_healthy(self) -> bool:
         """False once the core has died for good."""
-        return self._failure is None
+        return self._core.failure is None
+
+    @property
+    def journal_trouble(self) -> str | None:
+        """Why nothing durable is taken now, or None."""
+        return None if self._keeper is None else self._keeper.trouble
+
+    def current_metrics(self) -> Metrics:
+        """All that this process counts, as it is now."""
+        self._holdings.count_states()
+        return self.metrics.metrics
 
     @property
     def num_live(self) -> int:
         """Rollouts that have not ended."""
-        return self._num_live
+        return self._holdings.num_live
 
     async def start(self) -> None:
-        """Start the backend and the task that collects from it."""
-        self._info = await self._backend.start()
-        self._collector = asyncio.create_task(self._collect())
+        """Start the backend, bring back what the journal holds, and collect.
+
+        Raises what the backend raises; JournalError; ConfigError for a journal of other weights.
+        """
+        await self._core.start()
+        if self._keeper is not None:
+            self.num_recovered = await bring_back(
+                await self._keeper.recover(),
+                self._keeper,
+                self._core,
+                self._holdings,
+                self._tokenizer,
+                allow_other_weights=self._allow_other_weights,
+            )
+        self._core.collect()
 
     async def close(self) -> None:
-        """Abort what is live, then end the backend."""
+        """Abort what is live and not durable, end the backend, write the journal and close it."""
         self._is_draining = True
-        self.cancel(list(self._entries))
-        if self._collector is not None:
-            self._collector.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._collector
-        await self._backend.close()
+        live = self._holdings.live()
+        self._core.cancel([growth for growth in live if not growth.rollout.is_durable])
+        await self._core.close()
+        if self._keeper is not None:
+            await self._keeper.close()
+        self._is_closed = True
+        for growth in self._holdings:
+            growth.publish()
 
-    # --- what faces call ---------------------------------------------------------------
+    # --- submissions -------------------------------------------------------------------
 
-    def submit(self, submission: Submission) -> list[Rollout]:
+    def submit(self, submission: Submission) -> Rollouts:
         """Check and queue; returns the rollouts, in sample order, before any token exists.
 
         Raises InvalidRequest (ContextTooLong), Overloaded, EngineUnavailable, Draining.
         """
-        max_tokens = self._admit(submission)
-        group_id = submission.group_id or f"grp-{uuid.uuid4().hex}"
+        max_tokens = self._check(submission, self.info)
+        self._check_room(submission.samples)
         self._num_submitted += 1
-        rollouts = []
-        for index in range(submission.samples):
-            rollout = Rollout(
-                id=f"ro-{uuid.uuid4().hex}",
-                group_id=group_id,
-                index=index,
-                prompt_ids=submission.prompt_ids,
-                sampling=submission.sampling,
-                seed=submission.seed_of(index, run_seed=self._run_seed, number=self._num_submitted),
-                max_tokens=max_tokens,
-                priority=submission.priority,
-                client=submission.client,
-                metadata=submission.metadata,
-                created_s=time.time(),
-            )
-            self._entries[rollout.id] = Growth(rollout, self._tokenizer)
-            self._num_live += 1
-            rollouts.append(rollout)
-        self._backend.send([self._add(rollout) for rollout in rollouts])
+        source = ("rollout", self._run_seed, self._num_submitted)
+        rollouts = submission.make(*source, max_tokens=max_tokens)
+        self._holdings.num_live += len(rollouts)
+        self._core.add([Growth(rollout, self._tokenizer) for rollout in rollouts])
         return rollouts
 
-    def get(self, rollout_id: str) -> Rollout:
-        """The rollout; raises UnknownRollout."""
-        return self._entry(rollout_id).rollout
+    async def accept(
+        self, submissions: Submission | Sequence[Submission], key: RequestKey | None = None
+    ) -> Accepted:
+        """Make durable rollouts: on return they are in the journal, all of them or none.
 
-    async def stream(self, rollout_id: str) -> AsyncIterator[Delta]:
-        """Deltas from token 0 on until the last; any number of readers, each sees all of it."""
-        entry = self._entry(rollout_id)
-        rollout = entry.rollout
-        start, text = 0, 0
-        while True:
-            news = entry.news
-            end, is_last = len(rollout.output_ids), rollout.state.is_ended
-            new = rollout.text[text:]
-            if end > start or new or is_last:
-                yield Delta(rollout, start, end, new, is_last)
-                # while the reader took its time the rollout went on: count what was given
-                start, text = end, text + len(new)
-            if is_last:
-                return
-            if entry.news is news:
-                await news.wait()
+        The same key with the same body gives the same ids, whatever came between. Raises as
+        `submit` does, and KeyReused, JournalFull, JournalError. Goes on while a core is restarted.
+        """
+        many = [submissions] if isinstance(submissions, Submission) else list(submissions)
 
-    async def wait(self, rollout_id: str) -> Rollout:
-        """The rollout once it has ended."""
-        entry = self._entry(rollout_id)
-        while not entry.rollout.state.is_ended:
-            await entry.news.wait()
-        return entry.rollout
+        async def make() -> Rollouts:
+            info = self._core.known_info
+            lengths = [self._check(submission, info) for submission in many]
+            source = ("durable", self._run_seed, self._journaled.next_number())
+            return [
+                rollout
+                for i, (submission, max_tokens) in enumerate(zip(many, lengths, strict=True))
+                for rollout in submission.make(*source, i, max_tokens=max_tokens)
+            ]
 
-    def cancel(self, rollout_ids: Sequence[str]) -> None:
-        """End them now (state aborted). Ended ones are left as they are."""
-        entries = self._live(rollout_ids)
-        for entry in entries:
-            self._end(entry, RolloutState.ABORTED, FinishReason("abort"))
-        if entries:
-            self._backend.send([Cancel([entry.rollout.id for entry in entries])])
+        return await self._accept(key, make)
 
-    def pause(self, rollout_ids: Sequence[str] | None = None) -> None:
-        """Stop them where they are (None: all, and whatever is submitted until resume)."""
-        if rollout_ids is None:
-            self._is_paused = True
-            self._backend.send([Pause(None)])
-            return
-        ids = [entry.rollout.id for entry in self._live(rollout_ids)]
-        self._paused.update(ids)
-        self._backend.send([Pause(ids)])
+    async def fork(
+        self,
+        rollout_id: str,
+        at: int,
+        *,
+        samples: int = 1,
+        seed: int | None = None,
+        key: RequestKey | None = None,
+    ) -> Accepted:
+        """New durable rollouts that keep the first `at` output tokens of one that is there.
 
-    def resume(self, rollout_ids: Sequence[str] | None = None) -> None:
-        """Go on exactly where they stopped."""
-        if rollout_ids is None:
-            self._is_paused = False
-            self._paused.clear()
-            self._backend.send([Resume(None)])
-            return
-        ids = [entry.rollout.id for entry in self._live(rollout_ids)]
-        self._paused.difference_update(ids)
-        self._backend.send([Resume(ids)])
+        One sample without a seed has the same noise, so it continues to the bit as its parent did
+        or will. Raises as `accept` does, UnknownRollout, InvalidRequest naming `at` or `samples`.
+        """
 
-    def forget(self, rollout_id: str) -> None:
-        """Drop an ended rollout from memory (a face calls it when its answer is out)."""
-        entry = self._entries.get(rollout_id)
-        if entry is not None and entry.rollout.state.is_ended:
-            del self._entries[rollout_id]
+        async def make() -> Rollouts:
+            parent, info = await self.find(rollout_id), self._core.known_info
+            number = self._journaled.next_number()
+            return forks_of(parent, at, samples=samples, seed=seed, number=number, info=info)
 
-    # --- helpers of these --------------------------------------------------------------
+        return await self._accept(key, make)
 
-    def _admit(self, submission: Submission) -> int:
-        """The resolved max_tokens, or the error that says why it cannot run now."""
+    async def export(self, rollout_id: str) -> Trajectory:
+        """A copy of what is published of it; the rollout itself stays. Raises UnknownRollout."""
+        return export_of(await self.find(rollout_id), self._core.known_info, self._tokenizer)
+
+    async def import_(
+        self,
+        trajectory: Trajectory,
+        *,
+        allow_other_weights: bool = False,
+        key: RequestKey | None = None,
+    ) -> Accepted:
+        """Take in an exported rollout, under its id, to go on here; an ended one is kept.
+
+        Raises as `accept` does, InvalidTrajectory naming the field, Conflict if the id is known.
+        """
+
+        async def make() -> Rollouts:
+            if self._holdings.get(trajectory.id) is not None:
+                raise Conflict(f"a rollout with the id {trajectory.id!r} is here already")
+            info, tokenizer = self._core.known_info, self._tokenizer
+            return [imported(trajectory, info, tokenizer, allow_other_weights=allow_other_weights)]
+
+        return await self._accept(key, make)
+
+    async def _accept(
+        self, key: RequestKey | None, make: Callable[[], Awaitable[Rollouts]]
+    ) -> Accepted:
+        async def growths() -> Growths:
+            rollouts = await make()
+            self._check_room(len(rollouts))
+            return [durable_growth(r, self._tokenizer, self._core.stop_ids(r)) for r in rollouts]
+
+        return await self._journaled.accept(key, growths, self._core.add)
+
+    @property
+    def _journaled(self) -> Keeper:
+        if self._keeper is None:
+            raise JournalError(
+                "this server keeps no journal, so it takes no durable rollouts; "
+                "start it with --journal PATH"
+            )
+        return self._keeper
+
+    def _check(self, submission: Submission, info: Ready) -> int:
+        """The resolved max_tokens, or the error that says why it cannot run."""
+        return submission.check(
+            info, eos_ids=self._core.eos_ids, has_tokenizer=self._tokenizer is not None
+        )
+
+    def _check_room(self, count: int) -> None:
         if self._is_draining:
             raise Draining("the server is shutting down; send this elsewhere")
-        max_tokens = submission.check(
-            self.info, eos_ids=self._eos_ids, has_tokenizer=self._tokenizer is not None
-        )
-        if self._num_live + submission.samples > self._max_live:
+        if self.num_live + count > self._max_live:
             raise Overloaded(
-                f"{self._num_live} rollouts are waiting or running, the limit is "
+                f"{self.num_live} rollouts are waiting or running, the limit is "
                 f"{self._max_live}; try again later",
                 retry_after_s=1.0,
             )
-        return max_tokens
 
-    @property
-    def _eos_ids(self) -> tuple[int, ...]:
-        """The tokenizer knows more of them than the configs that a core has read."""
-        return tuple(self.info.eos_ids if self._tokenizer is None else self._tokenizer.eos_ids)
+    # --- readers -----------------------------------------------------------------------
 
-    def _add(self, rollout: Rollout) -> Add:
-        sampling = rollout.sampling
-        eos = self._eos_ids
-        stop_ids = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else eos)}
-        return Add(
-            rollout_id=rollout.id,
-            prompt_ids=rollout.prompt_ids,
-            output_ids=rollout.output_ids,
-            sampling=sampling,
-            seed=rollout.seed,
-            max_tokens=rollout.max_tokens,
-            stop_ids=sorted(stop_ids),
-            banned_ids=sorted(stop_ids | set(eos)),
-            priority=rollout.priority,
-            client=rollout.client,
-            start_paused=rollout.id in self._paused,
-        )
-
-    def _entry(self, rollout_id: str) -> Growth:
-        entry = self._entries.get(rollout_id)
-        if entry is None:
+    def get(self, rollout_id: str) -> Rollout:
+        """A rollout that is in memory; raises UnknownRollout."""
+        growth = self._holdings.get(rollout_id)
+        if growth is None:
             raise UnknownRollout(f"no rollout has the id {rollout_id!r}")
-        return entry
+        return growth.rollout
 
-    def _live(self, rollout_ids: Iterable[str]) -> list[Growth]:
-        found = (self._entries.get(rollout_id) for rollout_id in rollout_ids)
-        return [entry for entry in found if entry is not None and entry.is_live]
+    async def find(self, rollout_id: str) -> Rollout:
+        """A rollout, live or ended, from memory or from the journal; raises UnknownRollout."""
+        return (await self._growth(rollout_id)).rollout
 
-    # --- what cores say ----------------------------------------------------------------
+    async def list(self, query: Query) -> Page:
+        """Durable rollouts in order of acceptance."""
+        return await self._journaled.list(query)
 
-    async def _collect(self) -> None:
-        """Take the core's messages until it is closed; start it again when it dies.
+    async def stream(self, rollout_id: str, *, after: int = 0) -> AsyncIterator[Delta]:
+        """Deltas from token `after` on until the last; any number of readers, each sees all of it.
 
-        A fault of our own is said to everybody who waits: nobody would ever end them otherwise.
+        Raises UnknownRollout; InvalidRequest where it ends before token `after`; and, of a durable
+        rollout that goes on elsewhere or later, Draining, EngineDied or JournalError.
         """
+        growth = await self._growth(rollout_id)
+        growth.num_readers += 1
         try:
-            await self._take_all()
-        except Exception as error:
-            log.event("manager.failed", level="error", traceback=traceback.format_exc())
-            self._give_up(f"internal error: {type(error).__name__}: {error}")
+            async for delta in deltas(growth, after, self._tokenizer, self._news):
+                yield delta
+        finally:
+            self._holdings.release(growth)
 
-    async def _take_all(self) -> None:
-        deaths = 0
-        while True:
-            for message in await self._backend.receive():
-                if isinstance(message, Died):
-                    deaths += 1
-                    if not await self._restart(message, deaths):
-                        return
-                    break
-                if isinstance(message, Tokens):
-                    deaths = 0
-                self._take(message)
+    async def wait(
+        self, rollout_id: str, *, after: int | None = None, timeout_s: float | None = None
+    ) -> Rollout:
+        """The rollout once it has ended, or has more than `after` tokens, or the time is up.
 
-    def _take(self, message: FromCore) -> None:
-        match message:
-            case Tokens():
-                for tokens in message.each():
-                    self._take_tokens(message, tokens)
-            case StateChanged():
-                for rollout_id, state in message.moves:
-                    for entry in self._live([rollout_id]):
-                        entry.move(RolloutState(state))
-            case Rejected():
-                for entry in self._live([message.rollout_id]):
-                    self._end(
-                        entry, RolloutState.FAILED, FinishReason("error", detail=message.message)
-                    )
-            case Stats():
-                self.stats = message
-            case _:
-                log.event("core.unexpected_message", level="warning", kind=type(message).__name__)
-
-    def _take_tokens(self, message: Tokens, tokens: RolloutTokens) -> None:
-        entry = self._entries.get(tokens.rollout_id)
-        if entry is None or not entry.is_live:
-            return  # cancelled, or ended at a stop string, while the core went on
-        rollout = entry.rollout
-        is_first = rollout.first_token_s is None
-        finish = entry.take(message, tokens, self.info)
-        if is_first and rollout.first_token_s is not None:
-            self._ttft.observe(rollout.first_token_s - rollout.created_s)
-        if finish is None:
-            entry.publish()
-            return
-        failed = finish.type == "error"
-        self._end(entry, RolloutState.FAILED if failed else RolloutState.FINISHED, finish)
-        if finish is not tokens.finish:
-            # a stop string, of which the core knows nothing
-            self._backend.send([Cancel([rollout.id])])
-
-    def _end(self, entry: Growth, state: RolloutState, reason: FinishReason) -> None:
-        entry.end(state, reason)
-        rollout = entry.rollout
-        self._num_live -= 1
-        self._paused.discard(rollout.id)
-        self._ended.add(1, reason.type)
-        assert rollout.ended_s is not None
-        self._e2e.observe(rollout.ended_s - rollout.created_s)
-        if rollout.first_token_s is not None and len(rollout.output_ids) > 1:
-            rest = rollout.ended_s - rollout.first_token_s
-            self._itl.observe(rest / (len(rollout.output_ids) - 1))
-        if reason.type == "error":
-            log.event("rollout.failed", level="error", rollout=rollout.id, detail=reason.detail)
-
-    # --- a core that dies --------------------------------------------------------------
-
-    async def _restart(self, died: Died, deaths: int) -> bool:
-        """Start the core again and give it what was live; False once that is given up.
-
-        deaths  in a row, without a token in between
+        Raises as `stream` does.
         """
-        if self._is_draining:
-            return False
-        self._info = None
-        for attempt in range(deaths, MAX_RESTARTS + 1):
-            log.event("core.died", level="error", reason=died.message, attempt=attempt)
-            await asyncio.sleep(0.1 * 4 ** (attempt - 1))
-            try:
-                self._info = await self._backend.start()
-            except EngineUnavailable as error:
-                died = Died(str(error), error.code)
-            except EverstepError as error:
-                died = Died(str(error), error.code)
-                break
-            else:
-                self._restarts.add()
-                self._resubmit()
-                return True
-        self._give_up(f"the engine died: {died.message}")
-        return False
+        growth = await self._growth(rollout_id)
+        growth.num_readers += 1
+        try:
+            await until(growth, after, timeout_s, self._news)
+        finally:
+            self._holdings.release(growth)
+        return growth.rollout
 
-    def _give_up(self, reason: str) -> None:
-        self._info, self._failure = None, reason
-        for entry in self._live(list(self._entries)):
-            self._end(entry, RolloutState.FAILED, FinishReason("error", detail=reason))
+    async def _growth(self, rollout_id: str) -> Growth:
+        growth = self._holdings.get(rollout_id)
+        if growth is not None:
+            return growth
+        if self._keeper is None:
+            raise UnknownRollout(f"no rollout has the id {rollout_id!r}")
+        return Growth(await self._keeper.find(rollout_id), None)
 
-    def _resubmit(self) -> None:
-        entries = self._live(list(self._entries))
-        log.event("core.restarted", rollouts=len(entries))
-        if self._is_paused:
-            self._backend.send([Pause(None)])
-        for entry in entries:
-            entry.move(RolloutState.QUEUED)
-        self._backend.send([self._add(entry.rollout) for entry in entries])
+    async def _news(self, growth: Growth) -> None:
+        """Wait for news of a live one; raises if it will go on, but not here and now."""
+        if growth.rollout.is_durable and growth.is_live:
+            if self._is_closed:
+                raise Draining(
+                    "the server is shutting down; the rollout is in its journal and goes on when "
+                    "it is started again"
+                )
+            if self._core.failure is not None:
+                raise EngineDied(f"{self._core.failure}; the rollout stays in the journal")
+            if self._keeper is not None and self._keeper.failure is not None:
+                raise JournalError(self._keeper.failure)
+        await growth.news.wait()
+
+    # --- control -----------------------------------------------------------------------
+
+    async def pause(self, ids: Sequence[str] | None = None, *, group: str | None = None) -> Ids:
+        """Stop these where they are (both None: all, and whatever comes until resume).
+
+        Returns the ids it applied to; ended ones are left alone. Raises UnknownRollout, and then
+        nothing was done.
+        """
+        growths = await self._named(ids, group)
+        is_all = ids is None and group is None
+        self._holdings.pause(growths, is_all=is_all)
+        names = ids_of(growths)
+        self._core.tell(Pause(None if is_all else names))
+        if self._keeper is not None:
+            await self._keeper.pause(growths, is_all=is_all)
+        return names
+
+    async def resume(self, ids: Sequence[str] | None = None, *, group: str | None = None) -> Ids:
+        """Go on exactly where they stopped. Raises IllegalState where a named one has ended."""
+        growths = await self._named(ids, group)
+        names = ids_of(growths)
+        ended = [rollout_id for rollout_id in ids or () if rollout_id not in names]
+        if ended:
+            raise IllegalState(f"rollout {ended[0]} has ended: it cannot be resumed")
+        is_all = ids is None and group is None
+        if self._keeper is not None:
+            await self._keeper.resume(growths, is_all=is_all)
+        self._holdings.resume(growths, is_all=is_all)
+        self._core.tell(Resume(None if is_all else names))
+        if self._keeper is not None and self._keeper.is_held:
+            self._core.hold()
+        return names
+
+    async def cancel(self, ids: Sequence[str] | None = None, *, group: str | None = None) -> Ids:
+        """End these (state aborted). Ended ones are left as they are."""
+        growths = await self._named(ids, group)
+        self._core.cancel(growths)
+        if self._keeper is not None:
+            await self._keeper.flush()
+        return ids_of(growths)
+
+    async def acknowledge(
+        self, ids: Sequence[str] | None = None, *, group: str | None = None
+    ) -> Ids:
+        """Their reader has them: only their names are kept for a while (both None: all ended).
+
+        Raises IllegalState where one that is named has not ended; twice does no harm.
+        """
+        return await self._journaled.acknowledge(ids, group)
+
+    def drop(self, rollout_ids: Sequence[str]) -> None:
+        """Nobody reads these any more: what runs is cancelled, all is forgotten. Durable ones are
+        left alone."""
+        live = self._holdings.live(rollout_ids)
+        self._core.cancel([growth for growth in live if not growth.rollout.is_durable])
+        for rollout_id in rollout_ids:
+            growth = self._holdings.get(rollout_id)
+            if growth is not None and not growth.rollout.is_durable:
+                self._holdings.forget(rollout_id)
+
+    async def _named(self, ids: Sequence[str] | None, group: str | None) -> Growths:
+        """The live ones that are meant; raises UnknownRollout where one was never here."""
+        if group is not None:
+            found = [g for g in self._holdings.live() if g.rollout.group_id == group]
+            if not found and not (self._keeper and await self._keeper.has_group(group)):
+                raise UnknownRollout(f"no group has the id {group!r}")
+            return found
+        if ids is None:
+            return self._holdings.live()
+        for rollout_id in ids:
+            if self._holdings.get(rollout_id) is None and not (
+                self._keeper and await self._keeper.is_known(rollout_id)
+            ):
+                raise UnknownRollout(f"no rollout has the id {rollout_id!r}")
+        return self._holdings.live(dict.fromkeys(ids))
+
+    def _on_journal(self) -> None:
+        """Its journal has stalled, goes on, or has failed."""
+        self._core.hold()
+        if self._keeper is not None and self._keeper.failure is not None:
+            for growth in self._holdings:
+                growth.publish()

@@ -4,6 +4,7 @@ Token ids above the last entry of tokenizer.json (a padded vocabulary) decode to
 The tags that parsers look for (`<think>`, `<tool_call>` …) are never stripped as special tokens.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -66,6 +67,7 @@ class Tokenizer:
         self.special_tokens: dict[str, str] = dict(special_tokens or {})
         self.is_byte_level = isinstance(backend.decoder, decoders.ByteLevel)
         self._bytes: dict[int, bytes] = {}
+        self._digest: str | None = None
         self._environment = _environment()
         self._compiled: dict[str, jinja2.Template] = {}
         named = (
@@ -99,6 +101,14 @@ class Tokenizer:
             eos_ids.add(eos_id)
         template = _read_template(folder, settings)
         return cls(backend, eos_ids=sorted(eos_ids), chat_template=template, special_tokens=special)
+
+    @property
+    def digest(self) -> str:
+        """Of all that decides how text and ids correspond; equal digests, equal texts."""
+        if self._digest is None:
+            said = self._backend.to_str().encode()
+            self._digest = hashlib.blake2b(said, digest_size=16).hexdigest()
+        return self._digest
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids

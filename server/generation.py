@@ -180,9 +180,7 @@ class Generation:
 
     def close(self) -> None:
         manager = self.service.manager
-        manager.cancel(self.ids)
-        for rollout_id in self.ids:
-            manager.forget(rollout_id)
+        manager.drop(self.ids)
 
     @property
     def ids(self) -> list[str]:

@@ -81,8 +81,12 @@ class Operations:
         ]
 
     async def health(self, _: Request) -> Response:
+        """Chat goes on without a journal: a full disk alone is said, and does not make it 503."""
         reason = why_unready(self._manager)
-        return _status({"status": "ok" if reason is None else "unavailable"}, reason)
+        body = {"status": "ok" if reason is None else "unavailable"}
+        if self._manager.journal_trouble is not None:
+            body["journal"] = self._manager.journal_trouble
+        return _status(body, reason)
 
     async def ready(self, _: Request) -> Response:
         """As /health, with what is served."""
@@ -141,7 +145,7 @@ class EngineCollector(Collector):
 
 def families(manager: RolloutManager) -> dict[str, Family]:
     """All metrics under our names, without the `_total` that counters have on the wire."""
-    return {**_core_families(manager), **_declared(manager.metrics.metrics)}
+    return {**_core_families(manager), **_declared(manager.current_metrics())}
 
 
 def _declared(metrics: Iterable[Counter | Gauge | Histogram]) -> dict[str, Family]:

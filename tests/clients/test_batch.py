@@ -13,6 +13,7 @@ import pytest
 from everstep.clients.batch import BatchRun, Counts, check_paths
 from everstep.clients.batch_lines import Defaults
 from everstep.clients.batch_output import BatchOutput, IdSet
+from everstep.engine.config import RestartConfig
 from everstep.engine.errors import ConfigError, EngineUnavailable
 from everstep.engine.manager import RolloutManager
 from everstep.engine.rollout import SamplingParams
@@ -39,7 +40,8 @@ def run(
     window: int = 8,
 ) -> Counts:
     async def go() -> Counts:
-        manager = RolloutManager(backend or FakeBackend(), None)
+        restarts = RestartConfig(attempts=0)
+        manager = RolloutManager(backend or FakeBackend(), None, restarts=restarts)
         await manager.start()
         try:
             batch = BatchRun(manager, None, source, output, defaults=defaults, window=window)
@@ -202,10 +204,7 @@ def test_an_output_of_other_settings_is_not_mixed(tmp_path: Path) -> None:
             run(source, tmp_path / "out", backend=backend, defaults=defaults)
 
 
-def test_a_dead_engine_leaves_no_error_records_and_the_run_goes_on_later(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("everstep.engine.manager.MAX_RESTARTS", 0)
+def test_a_dead_engine_leaves_no_error_records_and_the_run_goes_on_later(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "in", prompts(40))
     with pytest.raises(EngineUnavailable, match="told to die"):
         run(source, tmp_path / "out", backend=FakeBackend(steps_to_die=10))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from everstep.engine.config import BatchConfig, ResolvedKV
 from everstep.engine.core import Core
 from everstep.engine.errors import EngineDied
-from everstep.engine.messages import Died, FromCore, Ready, ToCore
+from everstep.engine.messages import Died, FromCore, Ready, ToCore, Tokens
 from everstep.engine.scheduler import Scheduler
 from tests.fakes import FakeRunner
 
@@ -16,7 +16,8 @@ KV = ResolvedKV(
 
 
 class InlineBackend:
-    """Steps the core whenever somebody waits for news. `die()` is kill -9; `is_held` stops the core."""
+    """Steps the core whenever somebody waits for news. `die()` is kill -9; `is_held` stops the core,
+    `steps_left` (None: no limit) does so after so many with tokens."""
 
     def __init__(self, vocab_size: int = 300, *, start_failures: int = 0) -> None:
         self.vocab_size = vocab_size
@@ -28,6 +29,7 @@ class InlineBackend:
         self._dead: str | None = None
         self._is_busy = False
         self.is_held = False
+        self.steps_left: int | None = None
 
     async def start(self) -> Ready:
         self.starts += 1
@@ -70,11 +72,20 @@ class InlineBackend:
                 return [Died(self._dead)]
             assert self.core is not None
             found, self._queue = self._queue, []
-            events = None if self.is_held else self.core.step()
+            events = self._step()
             self._is_busy = events is not None
             found += events or []
             if found:
                 return found
+
+    def _step(self) -> list[FromCore] | None:
+        assert self.core is not None
+        if self.is_held or self.steps_left == 0:
+            return None
+        events = self.core.step()
+        if self.steps_left is not None and any(isinstance(e, Tokens) for e in events or ()):
+            self.steps_left -= 1
+        return events
 
     async def close(self) -> None:
         self.core = None

@@ -5,6 +5,7 @@ import contextlib
 
 import pytest
 
+from everstep.engine.config import RestartConfig
 from everstep.engine.errors import (
     ContextTooLong,
     Draining,
@@ -169,12 +170,12 @@ def test_cancel_frees_at_once_and_an_ended_rollout_is_left_alone():
             backend.is_held = True
             [a] = manager.submit(ask())
             [b] = manager.submit(ask())
-            manager.cancel([a.id])
+            await manager.cancel([a.id])
             assert a.state is RolloutState.ABORTED
             assert a.finish_reason.type == "abort"
             backend.is_held = False
             done = await manager.wait(b.id)
-            manager.cancel([b.id])
+            await manager.cancel([b.id])
             assert done.state is RolloutState.FINISHED
             assert manager.num_live == 0
 
@@ -185,13 +186,13 @@ def test_a_paused_rollout_stands_still_and_goes_on_exactly():
     async def body():
         async with managed() as (manager, _):
             [rollout] = manager.submit(ask())
-            manager.pause([rollout.id])
+            await manager.pause([rollout.id])
             await asyncio.sleep(0.02)
             before = list(rollout.output_ids)
             assert rollout.state is RolloutState.PAUSED
             await asyncio.sleep(0.02)
             assert rollout.output_ids == before
-            manager.resume([rollout.id])
+            await manager.resume([rollout.id])
             done = await manager.wait(rollout.id)
             assert done.output_ids == expected_of(done)
 
@@ -201,11 +202,11 @@ def test_a_paused_rollout_stands_still_and_goes_on_exactly():
 def test_pause_of_all_holds_what_comes_later_too():
     async def body():
         async with managed() as (manager, _):
-            manager.pause()
+            await manager.pause()
             [rollout] = manager.submit(ask())
             await asyncio.sleep(0.02)
             assert rollout.output_ids == []
-            manager.resume()
+            await manager.resume()
             assert (await manager.wait(rollout.id)).output_ids == expected_of(rollout)
 
     run(body())
@@ -231,13 +232,13 @@ def test_a_paused_rollout_stays_paused_over_the_death_of_its_core():
     async def body():
         async with managed() as (manager, backend):
             [rollout] = manager.submit(ask())
-            manager.pause([rollout.id])
+            await manager.pause([rollout.id])
             await asyncio.sleep(0.01)
             count = len(rollout.output_ids)
             backend.die()
             await asyncio.sleep(0.3)
             assert len(rollout.output_ids) == count
-            manager.resume([rollout.id])
+            await manager.resume([rollout.id])
             assert (await manager.wait(rollout.id)).output_ids == expected_of(rollout)
 
     run(body())
@@ -245,7 +246,7 @@ def test_a_paused_rollout_stays_paused_over_the_death_of_its_core():
 
 def test_a_core_that_cannot_come_back_fails_its_rollouts_with_the_reason():
     async def body():
-        async with managed() as (manager, backend):
+        async with managed(restarts=RestartConfig(attempts=2)) as (manager, backend):
             backend.is_held = True
             [rollout] = manager.submit(ask())
             backend.start_failures = 99
@@ -325,9 +326,9 @@ def test_a_fault_of_the_managers_own_ends_everybody_who_waits():
                 return [StateChanged([(rollouts[0].id, "preempted")])]  # it never ran
 
             backend.receive = receive
-            manager._collector.cancel()
+            manager._core._task.cancel()
             await asyncio.sleep(0)
-            manager._collector = asyncio.create_task(manager._collect())
+            manager._core._task = asyncio.create_task(manager._core._collect())
             for rollout in await asyncio.wait_for(asyncio.gather(*waiting), 5):
                 assert rollout.state is RolloutState.FAILED
                 assert "may not become preempted" in rollout.finish_reason.detail
@@ -338,15 +339,14 @@ def test_a_fault_of_the_managers_own_ends_everybody_who_waits():
     run(body())
 
 
-def test_forget_drops_only_what_has_ended():
+def test_drop_cancels_what_runs_and_forgets_it():
     async def body():
         async with managed() as (manager, backend):
             backend.is_held = True
             [rollout] = manager.submit(ask())
-            manager.forget(rollout.id)
             assert manager.get(rollout.id) is rollout
-            manager.cancel([rollout.id])
-            manager.forget(rollout.id)
+            manager.drop([rollout.id])
+            assert rollout.state is RolloutState.ABORTED
             with pytest.raises(UnknownRollout):
                 manager.get(rollout.id)
 

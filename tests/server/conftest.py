@@ -14,7 +14,7 @@ from starlette.applications import Starlette
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
-from everstep.engine.config import EngineConfig, ModelConfig
+from everstep.engine.config import EngineConfig, ModelConfig, RestartConfig
 from everstep.engine.manager import RolloutManager
 from everstep.engine.messages import Add
 from everstep.engine.tokenizer import Tokenizer
@@ -111,7 +111,7 @@ async def serve(
         send(messages)
 
     backend.send = numbered
-    manager = RolloutManager(backend, tokenizer)
+    manager = RolloutManager(backend, tokenizer, restarts=RestartConfig(attempts=1))
     config = ServeConfig(
         engine=EngineConfig(model=ModelConfig(path="org/ring")),
         http=HttpConfig(**(http or {})),

@@ -449,7 +449,7 @@ async def test_nothing_is_kept_once_the_answer_is_out(server):
     await server.events(CHAT, messages=HI)
     bad = await server.post(TEXT, prompt=[[5], [9999]])
     assert bad.status_code == 400
-    assert server.manager._entries == {}
+    assert list(server.manager._holdings) == []
     assert server.manager.num_live == 0
 
 

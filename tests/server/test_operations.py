@@ -57,7 +57,7 @@ async def test_a_loading_and_a_dead_engine_say_so(anyio_backend):
         assert (await http.get("/metrics")).status_code == 200
         await manager.start()
         assert (await http.get("/health")).status_code == 200
-        manager._failure, manager._info = "the engine died: out of memory", None
+        manager._core.failure, manager._core._info = "the engine died: out of memory", None
         response = await http.get("/health")
         assert response.status_code == 503
         assert "out of memory" in response.json()["reason"]

@@ -54,7 +54,7 @@ async def test_a_reader_that_leaves_ends_its_rollouts(server, stream, n):
     await asyncio.wait_for(request.task, 5)
     assert server.manager.num_live == 0
     assert len(server.backend.cancelled) == n
-    assert server.manager._entries == {}
+    assert list(server.manager._holdings) == []
 
 
 async def test_a_reader_that_leaves_in_the_middle_ends_its_rollout(server):
@@ -121,7 +121,7 @@ async def test_a_failure_half_way_is_an_error_event_then_done(server):
     error = json.loads(events[-3][6:])["error"]
     assert error["code"] == "nonfinite"
     assert error["type"] == "server_error"
-    assert server.manager._entries == {}
+    assert list(server.manager._holdings) == []
 
 
 async def test_a_failure_before_the_first_token_still_has_a_status(server):
@@ -129,14 +129,14 @@ async def test_a_failure_before_the_first_token_still_has_a_status(server):
     response = await server.post(CHAT, messages=HI, stream=True, n=2)
     assert response.status_code == 500
     assert response.json()["error"]["code"] == "nonfinite"
-    assert server.manager._entries == {}
+    assert list(server.manager._holdings) == []
 
 
 async def test_cancelling_elsewhere_ends_the_stream_with_abort(server):
     server.replies[:] = [server.tokenizer.encode("a")]
     request = call(server.app, TEXT, {"prompt": "Hi", "max_tokens": 400, "stream": True}, window=1)
     await settle()
-    server.manager.cancel([server.backend.adds[0].rollout_id])
+    await server.manager.cancel([server.backend.adds[0].rollout_id])
     reasons = []
     while True:
         message = await asyncio.wait_for(request.sent.get(), 5)

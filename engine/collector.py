@@ -1,0 +1,299 @@
+"""The core's side of a manager: what it is told, what it says, and what is done when it dies.
+
+Tokens become news of growths here. Those of durable rollouts go through the journal (`Keeper`)
+before they are shown, all others are shown at once.
+"""
+
+import asyncio
+import contextlib
+import traceback
+from collections.abc import Iterable, Sequence
+
+from . import log
+from .backend import Backend
+from .config import RestartConfig
+from .errors import EngineUnavailable, EverstepError
+from .growth import Growth, News
+from .holdings import Holdings
+from .journal_ops import Origin
+from .keeping import Keeper
+from .messages import (
+    Add,
+    Cancel,
+    Died,
+    FromCore,
+    Pause,
+    Ready,
+    Rejected,
+    Resume,
+    StateChanged,
+    Stats,
+    ToCore,
+    Tokens,
+)
+from .metrics import Registry
+from .restart import restart
+from .rollout import FinishReason, Rollout, RolloutState
+from .tokenizer import Tokenizer
+
+
+class Collector:
+    """Speaks with one core at a time; every growth that is open is known to it."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        holdings: Holdings,
+        tokenizer: Tokenizer | None,
+        *,
+        keeper: Keeper | None,
+        restarts: RestartConfig,
+        metrics: Registry,
+    ) -> None:
+        self.stats: Stats | None = None
+        """The core's latest."""
+        self.failure: str | None = None
+        """Why no core will be started any more."""
+        self._backend = backend
+        self._holdings = holdings
+        self._tokenizer = tokenizer
+        self._keeper = keeper
+        self._restarts = restarts
+        self._info: Ready | None = None
+        self._last_info: Ready | None = None
+        self._origin = Origin(0, "", "", "")
+        self._is_closing = False
+        self._task: asyncio.Task[None] | None = None
+        self._num_restarts = metrics.counter("everstep:core_restarts_total", "cores started again")
+
+    @property
+    def info(self) -> Ready:
+        """What the core said when it was ready; raises EngineUnavailable while there is none."""
+        if self._info is None:
+            raise EngineUnavailable(self.failure or "the engine is loading")
+        return self._info
+
+    @property
+    def known_info(self) -> Ready:
+        """As `info`; while a core is started again, what the last one said."""
+        if self._last_info is None or self.failure is not None:
+            return self.info
+        return self._last_info
+
+    async def start(self) -> Ready:
+        """Start the backend. `collect` when everything that is live is held."""
+        self._info = self._last_info = await self._backend.start()
+        return self._info
+
+    def collect(self) -> None:
+        """Tell the core of all that is live, and listen to it."""
+        self._resubmit()
+        self._task = asyncio.create_task(self._collect())
+
+    async def close(self) -> None:
+        self._is_closing = True
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        await self._backend.close()
+
+    # --- to the core ---------------------------------------------------------------------
+
+    def add(self, growths: Iterable[Growth]) -> None:
+        """Hold them and submit those that are live."""
+        live = []
+        for growth in growths:
+            if growth.is_open:
+                self._holdings.add(growth)
+                live.append(growth)
+        # while there is no core they wait: the next one is told of all that is held
+        if live and self._info is not None:
+            self.tell(*map(self._add, live))
+
+    def tell(self, *messages: ToCore) -> None:
+        self._backend.send(messages)
+
+    def end(self, growth: Growth, state: RolloutState, reason: FinishReason) -> None:
+        """Its one ending, decided now; shown at once, or when it is in the journal."""
+        final = growth.conclude(state, reason)
+        if reason.type == "error":
+            log.event("rollout.failed", level="error", rollout=final.id, detail=reason.detail)
+        if final.is_durable and self._keeper is not None:
+            self._keeper.end(growth, final)
+        else:
+            self._holdings.end(growth, final)
+
+    def cancel(self, growths: Sequence[Growth]) -> None:
+        """End those that are open (state aborted), here and in the core."""
+        for growth in growths:
+            if growth.is_open:
+                self.end(growth, RolloutState.ABORTED, FinishReason("abort"))
+        if growths:
+            self.tell(Cancel([growth.rollout.id for growth in growths]))
+
+    def hold(self) -> None:
+        """Have durable rollouts stand still while nothing of them can be journaled, else go on."""
+        durable = [growth for growth in self._holdings.live() if growth.rollout.is_durable]
+        if not durable or self._info is None:
+            return
+        if self._keeper is not None and self._keeper.is_held:
+            self.tell(Pause([growth.rollout.id for growth in durable]))
+        else:
+            ids = [g.rollout.id for g in durable if g.rollout.id not in self._holdings.paused]
+            self.tell(Resume(ids))
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The tokenizer knows more of them than the configs that a core has read."""
+        if self._tokenizer is not None:
+            return self._tokenizer.eos_ids
+        return tuple(self.known_info.eos_ids)
+
+    def stop_ids(self, rollout: Rollout) -> set[int]:
+        """Ids that end it."""
+        sampling = rollout.sampling
+        return {*sampling.stop_token_ids, *(() if sampling.ignore_eos else self.eos_ids)}
+
+    def _add(self, growth: Growth) -> Add:
+        rollout = growth.rollout
+        stop_ids = self.stop_ids(rollout)
+        is_held = rollout.is_durable and self._keeper is not None and self._keeper.is_held
+        return Add(
+            rollout_id=rollout.id,
+            prompt_ids=rollout.prompt_ids,
+            output_ids=growth.output_ids,
+            sampling=rollout.sampling,
+            seed=rollout.seed,
+            max_tokens=rollout.max_tokens,
+            stop_ids=sorted(stop_ids),
+            banned_ids=sorted(stop_ids | set(self.eos_ids)),
+            priority=rollout.priority,
+            client=rollout.client,
+            start_paused=is_held or rollout.id in self._holdings.paused,
+        )
+
+    # --- from the core -------------------------------------------------------------------
+
+    async def _collect(self) -> None:
+        """Take the core's messages until it is closed; start it again when it dies.
+
+        A fault of our own is said to everybody who waits: nobody would ever end them otherwise.
+        """
+        try:
+            await self._take_all()
+        except Exception as error:
+            log.event("manager.failed", level="error", traceback=traceback.format_exc())
+            self.give_up(f"internal error: {type(error).__name__}: {error}")
+
+    async def _take_all(self) -> None:
+        deaths = 0
+        while True:
+            for message in await self._backend.receive():
+                if isinstance(message, Died):
+                    deaths += 1
+                    if not await self._restart(message, deaths):
+                        return
+                    break
+                if isinstance(message, Tokens):
+                    deaths = 0
+                self._take(message)
+
+    def _take(self, message: FromCore) -> None:
+        match message:
+            case Tokens():
+                self._take_tokens(message)
+            case StateChanged():
+                for rollout_id, state in message.moves:
+                    for growth in self._holdings.live([rollout_id]):
+                        growth.move(RolloutState(state))
+            case Rejected():
+                for growth in self._holdings.live([message.rollout_id]):
+                    reason = FinishReason("error", detail=message.message)
+                    self.end(growth, RolloutState.FAILED, reason)
+            case Stats():
+                self.stats = message
+            case _:
+                log.event("core.unexpected_message", level="warning", kind=type(message).__name__)
+
+    def _take_tokens(self, message: Tokens) -> None:
+        """The outcome of a step. What goes to the journal goes in one piece."""
+        info, origin = self.info, self._origin_of(message)
+        durable: list[tuple[Growth, News]] = []
+        for tokens in message.each():
+            growth = self._holdings.get(tokens.rollout_id)
+            if growth is None or not growth.is_open:
+                continue  # cancelled, or ended at a stop string, while the core went on
+            news = growth.prepare(tokens, origin, info)
+            if news is None:
+                continue
+            if news.finish is not None:
+                self._finish(growth, news.finish)
+                if news.finish is not tokens.finish:
+                    # a stop string, of which the core knows nothing
+                    self.tell(Cancel([growth.rollout.id]))
+            elif growth.rollout.is_durable:
+                durable.append((growth, news))
+            else:
+                self._show(growth)
+        if durable and self._keeper is not None:
+            self._keeper.append(origin, durable, self._show)
+
+    def _show(self, growth: Growth) -> None:
+        is_first = not growth.rollout.output_ids
+        growth.apply()
+        if is_first and growth.rollout.output_ids:
+            self._holdings.note_first_token(growth.rollout)
+        growth.publish()
+
+    def _finish(self, growth: Growth, reason: FinishReason) -> None:
+        if not growth.rollout.is_durable:
+            self._show(growth)
+        failed = reason.type == "error"
+        self.end(growth, RolloutState.FAILED if failed else RolloutState.FINISHED, reason)
+
+    def _origin_of(self, message: Tokens) -> Origin:
+        """Of a step's tokens; the same object as long as nothing changes."""
+        origin, info = self._origin, self.info
+        if (origin.version, origin.digest, origin.core) != (
+            message.version,
+            message.digest,
+            info.core_id,
+        ):
+            self._origin = Origin(message.version, message.digest, info.numerics, info.core_id)
+        return self._origin
+
+    # --- a core that dies ----------------------------------------------------------------
+
+    async def _restart(self, died: Died, deaths: int) -> bool:
+        """Start the core again and give it what is live; False once that is given up."""
+        if self._is_closing:
+            return False
+        self._info = None
+        try:
+            info = await restart(self._backend, died, deaths, self._restarts)
+        except EverstepError as error:
+            self.give_up(str(error))
+            return False
+        self._info = self._last_info = info
+        self._num_restarts.add()
+        log.event("core.restarted", rollouts=len(self._holdings.live()))
+        self._resubmit()
+        return True
+
+    def _resubmit(self) -> None:
+        growths = self._holdings.live()
+        for growth in growths:
+            is_paused = growth.rollout.id in self._holdings.paused
+            growth.move(RolloutState.PAUSED if is_paused else RolloutState.QUEUED)
+        if growths:
+            self.tell(*map(self._add, growths))
+
+    def give_up(self, reason: str) -> None:
+        """No core will come: all fail, but what is durable, which waits in the journal."""
+        self._info, self.failure = None, reason
+        for growth in self._holdings.live():
+            if growth.rollout.is_durable:
+                growth.publish()
+            else:
+                self.end(growth, RolloutState.FAILED, FinishReason("error", detail=reason))
