@@ -13,9 +13,8 @@ import torch
 
 from ..kernels import (
     Draw,
-    Plan,
-    QuerySpan,
     Rule,
+    StepOutput,
     explain,
     level_name,
     log_softmax,
@@ -24,10 +23,11 @@ from ..kernels import (
 )
 from . import log, model
 from .config import ModelConfig, ResolvedKV
-from .model import Forward, KVStore
+from .model import KVStore
 from .plan import Row, RowResult, Sampled, StepPlan, StepResult
 from .rollout import SAMPLED, TRUNCATED_SUPPORT, SamplingParams
 from .rotary import rotary_tables
+from .step import ForwardPass
 from .weights import Weights
 
 # changes when the bits of the C++ kernels do
@@ -47,7 +47,8 @@ class ModelRunner:
         self._kv = kv
         self._store = KVStore.empty(weights.config, kv.num_blocks * kv.block_size, weights.dtype)
         table_dtype = weights.dtype if config.rope_tables == "model" else torch.float32
-        self._tables = rotary_tables(weights.config, kv.max_model_len, table_dtype)
+        tables = rotary_tables(weights.config, kv.max_model_len, table_dtype)
+        self._forward = ForwardPass(weights, self._store, tables, kv.block_size)
         self._parked: dict[str, list[torch.Tensor]] = {}
         self._num_threads = torch.get_num_threads()
 
@@ -139,64 +140,48 @@ class ModelRunner:
         return (first.unsqueeze(1) + torch.arange(size)).reshape(-1)
 
     def _run_rows(self, rows: list[Row], step: int) -> list[RowResult]:
-        spans, first = [], 0
-        for row in rows:
-            spans.append(QuerySpan(first, row.start, len(row.token_ids), row.block_table))
-            first += len(row.token_ids)
-        ids = torch.tensor([i for row in rows for i in row.token_ids])
-        layout = model.plan_step(self.weights.config, spans, self._kv.block_size)
-        out = model.forward(self.weights, ids, self._store, layout, self._tables)
-        bad = self._find_nonfinite(ids, layout, out, spans, step)
-        results = [RowResult(nonfinite=bad.get(i)) for i in range(len(rows))]
-        for row, span, result in zip(rows, spans, results, strict=True):
+        wants_routes = any("routing" in row.sampling.record for row in rows)
+        out = self._forward.run(rows, wants_routes=wants_routes)
+        results = [RowResult() for _ in rows]
+        if out.bad_tokens:
+            self._name_bad_layers(rows, out.bad_tokens, results, step)
+        first = 0
+        for row, result in zip(rows, results, strict=True):
             if result.nonfinite is None:
-                self._record_prompt(row, span, out, result, step)
-                self._record_routing(row, span, out, result)
-        self._draw(rows, spans, out, results, step)
+                self._record_prompt(row, first, out, result, step)
+                self._record_routing(row, first, out, result)
+            first += len(row.token_ids)
+        self._draw(rows, out, results, step)
         return results
 
-    def _find_nonfinite(
-        self,
-        ids: torch.Tensor,
-        layout: Plan,
-        out: Forward,
-        spans: list[QuerySpan],
-        step: int,
-    ) -> dict[int, str]:
+    def _name_bad_layers(
+        self, rows: list[Row], bad_tokens: list[int], results: list[RowResult], step: int
+    ) -> None:
         """Rows with a value that is not finite, and the layer where it first appears.
 
         A bad value stays in the residual stream to the end, so the last hidden state tells;
-        only then the step is run again to find the layer (the same bits are written again).
+        only then the step is run again to find the layer.
         """
-        is_bad = ~torch.isfinite(out.hidden).all(dim=1)
-        if not bool(is_bad.any()):
-            return {}
-        first_layer: dict[int, int] = {}
-
-        def trace(layer: int, x: torch.Tensor) -> None:
-            for token in (~torch.isfinite(x).all(dim=1)).nonzero()[:, 0].tolist():
-                first_layer.setdefault(token, layer)
-
-        model.forward(self.weights, ids, self._store, layout, self._tables, trace=trace)
-        found = {}
-        for index, span in enumerate(spans):
-            tokens = [t for t in range(span.row, span.row + span.length) if bool(is_bad[t])]
+        first_layer = self._forward.first_bad_layer(rows)
+        is_bad, first = set(bad_tokens), 0
+        for row, result in zip(rows, results, strict=True):
+            tokens = [t for t in range(first, first + len(row.token_ids)) if t in is_bad]
             if tokens:
                 layer = min(first_layer.get(t, len(self.weights.layers)) for t in tokens)
-                found[index] = f"step {step}, layer {layer}"
-        return found
+                result.nonfinite = f"step {step}, layer {layer}"
+            first += len(row.token_ids)
 
     def _record_prompt(
-        self, row: Row, span: QuerySpan, out: Forward, result: RowResult, step: int
+        self, row: Row, first: int, out: StepOutput, result: RowResult, step: int
     ) -> None:
-        """lp_raw of the prompt tokens that this row's tokens predict."""
+        """lp_raw of the prompt tokens that this row's tokens, packed from `first` on, predict."""
         count = row.sampling.prompt_logprobs
         last = min(row.start + len(row.token_ids), row.num_prompt - 1)
         if count is None or row.start >= last:
             return
         for start in range(row.start, last, PROMPT_ROWS):
             end = min(start + PROMPT_ROWS, last)
-            at = span.row + start - row.start
+            at = first + start - row.start
             lp = log_softmax(model.logits(self.weights, out.hidden[at : at + end - start]))
             targets = torch.tensor(row.all_ids[start + 1 : end + 1])
             result.prompt_lp += lp.gather(1, targets.unsqueeze(1))[:, 0].tolist()
@@ -205,39 +190,28 @@ class ModelRunner:
         if not all(map(math.isfinite, result.prompt_lp)):
             result.nonfinite = f"step {step}, layer {len(self.weights.layers)} (head)"
 
-    def _record_routing(self, row: Row, span: QuerySpan, out: Forward, result: RowResult) -> None:
+    def _record_routing(self, row: Row, first: int, out: StepOutput, result: RowResult) -> None:
         """Expert ids and weights of this row's tokens, (tokens, L, K)."""
-        if "routing" not in row.sampling.record or not out.routes:
+        if "routing" not in row.sampling.record or out.routes is None:
             return
-        part = slice(span.row, span.row + span.length)
-        ids = torch.stack([routes.ids[part] for routes in out.routes], dim=1).numpy()
-        weights = torch.stack([routes.weights[part] for routes in out.routes], dim=1).numpy()
+        part = slice(first, first + len(row.token_ids))
+        ids, weights = (routes[:, part].transpose(0, 1).numpy() for routes in out.routes)
         width = np.uint8 if self.weights.config.num_experts <= 256 else np.uint16
         result.routing_ids = ids.astype(width).tobytes()
         result.routing_weights = weights.astype(np.float32).tobytes()
 
-    def _draw(
-        self,
-        rows: list[Row],
-        spans: list[QuerySpan],
-        out: Forward,
-        results: list[RowResult],
-        step: int,
-    ) -> None:
+    def _draw(self, rows: list[Row], out: StepOutput, results: list[RowResult], step: int) -> None:
         """Draw a token for every row that ends at its newest one."""
-        drawn = [i for i, row in enumerate(rows) if row.samples and results[i].nonfinite is None]
-        if not drawn:
-            return
-        last = torch.tensor([spans[i].row + spans[i].length - 1 for i in drawn])
-        values = model.logits(self.weights, out.hidden[last])
-        is_finite = torch.isfinite(values).all(dim=1).tolist()
-        for i, fine in zip(drawn, is_finite, strict=True):
-            if not fine:
-                results[i].nonfinite = f"step {step}, layer {len(self.weights.layers)} (head)"
-        good = [n for n, fine in enumerate(is_finite) if fine]
+        drawn = [i for i, row in enumerate(rows) if row.samples]
+        for place in out.bad_logits:
+            result = results[drawn[place]]
+            where = f"step {step}, layer {len(self.weights.layers)} (head)"
+            result.nonfinite = result.nonfinite or where
+        good = [n for n, i in enumerate(drawn) if results[i].nonfinite is None]
         if not good:
             return
-        draws = sample(values[torch.tensor(good)], [rule_of(rows[drawn[n]]) for n in good])
+        values = out.logits if len(good) == len(drawn) else out.logits[torch.tensor(good)]
+        draws = sample(values, [rule_of(rows[drawn[n]]) for n in good])
         for n, draw in zip(good, draws, strict=True):
             if draw is None:
                 head = len(self.weights.layers)

@@ -17,6 +17,7 @@ from .dispatch import (
     explain,
     gate_up,
     level_name,
+    library_in_use,
     linear,
     log_softmax,
     place_qkv,
@@ -32,6 +33,8 @@ from .dispatch import (
     use_level,
 )
 from .gemm import Weight
+from .native_step import NativeStep, StepBatch, StepLayer, StepOutput, StepShape
+from .packed import PackedWeight
 from .sampling import Draw, Rule, top_of
 
 __all__ = [
@@ -39,9 +42,15 @@ __all__ = [
     "ExpertBank",
     "GateUp",
     "Linear",
+    "NativeStep",
+    "PackedWeight",
     "Plan",
     "QuerySpan",
     "Rule",
+    "StepBatch",
+    "StepLayer",
+    "StepOutput",
+    "StepShape",
     "Weight",
     "add",
     "add_rms_norm",
@@ -50,6 +59,7 @@ __all__ = [
     "explain",
     "gate_up",
     "level_name",
+    "library_in_use",
     "linear",
     "log_softmax",
     "place_qkv",

@@ -8,6 +8,7 @@ Shapes: T packed tokens, H hidden, I width of an MLP, E experts, K experts per t
 """
 
 import contextlib
+import ctypes
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -84,6 +85,12 @@ _chosen = _Chosen()
 def level_name() -> str:
     """amx, avx512, avx2, portable or torch."""
     return _chosen.name()
+
+
+def library_in_use() -> ctypes.CDLL | None:
+    """The C++ library of this process's level, None for torch."""
+    ops = _chosen.ops()
+    return None if ops is None else ops.library
 
 
 @contextlib.contextmanager

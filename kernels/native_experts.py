@@ -22,12 +22,17 @@ class ExpertTable:
         self._weights = (tuple(gate_ups), tuple(downs))
         self._gate_ups = (ctypes.c_void_p * len(gate_ups))(*(w.address for w in gate_ups))
         self._downs = (ctypes.c_void_p * len(downs))(*(w.address for w in downs))
-        self._library = gate_ups[0].library
+        self.library = gate_ups[0].library
         self.width, self.dtype = gate_ups[0].k, gate_ups[0].dtype
         i32, i64, pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
-        call = self._library.everstep_experts
+        call = self.library.everstep_experts
         call.argtypes = [i32, pointer, i64, *[pointer] * 2, *[i64] * 3, *[pointer] * 3, i32]
         call.restype = None
+
+    @property
+    def addresses(self) -> tuple[int, int]:
+        """Of the two lists of weights, gate-ups and downs; valid as long as this object lives."""
+        return ctypes.addressof(self._gate_ups), ctypes.addressof(self._downs)
 
     def __len__(self) -> int:
         return len(self._gate_ups)
@@ -40,7 +45,7 @@ class ExpertTable:
             x = x.contiguous()
         ids, weights = ids.contiguous(), weights.contiguous()
         out = torch.empty((x.shape[0], self.width), dtype=x.dtype)
-        self._library.everstep_experts(
+        self.library.everstep_experts(
             x.dtype == torch.bfloat16, x.data_ptr(), x.stride(0), ids.data_ptr(),
             weights.data_ptr(), *ids.shape, len(self), self._gate_ups, self._downs,
             out.data_ptr(), torch.get_num_threads(),

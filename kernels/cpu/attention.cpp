@@ -26,6 +26,7 @@
 #include <vector>
 
 #include "mathfun.h"
+#include "operations.h"
 
 using namespace everstep;
 using std::int64_t;

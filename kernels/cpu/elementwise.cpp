@@ -5,6 +5,7 @@
 // Threads share out rows, never a row.
 
 #include "mathfun.h"
+#include "operations.h"
 
 using namespace everstep;
 using std::int64_t;

@@ -5,7 +5,7 @@
 //
 // A row's bits: its two products (gemm.cpp) see that row alone, and its K outputs are added in the
 // order of its slots, so neither the other tokens nor the order of experts can reach it.
-#include "gemm.h"
+#include "operations.h"
 
 namespace everstep {
 

@@ -4,6 +4,7 @@
 // expert and the lower group win. A NaN score ranks above every number, so ids are always valid.
 
 #include "mathfun.h"
+#include "operations.h"
 
 using namespace everstep;
 using std::int64_t;
