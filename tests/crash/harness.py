@@ -1,0 +1,432 @@
+"""One run of the crash harness: servers that are killed, a client that is not told, a verdict.
+
+    python harness.py --work FOLDER --seconds 60                   as CI does
+    python harness.py --work FOLDER --kills 1000                   until that many were killed
+    python harness.py --work FOLDER --seconds 600 --cold           servers started as a user's are
+
+It starts a server over a tiny random checkpoint, a client (client.py) that submits, reads and
+acknowledges over HTTP, and kills the server or its core with SIGKILL at random moments and at named
+points of the code (faults.py), freezes them with SIGSTOP, and now and then kills the client too.
+What it killed and when is written to FOLDER/kills.jsonl, outside of everything that is tried. Then
+the same rollouts run again with nobody disturbing them, and checker.py judges. The exit code is the
+checker's.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+START_S = 60.0
+# rollouts end within seconds; a client that needs longer than this is waiting for something lost
+CLIENT_END_S = 120.0
+CORE_NAMES = ("everstep-core", "everstep.engine.core")
+
+# points where a server may be told to die, and how often each is passed: k is drawn below it
+FAILPOINTS = {
+    "before_accept": 6,
+    "after_accept": 6,
+    "before_append": 200,
+    "after_append": 200,
+    "before_end": 8,
+    "after_end": 8,
+    "before_ack": 4,
+    "after_ack": 4,
+    "before_pause": 2,
+    "after_pause": 2,
+    "mid_recovery": 1,
+    "after_recovery": 1,
+    "before_compaction": 2,
+    "mid_compaction": 2,
+    "after_compaction": 2,
+    "mid_transaction": 300,
+}
+
+
+def options(model: Path, journal: Path, port: int) -> list[str]:
+    """Few blocks and a small batch, so that rollouts wait, are preempted and share prefixes."""
+    return [
+        *("serve", str(model), "--port", str(port), "--journal", str(journal), "--seed", "1"),
+        *("--max-num-seqs", "12", "--engine.kv.num-blocks", "160", "--engine.num-threads", "1"),
+        *("--max-num-batched-tokens", "96", "--max-model-len", "640"),
+    ]
+
+
+@dataclass
+class KillLog:
+    """The kill log: outside of what is tried, and on the disk before the blow."""
+
+    path: Path
+
+    def write(self, **fields: Any) -> None:
+        with self.path.open("ab", buffering=0) as file:
+            file.write(json.dumps({"at": time.monotonic_ns(), **fields}).encode() + b"\n")
+
+
+class Server:
+    """The server under test; started again whenever it is gone."""
+
+    def __init__(self, work: Path, port: int, arguments: list[str], *, is_cold: bool) -> None:
+        self.pid: int | None = None
+        self.num_starts = 0
+        self.start_seconds: list[float] = []
+        self._port, self._arguments, self._is_cold = port, arguments, is_cold
+        self._log = work / "server.log"
+        self._cold: subprocess.Popen[bytes] | None = None
+        self._launcher: subprocess.Popen[bytes] | None = None
+        if not is_cold:
+            self._launcher = subprocess.Popen(
+                [sys.executable, str(HERE / "launcher.py")],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+            )
+            self._messages = read_lines(self._launcher)
+            next(self._messages)
+
+    def start(self, faults: list[str]) -> None:
+        self.num_starts += 1
+        began = time.monotonic()
+        if self._launcher is None:
+            command = [sys.executable, str(HERE / "launcher.py"), "--cold"]
+            with self._log.open("ab") as log:
+                self._cold = subprocess.Popen(
+                    [*command, json.dumps({"faults": faults}), *self._arguments],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+            self.pid = self._cold.pid
+        else:
+            assert self._launcher.stdin is not None
+            request = {"start": self._arguments, "faults": faults, "log": str(self._log)}
+            self._launcher.stdin.write(json.dumps(request).encode() + b"\n")
+            self._launcher.stdin.flush()
+            while "pid" not in (message := next(self._messages)):
+                pass
+            self.pid = message["pid"]
+        self._began = began
+        self._is_ready = False
+
+    def look(self) -> bool:
+        """Whether it is ready; None-like False while it starts. Notes when it has gone."""
+        if self.pid is not None and self._has_exited():
+            self.pid = None
+        if self.pid is not None and not self._is_ready and self._answers():
+            self._is_ready = True
+            self.start_seconds.append(time.monotonic() - self._began)
+        return self.pid is not None and self._is_ready
+
+    def core(self) -> int | None:
+        """Process id of its core."""
+        return None if self.pid is None else find_core(self.pid)
+
+    def close(self) -> None:
+        """Ask it to end, as an operator does; then end the launcher."""
+        if self.pid is not None:
+            os.kill(self.pid, signal.SIGTERM)
+            deadline = time.monotonic() + START_S
+            while self.pid is not None:
+                self.look()
+                if time.monotonic() > deadline:
+                    raise SystemExit("the server does not end at SIGTERM")
+                time.sleep(0.01)
+        if self._launcher is not None:
+            assert self._launcher.stdin is not None
+            self._launcher.stdin.close()
+            self._launcher.wait()
+
+    def _has_exited(self) -> bool:
+        if self._cold is not None:
+            return self._cold.poll() is not None
+        assert self._launcher is not None
+        assert self._launcher.stdout is not None
+        while select.select([self._launcher.stdout], [], [], 0)[0]:
+            if next(self._messages).get("exited") == self.pid:
+                return True
+        return False
+
+    def _answers(self) -> bool:
+        try:
+            with socket.create_connection(("127.0.0.1", self._port), timeout=1.0) as connection:
+                connection.sendall(b"GET /ready HTTP/1.0\r\n\r\n")
+                return b" 200 " in connection.recv(64)
+        except OSError:
+            return False
+
+
+def read_lines(process: subprocess.Popen[bytes]) -> Iterator[dict[str, Any]]:
+    """Unbuffered, so that `select` and this agree about what is there."""
+    assert process.stdout is not None
+    line = b""
+    while byte := os.read(process.stdout.fileno(), 1):
+        if byte == b"\n":
+            yield json.loads(line)
+            line = b""
+        else:
+            line += byte
+
+
+def find_core(server: int) -> int | None:
+    """The descendant of a server that is its core."""
+    parents = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with contextlib.suppress(OSError):
+                state = (folder / "stat").read_text().rpartition(")")[2].split()
+                if state[0] != "Z":
+                    parents[int(folder.name)] = int(state[1])
+    family, found = {server}, None
+    while more := {pid for pid, parent in parents.items() if parent in family} - family:
+        family |= more
+    for pid in family - {server}:
+        with contextlib.suppress(OSError):
+            name = Path(f"/proc/{pid}/comm").read_text().strip()
+            if name == CORE_NAMES[0] or CORE_NAMES[1] in Path(f"/proc/{pid}/cmdline").read_text():
+                found = pid
+    return found
+
+
+class Client:
+    """The client under the nemesis; a killed one takes up its history where it stood."""
+
+    def __init__(self, command: list[str]) -> None:
+        self._command = command
+        self.start()
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(self._command)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def code(self) -> int | None:
+        """Its exit code, None while it runs."""
+        return self._process.poll()
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+class Nemesis:
+    """What happens to the processes, from one random generator."""
+
+    def __init__(self, server: Server, log: KillLog, given: argparse.Namespace) -> None:
+        self._server, self._log, self._given = server, log, given
+        self._rng = random.Random(given.seed)
+
+    def start_server(self) -> None:
+        """Half of the servers will die by themselves, at a point of their code."""
+        faults = list(self._given.fault)
+        if self._given.failpoints and self._rng.random() < 0.5:
+            name = self._rng.choice(sorted(FAILPOINTS))
+            passing = self._rng.randrange(1, FAILPOINTS[name] + 1)
+            faults.append(f"die:{name}:{passing}:{self._log.path}")
+        self._server.start(faults)
+
+    def run(self, client: Client) -> None:
+        """Until the time is over or enough were killed."""
+        end_s = time.monotonic() + self._given.seconds
+        while time.monotonic() < end_s and self._count() < self._given.kills:
+            self._wait_until_ready()
+            pause_s = self._rng.expovariate(1 / self._given.every)
+            deadline = time.monotonic() + min(pause_s, 4 * self._given.every)
+            while self._server.look() and time.monotonic() < deadline:
+                time.sleep(0.005)
+            if client.code is not None:
+                raise SystemExit(f"the client ended with {client.code}")
+            if self._server.pid is not None:
+                self._strike(client)
+
+    def _count(self) -> int:
+        """Those that died at a failpoint have written it down themselves."""
+        return sum(1 for _ in self._log.path.open("rb")) if self._log.path.exists() else 0
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + START_S
+        while not self._server.look():
+            if self._server.pid is None:
+                self.start_server()
+            if time.monotonic() > deadline:
+                raise SystemExit(f"no server within {START_S} s; see server.log")
+            time.sleep(0.005)
+
+    def _strike(self, client: Client) -> None:
+        what = self._rng.choices(("server", "core", "both", "stop"), self._given.weights, k=1)[0]
+        core = self._server.core()
+        if what in ("core", "both") and core is not None:
+            self._kill(core, "core")
+        if what in ("server", "both") and self._server.pid is not None:
+            self._kill(self._server.pid, "server")
+            while self._server.pid is not None:
+                self._server.look()
+                time.sleep(0.001)
+        if what == "stop":
+            self._freeze(self._rng.choice((core, self._server.pid)))
+        if what == "client":
+            self._log.write(what="client", how="random", pid=client.pid)
+            client.kill()
+            client.start()
+
+    def _kill(self, pid: int, what: str) -> None:
+        self._log.write(what=what, how="random", pid=pid)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+    def _freeze(self, pid: int | None) -> None:
+        """As a machine that swaps, or an operator's Ctrl-Z; half of them die frozen."""
+        if pid is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP)
+            self._log.write(what="stop", how="random", pid=pid)
+            time.sleep(self._rng.uniform(0.05, 1.0))
+            os.kill(pid, signal.SIGCONT)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def everstep(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A command of everstep's, as a user gives it."""
+    command = [str(Path(sys.executable).with_name("everstep")), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def make_model(folder: Path) -> Path:
+    if not folder.exists():
+        made = everstep(
+            *("make-checkpoint", str(folder), "--format", "f32"),
+            *("--size", "num_hidden_layers=2", "--seed", "3"),
+        )
+        if made.returncode:
+            raise SystemExit(f"no checkpoint: {made.stderr}")
+    return folder
+
+
+def client_command(url: str, history: Path, *more: str) -> list[str]:
+    return [
+        *(sys.executable, str(HERE / "client.py"), "--url", url, "--history", str(history)),
+        *more,
+    ]
+
+
+def harm(work: Path, model: Path, given: argparse.Namespace) -> float:
+    """The run with the nemesis; returns its seconds."""
+    port = free_port()
+    server = Server(work, port, options(model, work / "journal.db", port), is_cold=given.cold)
+    nemesis = Nemesis(server, KillLog(work / "kills.jsonl"), given)
+    began = time.monotonic()
+    try:
+        nemesis.start_server()
+        command = client_command(
+            f"http://127.0.0.1:{port}",
+            work / "history.jsonl",
+            *("--seed", str(given.seed), "--stop-file", str(work / "stop")),
+            *("--tokens", str(given.tokens)),
+        )
+        client = Client(command)
+        nemesis.run(client)
+        took = time.monotonic() - began
+        (work / "stop").touch()
+        deadline = time.monotonic() + CLIENT_END_S
+        while client.code is None and time.monotonic() < deadline:
+            if not server.look() and server.pid is None:
+                server.start(list(given.fault))
+            time.sleep(0.01)
+        if client.code is None:
+            print("the client waits for something that does not come", file=sys.stderr)
+        if client.code != 0:
+            client.kill()
+    finally:
+        server.close()
+    starts = sorted(server.start_seconds)
+    if starts:
+        print(
+            f"{server.num_starts} servers started, ready after {starts[len(starts) // 2]:.2f} s "
+            f"(median), {starts[-1]:.2f} s (slowest)"
+        )
+    return took
+
+
+def calm(work: Path, model: Path, given: argparse.Namespace) -> None:
+    """The same rollouts, undisturbed, in a journal of their own."""
+    port = free_port()
+    arguments = options(model, work / "unharmed.db", port)
+    server = Server(work, port, arguments, is_cold=False)
+    try:
+        server.start([])
+        deadline = time.monotonic() + START_S
+        while not server.look():
+            if server.pid is None or time.monotonic() > deadline:
+                raise SystemExit("no server for the unharmed run; see server.log")
+            time.sleep(0.01)
+        twins = ("--twins", str(work / "history.jsonl"))
+        command = client_command(f"http://127.0.0.1:{port}", work / "unharmed.jsonl", *twins)
+        if subprocess.run(command, check=False).returncode:
+            raise SystemExit("the unharmed run failed")
+    finally:
+        server.close()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="kill servers and prove that nothing was lost")
+    parser.add_argument("--work", type=Path, required=True, help="new or empty folder")
+    parser.add_argument("--seconds", type=float, default=3600.0)
+    parser.add_argument("--kills", type=int, default=10**9)
+    parser.add_argument("--every", type=float, default=0.5, help="mean seconds between strikes")
+    parser.add_argument(
+        "--weights",
+        type=float,
+        nargs=5,
+        default=(8, 6, 2, 2, 1),
+        metavar="W",
+        help="of: server, core, both, SIGSTOP, client",
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tokens", type=int, default=300, help="longest rollout")
+    parser.add_argument("--cold", action="store_true", help="start servers as a user does")
+    parser.add_argument("--no-failpoints", dest="failpoints", action="store_false")
+    parser.add_argument("--fault", action="append", default=[], help="plant a bug (faults.py)")
+    parser.add_argument("--judge", type=float, default=1.0, help="share of rollouts to recompute")
+    given = parser.parse_args()
+    given.work.mkdir(parents=True, exist_ok=True)
+    model = make_model(given.work / "model")
+    took = harm(given.work, model, given)
+    checked = everstep("journal", "check", str(given.work / "journal.db"))
+    print(f"everstep journal check: {(checked.stdout + checked.stderr).strip()}")
+    calm(given.work, model, given)
+    verdict = subprocess.run(
+        [
+            *(sys.executable, str(HERE / "checker.py"), "--model", str(model)),
+            *("--history", str(given.work / "history.jsonl")),
+            *("--unharmed", str(given.work / "unharmed.jsonl")),
+            *("--kills", str(given.work / "kills.jsonl"), "--judge", str(given.judge)),
+            *("--json", str(given.work / "report.json")),
+        ],
+        check=False,
+    )
+    print(f"{took:.0f} s under the nemesis")
+    return verdict.returncode or checked.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
