@@ -158,8 +158,10 @@ class History:
         phase, at = record["phase"], record["at"]
         self.report.counts["unknown acknowledgements"] += phase == "unknown"
         for rollout_id in record["ids"]:
-            life = self.lives[rollout_id]
-            if phase == "invoke":
+            life = self.lives.get(rollout_id)
+            if life is None:
+                self.strangers.add(rollout_id)
+            elif phase == "invoke":
                 life.ack_asked_at = life.ack_asked_at or at
             elif phase == "ok":
                 life.acked_at = life.acked_at or at
