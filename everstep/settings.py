@@ -117,6 +117,11 @@ def wants_batch_invariance() -> bool:
     return os.environ.get("VLLM_BATCH_INVARIANT", "").lower() in ("1", "true")
 
 
+def forced_kernels() -> str:
+    """EVERSTEP_KERNELS: the kernel level that the user insists on; empty: the best."""
+    return os.environ.get("EVERSTEP_KERNELS", "")
+
+
 def nearest(name: str, known: Sequence[str]) -> str | None:
     """The known name that looks most like it, if one does."""
     found = difflib.get_close_matches(name, known, n=1, cutoff=0.6)

@@ -36,6 +36,7 @@ WORDS = {
     "trajectory",
 }
 BOOKS = {
+    "capsule",
     "admission",
     "backend",
     "block_pool",
@@ -62,6 +63,7 @@ BOOKS = {
     "random_tokenizer",
     "readers",
     "recovery",
+    "replay",
     "reporting",
     "request_keys",
     "restart",

@@ -1,0 +1,268 @@
+"""A journaled rollout run again: is every bit of it what this engine computes?
+
+Each run of tokens that these weights made is generated anew behind the tokens recorded before it,
+with the recorded seed; ids, logprobs and whatever else was recorded are compared as float32 bits.
+Tokens of other weights cannot be replayed here: they are given as they were, and reported.
+"""
+
+from array import array
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from msgspec import Struct
+
+from .backend import Backend
+from .errors import EngineDied, InvalidTrajectory
+from .messages import Add, Died, Ready, Rejected, RolloutTokens, Tokens
+from .rollout import FinishReason, Rollout, Segment, check_prompt
+
+_FLOATS = ("lp_sampled", "lp_temp", "kept_mass", "lp_raw", "entropy")
+_OTHERS = ("flags", "kept_ids")
+
+
+class Span(Struct, frozen=True):
+    """Output tokens [start, end); `obstacle` says why they cannot be replayed, None: they can."""
+
+    start: int
+    end: int
+    segment: Segment
+    obstacle: str | None
+
+
+class Difference(Struct, frozen=True):
+    """The first value that is not what was recorded; `token` is the index of an output token."""
+
+    token: int
+    field: str
+    recorded: Any
+    computed: Any
+
+
+class Outcome(Struct, frozen=True):
+    """What came of one span."""
+
+    span: Span
+    difference: Difference | None
+
+
+class Computed(Struct):
+    """What the engine made of a span, by the names of `Rollout`."""
+
+    ids: list[int] = []
+    columns: dict[str, list[Any]] = {}
+    prompt_lp: list[float | None] = []
+    prompt_top: list[list[tuple[int, float]]] = []
+    routing_start: int = 0
+    routing_ids: bytes = b""
+    routing_weights: bytes = b""
+    finish: FinishReason | None = None
+
+
+def spans_of(rollout: Rollout, ready: Ready, *, to: int | None = None) -> list[Span]:
+    """The runs of tokens up to `to`, joined where only the core changed between them."""
+    num = len(rollout.output_ids) if to is None else min(to, len(rollout.output_ids))
+    spans: list[Span] = []
+    for segment, end in _bounds(rollout.segments, num):
+        obstacle = None
+        if segment.digest != ready.digest:
+            obstacle = f"made by weights {segment.digest[:8]}, loaded are {ready.digest[:8]}"
+        elif segment.kv != "computed":
+            obstacle = f"drawn over KV of other weights (policy {segment.kv})"
+        last = spans[-1] if spans else None
+        if last is not None and (last.obstacle, last.segment.numerics) == (
+            obstacle,
+            segment.numerics,
+        ):
+            spans[-1] = Span(last.start, end, last.segment, obstacle)
+        else:
+            spans.append(Span(segment.start, end, segment, obstacle))
+    return spans
+
+
+def _bounds(segments: Sequence[Segment], num: int) -> Iterable[tuple[Segment, int]]:
+    ends = [*(segment.start for segment in segments[1:]), num]
+    for segment, end in zip(segments, ends, strict=True):
+        if segment.start < min(end, num):
+            yield segment, min(end, num)
+
+
+def check_fits(rollout: Rollout, ready: Ready) -> None:
+    """Raise InvalidRequest (InvalidTrajectory) unless this engine can hold such a rollout."""
+    check_prompt(rollout.prompt_ids, vocab_size=ready.vocab_size, max_model_len=ready.max_model_len)
+    rollout.sampling.check(vocab_size=ready.vocab_size)
+    largest = max(rollout.output_ids, default=0)
+    if largest >= ready.vocab_size:
+        raise InvalidTrajectory(
+            f"output_ids: token id {largest} is outside the vocabulary (0..{ready.vocab_size - 1})",
+            field="output_ids",
+        )
+    length = len(rollout.prompt_ids) + len(rollout.output_ids)
+    if length > ready.max_model_len:
+        raise InvalidTrajectory(
+            f"output_ids: {length} tokens with the prompt, the context holds {ready.max_model_len}",
+            field="output_ids",
+        )
+
+
+async def replay_span(
+    rollout: Rollout, span: Span, backend: Backend, ready: Ready, eos_ids: Sequence[int]
+) -> Outcome:
+    """Generate a span again and compare. Raises EngineDied."""
+    sampling = rollout.sampling
+    stop_ids = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else eos_ids)}
+    name = f"replay-{span.start}"
+    backend.send(
+        [
+            Add(
+                rollout_id=name,
+                prompt_ids=rollout.prompt_ids,
+                output_ids=rollout.output_ids[: span.start],
+                sampling=sampling,
+                seed=rollout.seed,
+                max_tokens=span.end,
+                stop_ids=sorted(stop_ids),
+                banned_ids=sorted(stop_ids | set(eos_ids)),
+            )
+        ]
+    )
+    computed = await _collect(backend, name)
+    return Outcome(span, first_difference(rollout, span, computed, ready))
+
+
+async def _collect(backend: Backend, name: str) -> Computed:
+    computed = Computed()
+    while computed.finish is None:
+        for message in await backend.receive():
+            match message:
+                case Tokens():
+                    for tokens in message.each():
+                        if tokens.rollout_id == name:
+                            _take(computed, tokens)
+                case Rejected() if message.rollout_id == name:
+                    raise InvalidTrajectory(f"this engine cannot run it: {message.message}")
+                case Died():
+                    raise EngineDied(message.message)
+    return computed
+
+
+def _take(computed: Computed, tokens: RolloutTokens) -> None:
+    computed.ids += tokens.ids
+    for name in (*_FLOATS, *_OTHERS, "top"):
+        computed.columns.setdefault(name, []).extend(getattr(tokens, name))
+    skip = len(computed.prompt_lp) - tokens.prompt_start
+    computed.prompt_lp += tokens.prompt_lp[skip:]
+    computed.prompt_top += tokens.prompt_top[skip:]
+    if tokens.routing_ids and not computed.routing_ids:
+        computed.routing_start = tokens.routing_start
+    computed.routing_ids += tokens.routing_ids
+    computed.routing_weights += tokens.routing_weights
+    computed.finish = tokens.finish
+
+
+def first_difference(
+    rollout: Rollout, span: Span, computed: Computed, ready: Ready
+) -> Difference | None:
+    """By token; the id before what is known of it."""
+    found = [
+        *_column_difference(span, "output_ids", rollout.output_ids, computed.ids),
+        *(
+            difference
+            for name in (*_FLOATS, *_OTHERS, "top")
+            for difference in _column_difference(
+                span, name, _bits(name, getattr(rollout, name)), _bits(name, computed.columns[name])
+            )
+        ),
+    ]
+    if span.start == 0:
+        for name in ("prompt_lp", "prompt_top"):
+            left = _bits(name, getattr(rollout, name))
+            right = _bits(name, getattr(computed, name))
+            if left and left != right[: len(left)]:
+                at = next(
+                    i for i, pair in enumerate(zip(left, right, strict=False)) if pair[0] != pair[1]
+                )
+                found.append(Difference(0, f"{name} of prompt token {at}", left[at], right[at]))
+    found += _routing_difference(rollout, span, computed, ready)
+    if not found and span.end == len(rollout.output_ids):
+        found += _finish_difference(rollout, span, computed)
+    return min(found, key=lambda difference: difference.token, default=None)
+
+
+def _column_difference(
+    span: Span, name: str, recorded: Sequence[Any], computed: Sequence[Any]
+) -> list[Difference]:
+    """The first difference of one column; a column that was not recorded has none."""
+    recorded = recorded[span.start : span.end]
+    if not recorded:
+        return []
+    for index, (left, right) in enumerate(zip(recorded, computed, strict=False)):
+        if left != right:
+            return [Difference(span.start + index, name, left, right)]
+    if len(computed) < len(recorded):
+        index = len(computed)
+        return [Difference(span.start + index, name, recorded[index], "nothing: it ended before")]
+    return []
+
+
+def _bits(name: str, values: Sequence[Any]) -> Sequence[Any]:
+    """Rounded to float32, as the journal keeps them."""
+    if name in _FLOATS:
+        return array("f", values).tolist()
+    if name == "prompt_lp":
+        return [None if value is None else array("f", [value])[0] for value in values]
+    if name in ("top", "prompt_top"):
+        return [[(token, array("f", [lp])[0]) for token, lp in pairs] for pairs in values]
+    return values
+
+
+def _routing_difference(
+    rollout: Rollout, span: Span, computed: Computed, ready: Ready
+) -> list[Difference]:
+    """Rows of the span: those whose logits its tokens were drawn from, and the prompt's first."""
+    choices = ready.num_moe_layers * ready.num_experts_per_tok
+    num_prompt = len(rollout.prompt_ids)
+    for name, width in (
+        ("routing_ids", 1 if ready.num_experts <= 256 else 2),
+        ("routing_weights", 4),
+    ):
+        size = choices * width
+        left, right = bytes(getattr(rollout, name)), getattr(computed, name)
+        first = 0 if span.start == 0 else num_prompt + span.start - 1
+        for row in range(first, num_prompt + span.end - 1 if left else first):
+            at = row - computed.routing_start
+            if left[row * size : (row + 1) * size] != right[at * size : (at + 1) * size]:
+                token = max(0, row + 1 - num_prompt)
+                return [Difference(token, name, f"position {row}", "other experts or weights")]
+    return []
+
+
+def _finish_difference(rollout: Rollout, span: Span, computed: Computed) -> list[Difference]:
+    """An ending that a core finds by itself comes at the same token again."""
+    recorded = rollout.finish_reason
+    if recorded is None or recorded.type == "abort" or isinstance(recorded.matched, str):
+        return []
+    is_stop = recorded.type == "stop" and recorded.matched is not None
+    if is_stop and computed.finish != recorded:
+        return [Difference(span.end - 1, "finish_reason", recorded, computed.finish)]
+    return []
+
+
+def why(span: Span, ready: Ready) -> str:
+    """What is known of the cause, in one sentence."""
+    recorded = span.segment.numerics
+    if recorded == ready.numerics:
+        return (
+            "weights, numerics and kernels are those that were recorded, so the bits must be equal: "
+            "this is a bug of everstep, and `everstep capsule` packs the file that shows it"
+        )
+    names = ("device", "library", "kernel level", "dtype", "weight formats")
+    pairs = zip(names, recorded.split("/"), ready.numerics.split("/"), strict=False)
+    parts = [
+        f"{name} {left} was recorded, {right} is here"
+        for name, left, right in pairs
+        if left != right
+    ]
+    return (
+        f"the numerics differ ({'; '.join(parts) or recorded}): equal bits are promised under equal "
+        "ids only"
+    )
