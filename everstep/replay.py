@@ -32,7 +32,7 @@ def run_replay(settings: "Settings", source: str, journal: Path | None, to: int 
     capsule = _open(source, journal)
     rollout = capsule.rollout()
     if not rollout.output_ids:
-        raise InvalidTrajectory(f"{rollout.id} has no output tokens: nothing can be replayed")
+        raise InvalidTrajectory(f"{rollout.id!a} has no output tokens: nothing can be replayed")
     config = _config(settings, capsule, rollout)
     with _recorded_level(rollout), Stages() as stages:
         spans, outcomes, ready = asyncio.run(_replay(config, rollout, to, stages))
@@ -65,7 +65,7 @@ def run_capsule(
     held += ["text"] if with_text else []
     held += ["metadata"] if with_metadata else []
     sys.stderr.write(
-        f"{rollout.id}: {len(rollout.prompt_ids)} prompt and {len(rollout.output_ids)} output "
+        f"{rollout.id!a}: {len(rollout.prompt_ids)} prompt and {len(rollout.output_ids)} output "
         f"tokens, {len(rollout.segments)} segments; holds {', '.join(held)}; {size} bytes\n"
     )
     sys.stdout.write(f"{output}\n")
@@ -178,15 +178,19 @@ async def _replay(
         await backend.close()
 
 
+def _write(line: str) -> None:
+    """What a file says reaches no terminal as it is."""
+    sys.stdout.write("".join(c if c.isprintable() else "?" for c in line) + "\n")
+
+
 def _say(rollout: "Rollout", spans: "list[Span]", outcomes: "list[Outcome]", ready: "Ready") -> int:
     from .engine.replay import why
 
-    write = sys.stdout.write
     reason = rollout.finish_reason
     ending = rollout.state.value + (f" ({reason.type})" if reason else "")
-    write(
+    _write(
         f"{rollout.id}: {len(rollout.prompt_ids)} prompt and {len(rollout.output_ids)} output "
-        f"tokens, {len(rollout.segments)} segments, seed {rollout.seed}, {ending}\n"
+        f"tokens, {len(rollout.segments)} segments, seed {rollout.seed}, {ending}"
     )
     done = {outcome.span.start: outcome for outcome in outcomes}
     num_equal, fault = 0, None
@@ -201,24 +205,24 @@ def _say(rollout: "Rollout", spans: "list[Span]", outcomes: "list[Outcome]", rea
         else:
             result, fault = f"differs at token {outcome.difference.token}", outcome
         segment = span.segment
-        write(
+        _write(
             f"  tokens {span.start}-{span.end - 1}  version {segment.version}@"
-            f"{segment.digest[:8]}, {segment.numerics}: {result}\n"
+            f"{segment.digest[:8]}, {segment.numerics}: {result}"
         )
     if fault is not None and fault.difference is not None:
         difference = fault.difference
-        write(
+        _write(
             f"first difference: token {difference.token}, {difference.field}: recorded "
-            f"{difference.recorded}, computed {difference.computed}\n"
-            f"why: {why(fault.span, ready)}\n"
+            f"{difference.recorded}, computed {difference.computed}"
         )
+        _write(f"why: {why(fault.span, ready)}")
         return 1
     if not num_equal:
         raise ConfigError(
-            f"none of its tokens can be replayed with this model: {spans[0].obstacle}; name the "
-            "model that made them with --model"
+            "none of its tokens can be replayed with this model: "
+            f"{ascii(spans[0].obstacle).strip(chr(39))}; name the one that made them with --model"
         )
     num = spans[-1].end
     others = f"; {num - num_equal} are of other weights" if num_equal < num else ""
-    write(f"replayed {num_equal} of {num} tokens: identical to the bit{others}\n")
+    _write(f"replayed {num_equal} of {num} tokens: identical to the bit{others}")
     return 0
