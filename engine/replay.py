@@ -1,7 +1,7 @@
 """A journaled rollout run again: is every bit of it what this engine computes?
 
-Each run of tokens that these weights made is generated anew behind the tokens recorded before it,
-with the recorded seed; ids, logprobs and whatever else was recorded are compared as float32 bits.
+Each segment that these weights made is generated anew behind the tokens recorded before it, with
+the recorded seed; ids, logprobs and whatever else was recorded are compared as float32 bits.
 Tokens of other weights cannot be replayed here: they are given as they were, and reported.
 """
 
@@ -59,7 +59,7 @@ class Computed(Struct):
 
 
 def spans_of(rollout: Rollout, ready: Ready, *, to: int | None = None) -> list[Span]:
-    """The runs of tokens up to `to`, joined where only the core changed between them."""
+    """One per segment that begins before token `to`."""
     num = len(rollout.output_ids) if to is None else min(to, len(rollout.output_ids))
     spans: list[Span] = []
     for segment, end in _bounds(rollout.segments, num):
@@ -68,14 +68,7 @@ def spans_of(rollout: Rollout, ready: Ready, *, to: int | None = None) -> list[S
             obstacle = f"made by weights {segment.digest[:8]}, loaded are {ready.digest[:8]}"
         elif segment.kv != "computed":
             obstacle = f"drawn over KV of other weights (policy {segment.kv})"
-        last = spans[-1] if spans else None
-        if last is not None and (last.obstacle, last.segment.numerics) == (
-            obstacle,
-            segment.numerics,
-        ):
-            spans[-1] = Span(last.start, end, last.segment, obstacle)
-        else:
-            spans.append(Span(segment.start, end, segment, obstacle))
+        spans.append(Span(segment.start, end, segment, obstacle))
     return spans
 
 

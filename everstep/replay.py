@@ -125,8 +125,7 @@ def _config(settings: "Settings", capsule: "Capsule", rollout: "Rollout") -> Eng
     except msgspec.ValidationError as error:
         raise InvalidTrajectory(f"settings: {error}", field="settings") from None
     batch = msgspec.structs.replace(config.batch, max_num_seqs=1)
-    kv = msgspec.structs.replace(config.kv, prefix_caching=False)
-    return msgspec.structs.replace(config, model=model, batch=batch, kv=kv)
+    return msgspec.structs.replace(config, model=model, batch=batch)
 
 
 @contextlib.contextmanager
@@ -207,7 +206,7 @@ def _say(rollout: "Rollout", spans: "list[Span]", outcomes: "list[Outcome]", rea
         segment = span.segment
         _write(
             f"  tokens {span.start}-{span.end - 1}  version {segment.version}@"
-            f"{segment.digest[:8]}, {segment.numerics}: {result}"
+            f"{segment.digest[:8]}, {segment.numerics}, {segment.core}: {result}"
         )
     if fault is not None and fault.difference is not None:
         difference = fault.difference

@@ -165,9 +165,10 @@ def test_sampling_flags_go_over_the_commands_own_defaults(parse: Parse) -> None:
 
 
 def test_help_shows_what_matters(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("chat", "batch", "serve", "doctor", "verify", "convert", "make-checkpoint"):
+    names = ("chat", "batch", "serve", "doctor", "verify", "convert", "make-checkpoint")
+    for command in (*names, "replay", "capsule"):
         assert run([command, "--help"]) == 0
         text = capsys.readouterr().out
         assert f"everstep {command}" in text
         assert "--tensor-parallel-size" not in text
-    assert len(app.registered_commands) == 7
+    assert len(app.registered_commands) == len(names)
