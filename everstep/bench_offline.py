@@ -83,8 +83,7 @@ async def _measure(manager: RolloutManager, submission: Submission) -> Measured:
             if delta.end > delta.start:
                 measured.arrivals.append(time.perf_counter())
     finally:
-        manager.cancel([rollout.id])
-        manager.forget(rollout.id)
+        manager.drop([rollout.id])
     measured.ended_s = time.perf_counter()
     measured.output_tokens = len(rollout.output_ids)
     reason = rollout.finish_reason
