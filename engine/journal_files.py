@@ -8,6 +8,7 @@ would swallow the error of a failed fsync in one of its own.
 
 import contextlib
 import fcntl
+import functools
 import os
 import sys
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ SCHEMA = 1
 _MAGIC = b"SQLite format 3\0"
 _FOLDER = Path(__file__).parent
 PAGE_SIZE = 4096
+_TABLES = "SELECT type, name, tbl_name, sql FROM sqlite_schema ORDER BY name"
 
 
 class OwnerLock:
@@ -149,11 +151,15 @@ def _migrate(db: apsw.Connection, schema: int) -> None:
 
 def _check_schema(db: apsw.Connection, path: str) -> None:
     """The tables must be the ones that the migrations make: SQLite trusts their text."""
-    query = "SELECT type, name, tbl_name, sql FROM sqlite_schema ORDER BY name"
+    if db.execute(_TABLES).fetchall() != _expected_tables():
+        raise JournalError(f"journal {path}: table sqlite_schema: damaged, not our schema")
+
+
+@functools.cache
+def _expected_tables() -> list[tuple[Any, ...]]:
     with contextlib.closing(apsw.Connection(":memory:")) as model:
         _migrate(model, 0)
-        if db.execute(query).fetchall() != model.execute(query).fetchall():
-            raise JournalError(f"journal {path}: table sqlite_schema: damaged, not our schema")
+        return model.execute(_TABLES).fetchall()
 
 
 @contextlib.contextmanager

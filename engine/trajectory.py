@@ -43,6 +43,9 @@ class Ragged(Struct, array_like=True, forbid_unknown_fields=True):
     values: bytes = b""
 
 
+_NO_LISTS = Ragged()
+
+
 class Trajectory(Struct, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """A `Rollout` by the same names; per-token columns are little-endian bytes.
 
@@ -264,11 +267,15 @@ def to_ragged_pairs(name: str, lists: Sequence[Sequence[tuple[int, float]]]) -> 
 
 
 def from_ragged(name: str, ragged: Ragged) -> list[list[int]]:
+    if ragged == _NO_LISTS:
+        return []
     ids = _ids(name, ragged.ids)
     return [ids[start:end] for start, end in _spans(name, ragged, len(ids))]
 
 
 def from_ragged_pairs(name: str, ragged: Ragged) -> list[list[tuple[int, float]]]:
+    if ragged == _NO_LISTS:
+        return []
     ids, values = _ids(name, ragged.ids), from_floats(name, ragged.values)
     _check_length(name, len(values), len(ids))
     # a token outside the support has the logprob −inf; NaN is never one
@@ -307,6 +314,8 @@ def _bytes_of(name: str, code: str, values: Iterable[Any]) -> bytes:
 
 
 def _values_of(name: str, code: str, data: bytes) -> list[Any]:
+    if not data:
+        return []
     column = array(code)
     if len(data) % column.itemsize:
         raise _wrong(name, f"{len(data)} bytes are no whole number of {column.itemsize}")
