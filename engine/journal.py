@@ -13,7 +13,7 @@ import apsw
 from . import journal_files as files
 from .config import JournalConfig
 from .errors import InvalidTrajectory, JournalError, JournalFull
-from .journal_draft import SQL, Draft, load_memory
+from .journal_draft import Draft, load_memory, rows_of
 from .journal_merge import Compaction
 from .journal_ops import Accept, Append, Op, Query, Recovered, Summary, grow
 from .journal_rows import DamagedRecord, Entry, TokenRow, checksum
@@ -34,7 +34,7 @@ class Journal:
         path: str,
         config: JournalConfig,
         db: apsw.Connection,
-        lock: files.OwnerLock | None,
+        lock: files.OwnerFile | None,
         clock: Callable[[], float],
     ) -> None:
         """Use `Journal.open`."""
@@ -48,6 +48,8 @@ class Journal:
         with files.translated(path):
             self._memory = load_memory(db)
             self._num_bytes = files.used_bytes(db)
+        if lock is not None:
+            lock.check(self._memory.books)
 
     @classmethod
     def open(
@@ -72,7 +74,7 @@ class Journal:
         lock = None
         if vfs is None:
             files.check_header(path)
-            lock = None if is_read_only else files.OwnerLock(path)
+            lock = None if is_read_only else files.OwnerFile(path)
         try:
             db = files.connect(path, vfs=vfs, is_read_only=is_read_only)
             try:
@@ -136,8 +138,9 @@ class Journal:
             return None
         with files.translated(self._path):
             rollout = self._trajectory(entry)
-            if entry.number in self._memory.first_rows:
-                self._grow({entry.number: rollout}, self._memory.first_rows[entry.number])
+            if entry.is_live:
+                first_row = self._memory.first_rows.get(entry.number, self._memory.books.next_row)
+                self._grow({entry.number: rollout}, first_row)
         return rollout
 
     def summary(self, rollout_id: str) -> Summary | None:
@@ -193,6 +196,7 @@ class Journal:
                 num_bytes = files.used_bytes(self._db)
             draft.take_over()
             self._num_bytes = num_bytes
+            self._note()
         self._checkpoint()
 
     def compact(self, *, is_thorough: bool = False) -> None:
@@ -210,6 +214,7 @@ class Journal:
             while (is_thorough or slices < _SLICES) and compaction.work():
                 slices += 1
             self._num_bytes = files.used_bytes(self._db)
+            self._note()
         self._checkpoint()
 
     def _check_room(self) -> None:
@@ -259,6 +264,10 @@ class Journal:
             self._db.execute(f"PRAGMA synchronous = {level}")
             self._synchronous = level
 
+    def _note(self) -> None:
+        if self._lock is not None:
+            self._lock.note(self._memory.books, is_synced=self._synchronous == "FULL")
+
     def _note_wal_pages(self, _db: apsw.Connection, _name: str, count: int) -> int:
         self._wal_pages = count
         return apsw.SQLITE_OK
@@ -282,7 +291,7 @@ class Journal:
 
     def _trajectory(self, entry: Entry) -> Rollout:
         """What the table `rollouts` has of it; raises DamagedRecord."""
-        rows: Any = self._db.execute(SQL["trajectory"], (entry.number,)).fetchall()
+        rows: Any = self._db.execute(files.SQL["trajectory"], (entry.number,)).fetchall()
         if len(rows) != 1 or checksum("trajectory", rows[0][0]) != entry.digest:
             raise DamagedRecord("rollouts", entry.number, "its trajectory is not what was written")
         try:
@@ -296,7 +305,7 @@ class Journal:
     def _grow(self, live: dict[int, Rollout], first_row: int) -> None:
         """Add what the table `tokens` has of them."""
         origins = {number: origin for origin, number in self._memory.origins.items()}
-        rows = self._db.execute(SQL["tokens"], (first_row, self._memory.books.next_row))
+        rows = rows_of(self._db, "tokens", first_row, self._memory.books.next_row)
         for row in map(TokenRow.of, rows):
             for number, grown, rest in row.entries():
                 rollout = live.get(number)
@@ -309,3 +318,7 @@ class Journal:
                     grown.num_cached_tokens = rest.num_cached_tokens
                     grown.extra = None if rest.extra is None else rest.extra.unpacked()
                 grow(rollout, origins[row.origin], grown, time_s)
+        for number, rollout in live.items():
+            entry = self._memory.by_number[number]
+            if len(rollout.output_ids) != entry.num_tokens + entry.num_appended:
+                raise DamagedRecord("tokens", "-", f"rows of rollout {rollout.id} are missing")

@@ -1,9 +1,9 @@
 -- name: put-books
-INSERT OR REPLACE INTO books VALUES (1, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+INSERT OR REPLACE INTO books VALUES (1, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 
 -- name: books
-SELECT is_all_paused, flip_version, flip_digest, num_accepted, next_rollout, next_row, next_origin,
-       next_key, tables, sum
+SELECT uid, num_commits, is_all_paused, flip_version, flip_digest, num_accepted, next_rollout,
+       next_row, next_origin, next_key, tables, sum
 FROM books
 
 -- name: put-rollout

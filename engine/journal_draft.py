@@ -6,13 +6,14 @@ committed, so that a failed one leaves no trace in either place.
 
 import copy
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from typing import Any
 
 import apsw
 from msgspec import Struct
 
 from .config import JournalConfig
 from .errors import Conflict, IllegalState, InvalidTrajectory
+from .journal_files import SQL
 from .journal_ops import (
     Accept,
     Ack,
@@ -39,11 +40,9 @@ from .journal_rows import (
     key_of,
     verified,
 )
-from .named_sql import load
 from .rollout import Rollout, RolloutState
 from .trajectory import encode, pack
 
-SQL = load(Path(__file__).with_name("journal.sql"))
 # SQLite's limit for a row, less the other columns
 MAX_RECORD_BYTES = 10**9 - 10**6
 # tokens after which a commit begins another row
@@ -79,23 +78,39 @@ class Memory(Struct, kw_only=True):
     num_unacked: int = 0
 
 
+def rows_of(db: apsw.Connection, table: str, *bounds: int) -> Iterator[tuple[Any, ...]]:
+    """Its rows in order; raises DamagedRecord where SQLite cannot go on, or goes in a circle."""
+    last: Any = 0
+    try:
+        for values in db.execute(SQL[table], bounds):
+            if values[0] <= last:
+                raise DamagedRecord(table, last, f"followed by row {values[0]}")
+            last = values[0]
+            yield values
+    except (apsw.CorruptError, UnicodeDecodeError) as error:
+        raise DamagedRecord(table, f"after {last}", str(error)) from None
+
+
 def load_memory(db: apsw.Connection) -> Memory:
     """Read every row but the trajectories; raises DamagedRecord where rows or books are wrong."""
-    rows = db.execute(SQL["books"]).fetchall()
+    try:
+        rows = db.execute(SQL["books"]).fetchall()
+    except (apsw.CorruptError, UnicodeDecodeError) as error:
+        raise DamagedRecord("books", 1, str(error)) from None
     if len(rows) != 1:
         raise DamagedRecord("books", 1, f"{len(rows)} rows, expected 1")
     memory = Memory(books=Books.of(rows[0]))
     found = Books()
-    for values in db.execute(SQL["rollouts"]):
+    for values in rows_of(db, "rollouts"):
         entry = Entry.of(values)
         found.tables["rollouts"].add(entry.sum)
         memory.entries[entry.id] = memory.by_number[entry.number] = entry
         memory.num_unacked += entry.acked_s is None
-    for values in db.execute(SQL["origins"]):
+    for values in rows_of(db, "origins"):
         number, *columns = verified("origins", values)
         found.tables["origins"].add(values[-1])
         memory.origins[Origin(*columns)] = number
-    for values in db.execute(SQL["keys"]):
+    for values in rows_of(db, "keys"):
         number, key, rollout_ids = key_of(values)
         found.tables["keys"].add(values[-1])
         memory.keys[key.holder, key.route, key.key] = KnownKey(number, key, rollout_ids, values[-1])
@@ -112,7 +127,7 @@ def _load_tokens(db: apsw.Connection, memory: Memory, found: Books) -> None:
     """Count the tokens that live rollouts have in rows."""
     origins = set(memory.origins.values())
     memory.low_row = memory.books.next_row
-    for values in db.execute(SQL["tokens"], (0, memory.books.next_row)):
+    for values in rows_of(db, "tokens", 0, memory.books.next_row):
         row = TokenRow.of(values)
         if row.origin not in origins:
             raise DamagedRecord("tokens", row.row, f"origin {row.origin} is missing")
@@ -136,7 +151,7 @@ class Draft:
         self, db: apsw.Connection, memory: Memory, config: JournalConfig, now_s: float
     ) -> None:
         self._db, self._memory, self._config, self._now_s = db, memory, config, now_s
-        self._books = memory.books.copy()
+        self._books = memory.books.next()
         self._entries: dict[str, Entry] = {}
         self._keys: dict[KeyName, KnownKey] = {}
         self._origins: dict[Origin, int] = {}

@@ -9,6 +9,7 @@ would swallow the error of a failed fsync in one of its own.
 import contextlib
 import fcntl
 import functools
+import hashlib
 import os
 import sys
 from collections.abc import Iterator
@@ -17,23 +18,33 @@ from typing import Any
 from urllib.parse import quote
 
 import apsw
+import msgspec
+from msgspec import Struct
 
 from .errors import JournalError, JournalFull
 from .journal_rows import Books, DamagedRecord
+from .named_sql import load
 
 APPLICATION_ID = 0x45565354  # "EVST"
 SCHEMA = 1
 _MAGIC = b"SQLite format 3\0"
 _FOLDER = Path(__file__).parent
+SQL = load(_FOLDER / "journal.sql")
 PAGE_SIZE = 4096
 _TABLES = "SELECT type, name, tbl_name, sql FROM sqlite_schema ORDER BY name"
 
 
-class OwnerLock:
-    """A lock on `PATH-lock`, which holds the pid of its owner. It ends with the process."""
+class OwnerFile:
+    """`PATH-lock`: a lock that names its owner's pid, and a note of how far the journal got.
+
+    SQLite takes a damaged record of its WAL for the end of the log: commits would be missing and
+    nobody would know. The note, written after each commit, knows. It is never synced: after a
+    restart of the machine it may be old, but of the commits that it calls synced none may be
+    missing. The lock ends with the process.
+    """
 
     def __init__(self, path: str) -> None:
-        self._path = f"{path}-lock"
+        self._journal, self._path = path, f"{path}-lock"
         try:
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
@@ -41,17 +52,71 @@ class OwnerLock:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            owner = os.pread(self._file, 20, 0).decode(errors="replace").strip() or "unknown"
+            owner = os.pread(self._file, 20, 0).split(b"\n")[0].decode(errors="replace")
             os.close(self._file)
             raise JournalError(
-                f"journal {path}: in use by process {owner}; stop it, or use another file"
+                f"journal {path}: in use by process {owner or 'unknown'}; stop it, or use another "
+                "file"
             ) from None
-        os.ftruncate(self._file, 0)
-        os.pwrite(self._file, f"{os.getpid()}\n".encode(), 0)
+        self._boot = _boot_id()
+        self._note = _Note("", "", 0, 0)
+        self._read_note()
+        os.pwrite(self._file, f"{os.getpid()}\n".encode().ljust(_NOTE_AT, b"\n"), 0)
+
+    def check(self, books: Books) -> None:
+        """Raise JournalError if commits are missing that the note knows of."""
+        note = self._note
+        least = note.num_commits if note.boot and note.boot == self._boot else note.num_synced
+        if note.uid == books.uid and books.num_commits < least:
+            raise JournalError(
+                f"journal {self._journal}: damaged: the last {least - books.num_commits} commits "
+                f"are missing; remove {self._path} to go on without them"
+            )
+        num_synced = note.num_synced if note.uid == books.uid else 0
+        self._note = _Note(books.uid, self._boot, books.num_commits, num_synced)
+
+    def note(self, books: Books, *, is_synced: bool) -> None:
+        """The books are committed; is_synced: and will survive a loss of power."""
+        note = self._note
+        note.num_commits = books.num_commits
+        if is_synced:
+            note.num_synced = books.num_commits
+        data = msgspec.msgpack.encode(note)
+        # without room the note is old, which only weakens it
+        with contextlib.suppress(OSError):
+            os.pwrite(self._file, _digest(data) + len(data).to_bytes(2, "little") + data, _NOTE_AT)
 
     def release(self) -> None:
         """The file stays: to remove it would let two owners lock two files of one name."""
         os.close(self._file)
+
+    def _read_note(self) -> None:
+        data = os.pread(self._file, 1024, _NOTE_AT)
+        body = data[10 : 10 + int.from_bytes(data[8:10], "little")]
+        if body and _digest(body) == data[:8]:
+            self._note = msgspec.msgpack.decode(body, type=_Note)
+
+
+class _Note(Struct, array_like=True):
+    uid: str
+    boot: str
+    """A start of the machine; "" where it has no name."""
+    num_commits: int
+    num_synced: int
+
+
+_NOTE_AT = 32
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=8).digest()
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
 
 
 def check_header(path: str) -> None:
@@ -129,9 +194,7 @@ def _prepare(db: apsw.Connection, path: str, *, is_real_file: bool) -> None:
         with transaction(db):
             db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             _migrate(db, 0)
-            db.execute(
-                "INSERT INTO books VALUES (1, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", Books().columns()
-            )
+            db.execute(SQL["put-books"], Books(uid=os.urandom(8).hex()).columns())
         if is_real_file:
             sync_folder(path)
     check_identity(path, _pragma(db, "application_id"), _pragma(db, "user_version"))
@@ -181,21 +244,26 @@ def translated(path: str) -> Iterator[None]:
     """SQLite's errors and damaged records as ours, in one line that names the file."""
     try:
         yield
-    except DamagedRecord as error:
-        raise JournalError(f"journal {path}: damaged: {error}") from None
+    except (DamagedRecord, UnicodeDecodeError) as error:
+        raise JournalError(f"journal {path}: damaged: {_one_line(error)}") from None
     except apsw.FullError:
         raise JournalFull(
             f"journal {path}: the disk is full; what was accepted is kept and written when there "
             "is room"
         ) from None
     except (apsw.CorruptError, apsw.NotADBError, apsw.FormatError) as error:
-        raise JournalError(f"journal {path}: damaged: {error}") from None
+        raise JournalError(f"journal {path}: damaged: {_one_line(error)}") from None
     except (apsw.ReadOnlyError, apsw.CantOpenError, apsw.PermissionsError) as error:
         raise JournalError(f"journal {path}: cannot be written: {error}") from None
     except (apsw.BusyError, apsw.LockedError):
         raise JournalError(f"journal {path}: in use by another process") from None
     except (apsw.IOError, apsw.Error) as error:
-        raise JournalError(f"journal {path}: {type(error).__name__}: {error}") from None
+        raise JournalError(f"journal {path}: {type(error).__name__}: {_one_line(error)}") from None
+
+
+def _one_line(error: Exception) -> str:
+    """SQLite quotes the SQL that it stumbled over."""
+    return " ".join(str(error).split())[:200]
 
 
 def _pragma(db: apsw.Connection, name: str) -> int:

@@ -10,7 +10,7 @@ import apsw
 
 from . import journal_files as files
 from .config import JournalConfig
-from .journal_draft import SQL, Memory
+from .journal_draft import Memory, rows_of
 from .journal_ops import Grown
 from .journal_rows import Rest, TokenRow
 
@@ -49,7 +49,7 @@ class Compaction:
 
     def _forget(self) -> bool:
         """Tombstones and keys whose time is over."""
-        memory, books = self._memory, self._memory.books.copy()
+        memory, books = self._memory, self._memory.books.next()
         old = self._now_s - self._config.retain_acked_s
         gone = [e for e in memory.entries.values() if e.acked_s is not None and e.acked_s <= old]
         old = self._now_s - self._config.retain_keys_s
@@ -59,12 +59,12 @@ class Compaction:
             return False
         with files.transaction(self._db):
             for entry in gone:
-                self._db.execute(SQL["drop-rollout"], (entry.number,))
+                self._db.execute(files.SQL["drop-rollout"], (entry.number,))
                 books.tables["rollouts"].drop(entry.sum)
             for name in names:
-                self._db.execute(SQL["drop-key"], (memory.keys[name].number,))
+                self._db.execute(files.SQL["drop-key"], (memory.keys[name].number,))
                 books.tables["keys"].drop(memory.keys[name].sum)
-            self._db.execute(SQL["put-books"], books.columns())
+            self._db.execute(files.SQL["put-books"], books.columns())
         memory.books = books
         for entry in gone:
             del memory.entries[entry.id], memory.by_number[entry.number]
@@ -79,19 +79,19 @@ class Compaction:
             return False
         start, stop = self._row, min(self._row + _ROWS, end)
         self._row = stop
-        rows = [TokenRow.of(values) for values in self._db.execute(SQL["tokens"], (start, stop))]
+        rows = [*map(TokenRow.of, rows_of(self._db, "tokens", start, stop))]
         num_tokens = sum(len(row.ids) for row in rows)
         merged = merge(rows, memory.first_rows)
         if sum(len(row.ids) for row in merged) == num_tokens and not self._is_thorough:
             return True
-        books = memory.books.copy()
+        books = memory.books.next()
         with files.transaction(self._db):
-            for _, row_sum in self._db.execute(SQL["drop-tokens"], (start, stop)):
+            for _, row_sum in self._db.execute(files.SQL["drop-tokens"], (start, stop)):
                 books.tables["tokens"].drop(row_sum)
             for row in merged:
-                self._db.execute(SQL["add-tokens"], columns := row.columns())
+                self._db.execute(files.SQL["add-tokens"], columns := row.columns())
                 books.tables["tokens"].add(columns[-1])
-            self._db.execute(SQL["put-books"], books.columns())
+            self._db.execute(files.SQL["put-books"], books.columns())
         memory.books = books
         memory.num_row_tokens += sum(len(row.ids) for row in merged) - num_tokens
         for row in reversed(merged):

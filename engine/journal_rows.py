@@ -76,6 +76,8 @@ def _wrap(value: int) -> int:
 class Books(Struct):
     """The one row that knows what the tables should hold."""
 
+    uid: str = ""
+    num_commits: int = 0
     is_all_paused: bool = False
     flip: tuple[int, str] | None = None
     num_accepted: int = 0
@@ -93,6 +95,8 @@ class Books(Struct):
         """All but `id`, the sum last."""
         version, digest = self.flip or (None, None)
         columns = (
+            self.uid,
+            self.num_commits,
             int(self.is_all_paused),
             version,
             digest,
@@ -110,9 +114,12 @@ class Books(Struct):
         *columns, total = values
         if checksum("books", *columns) != total:
             raise DamagedRecord("books", 1)
-        is_all_paused, version, digest, num_accepted, rollout, row, origin, key, tables = columns
+        uid, num_commits, is_all_paused, version, digest, num_accepted, *columns = columns
+        rollout, row, origin, key, tables = columns
         tallies = msgspec.msgpack.decode(tables, type=dict[str, tuple[int, int]])
         return cls(
+            uid=uid,
+            num_commits=num_commits,
             is_all_paused=bool(is_all_paused),
             flip=None if version is None else (version, digest),
             num_accepted=num_accepted,
@@ -123,9 +130,10 @@ class Books(Struct):
             tables={name: Tally(*tally) for name, tally in tallies.items()},
         )
 
-    def copy(self) -> "Books":
+    def next(self) -> "Books":
+        """A copy for the next commit."""
         tables = {name: msgspec.structs.replace(tally) for name, tally in self.tables.items()}
-        return msgspec.structs.replace(self, tables=tables)
+        return msgspec.structs.replace(self, tables=tables, num_commits=self.num_commits + 1)
 
 
 class Entry(Struct):

@@ -4,6 +4,8 @@
 
 CREATE TABLE books (
     id INTEGER PRIMARY KEY,            -- 1
+    uid TEXT NOT NULL,                 -- of this journal, drawn when it was made
+    num_commits INTEGER NOT NULL,
     is_all_paused INTEGER NOT NULL,
     flip_version INTEGER,
     flip_digest TEXT,

@@ -5,6 +5,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,8 @@ from everstep.engine.journal_files import SCHEMA
 from everstep.engine.journal_ops import Accept, Ack, Append, End, Flip, Pause, RequestKey
 from everstep.engine.rollout import RolloutState
 from tests.engine.journal.drawn import ORIGINS, end, make_grown, make_rollout
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def fill(journal, names="ab", steps=3):
@@ -50,19 +53,68 @@ def test_everything_is_there_again_after_reopening(tmp_path):
     assert not os.path.exists(f"{path}-wal")
 
 
-def test_what_was_committed_survives_a_process_that_just_ends(tmp_path):
-    path = tmp_path / "journal.db"
+def killed(path):
+    """A journal at `path` whose process just ended: all of it is in the WAL."""
     code = (
         "import os, sys; from everstep.engine.journal import Journal; "
         "from tests.engine.journal.test_journal_file import fill; "
         f"journal = Journal.open({str(path)!r}); fill(journal); os._exit(9)"
     )
-    done = subprocess.run([sys.executable, "-c", code], check=False, env=dict(os.environ))
+    done = subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT)
     assert done.returncode == 9
-    assert os.path.getsize(f"{path}-wal") > 0
+    return path.with_name(f"{path.name}-wal")
+
+
+def test_what_was_committed_survives_a_process_that_just_ends(tmp_path):
+    path = tmp_path / "journal.db"
+    assert killed(path).stat().st_size > 0
     journal = Journal.open(path)
     assert [len(r.output_ids) for r in journal.recover().live] == [3, 3]
     journal.close()
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut"])
+def test_commits_that_a_damaged_log_would_hide_are_missed(tmp_path, damage):
+    """SQLite takes a damaged record of the WAL for its end."""
+    path = tmp_path / "journal.db"
+    log = killed(path)
+    data = bytearray(log.read_bytes())
+    data[len(data) // 2] ^= 1
+    log.write_bytes(data if damage == "flip" else data[: len(data) // 2])
+    for _ in range(2):
+        with pytest.raises(JournalError, match=r"the last \d commits are missing; remove") as error:
+            Journal.open(path)
+        one_line(error)
+    os.remove(f"{path}-lock")
+    journal = Journal.open(path)
+    assert all(len(r.output_ids) < 3 for r in journal.recover().live)
+    journal.commit([Accept([make_rollout("c")])])
+    journal.close()
+    Journal.open(path).close()
+
+
+def test_another_machine_start_asks_for_what_was_synced_only(tmp_path, monkeypatch):
+    path = tmp_path / "journal.db"
+    log = killed(path)
+    monkeypatch.setattr("everstep.engine.journal_files._boot_id", lambda: "another")
+    whole = log.read_bytes()
+    log.write_bytes(whole[:-1])
+    journal = Journal.open(path)
+    assert [len(r.output_ids) for r in journal.recover().live] == [2, 2]
+    journal.close()
+    path2 = tmp_path / "other.db"
+    log = killed(path2)
+    log.write_bytes(whole[:100])
+    with pytest.raises(JournalError, match="commits are missing"):
+        Journal.open(path2)
+
+
+def test_a_new_journal_at_the_old_place_misses_nothing(tmp_path):
+    path = tmp_path / "journal.db"
+    log = killed(path)
+    path.unlink()
+    log.unlink()
+    Journal.open(path).close()
 
 
 def test_a_second_owner_is_told_who_the_first_is(tmp_path):
