@@ -34,6 +34,7 @@ class LiveRollout:
         "add",
         "admission",
         "arrival",
+        "due",
         "followers",
         "follows",
         "has_extras",
@@ -48,7 +49,7 @@ class LiveRollout:
         "needs_every_row",
         "num_cached_tokens",
         "num_prompt",
-        "num_reported_rows",
+        "num_unreported_rows",
         "parent_hash",
         "sampling",
         "seed",
@@ -77,8 +78,10 @@ class LiveRollout:
         self.arrival = arrival
         self.admission = 0
         """Running number of its latest admission; 0: never admitted."""
-        self.num_reported_rows = 0
-        """Positions whose rows were computed and reported; recomputing them is not news."""
+        self.num_unreported_rows = len(ids)
+        """See `num_reported_rows`; counted from the end of `ids`, it is 1 as long as it decodes."""
+        self.due = 0
+        """Written by Decoding: number of the step for which it stands in the calendar."""
         self.num_cached_tokens: int | None = None
         """To be sent with its next tokens."""
         self.follows: LiveRollout | None = None
@@ -92,6 +95,11 @@ class LiveRollout:
         self.is_queued = False
         self.has_record = False
         """Written by WaitingQueue: it is in the queue; it has a record there, valid or not."""
+
+    @property
+    def num_reported_rows(self) -> int:
+        """Positions whose rows were computed and reported; recomputing them is not news."""
+        return len(self.ids) - self.num_unreported_rows
 
 
 NO_SHARE = Share("")

@@ -38,7 +38,7 @@ class RolloutKV:
         "hashes",
         "ids",
         "next_registration",
-        "num_computed_tokens",
+        "num_missing_tokens",
         "num_parked_blocks",
         "num_registered",
         "num_shared_blocks",
@@ -48,7 +48,8 @@ class RolloutKV:
     def __init__(self, ids: list[int]) -> None:
         self.ids = ids
         self.blocks: list[int] = []
-        self.num_computed_tokens = 0
+        self.num_missing_tokens = len(ids)
+        """Tokens of `ids` that are not computed: 1, from step to step, as long as it decodes."""
         self.num_shared_blocks = 0
         self.hashes: list[bytes] = []
         """Chain hashes of the full blocks of `ids`, as far as they were needed."""
@@ -59,6 +60,14 @@ class RolloutKV:
         """num_computed_tokens from which the index has something to learn."""
         self.parking_key: str | None = None
         self.num_parked_blocks = 0
+
+    @property
+    def num_computed_tokens(self) -> int:
+        return len(self.ids) - self.num_missing_tokens
+
+    @num_computed_tokens.setter
+    def num_computed_tokens(self, count: int) -> None:
+        self.num_missing_tokens = len(self.ids) - count
 
 
 class Match(Struct, frozen=True):
@@ -236,7 +245,11 @@ class KVCacheManager:
     def book(self, kv: RolloutKV, num_tokens: int) -> None:
         """The first `num_tokens` are computed now."""
         kv.num_computed_tokens = num_tokens
-        if num_tokens >= kv.next_registration:
+        self.register(kv)
+
+    def register(self, kv: RolloutKV) -> None:
+        """Tell the index what it has to learn of a table, if anything."""
+        if kv.num_computed_tokens >= kv.next_registration:
             self._register(kv)
 
     def drop(self, kv: RolloutKV) -> None:

@@ -8,23 +8,46 @@ every rollout ends.
 """
 
 from .admission import LiveRollout
+from .decoding import Batch, row_of
 from .kv_cache import NO_MATCH, KVCacheManager, Match
 from .messages import Stats
 from .plan import Copy, Park, Row, Unpark
 from .roster import Roster, importance
 
-NO_BAN: list[int] = []
+NO_DECODES = Batch([], [], [], frozenset())
 
 
 class Draft:
-    """The plan of a step while it is being made; `rollouts` is aligned with `rows`."""
+    """The plan of a step while it is being made.
 
-    __slots__ = ("budget", "copies", "parks", "rollouts", "rows", "unparks")
+    decodes     rows of those that decode, known once all the rest is
+    due         of those: whose day it is in the calendar
+    last        of those: whose last token it is, by max_tokens
+    rollouts    who is catching up, aligned with `chunks`
+    """
+
+    __slots__ = (
+        "budget",
+        "chunks",
+        "copies",
+        "decodes",
+        "due",
+        "last",
+        "parks",
+        "rollouts",
+        "rows",
+        "unparks",
+    )
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
-        self.rows: list[Row] = []
+        self.decodes = NO_DECODES
+        self.due: list[LiveRollout] = []
+        self.last: set[LiveRollout] = set()
+        self.chunks: list[Row] = []
         self.rollouts: list[LiveRollout] = []
+        self.rows: list[Row] = []
+        """Those that decode, then the chunks."""
         self.parks: list[Park] = []
         self.unparks: list[Unpark] = []
         self.copies: list[Copy] = []
@@ -54,6 +77,8 @@ class Planner:
                 self._plan_chunk(rollout)
         self._admit_waiting(above=None)
         self._kv.end_plan()
+        draft.decodes = self._roster.decoding.batch()
+        draft.rows = [*draft.decodes.rows, *draft.chunks]
         assert draft.rows or not (self._roster.running or self._roster.num_waiting), "no progress"
         return draft
 
@@ -62,28 +87,35 @@ class Planner:
     def _plan_decodes(self) -> list[LiveRollout]:
         """Rows for gaps of one; returns the running rollouts with larger gaps, best first.
 
-        The one loop whose length is that of the batch in every step: it is kept short.
+        Those that decode have their rows: only whose day it is are looked at.
         """
-        size, draft = self._kv.block_size, self._draft
+        draft, decoding = self._draft, self._roster.decoding
+        decoding.charge()
+        draft.budget -= len(decoding)
+        draft.due = decoding.take_due()
+        for rollout in draft.due:
+            if rollout in decoding:  # else preempted for one before it
+                self._prepare_decode(rollout)
         chunks: list[LiveRollout] = []
-        for rollout in list(self._roster.running):
+        for rollout in list(self._roster.catching_up):
             if rollout.state != "running":
                 continue  # preempted for one before it
-            kv = rollout.kv
-            start = kv.num_computed_tokens
-            if len(rollout.ids) - start > 1:
+            if len(rollout.ids) - rollout.kv.num_computed_tokens > 1:
                 chunks.append(rollout)
-                continue
-            if start % size == 0 and start == len(kv.blocks) * size:
-                if not self._make_room(rollout, 1):
-                    continue
-                self._kv.grow(kv, start + 1)
-            draft.rows.append(_row(rollout, start, start + 1))
-            draft.rollouts.append(rollout)
-            rollout.share.served_tokens += 1
-        draft.budget = self._budget - len(draft.rows)
+            else:
+                self._plan_chunk(rollout)
         chunks.sort(key=importance, reverse=True)
         return chunks
+
+    def _prepare_decode(self, rollout: LiveRollout) -> None:
+        """What is to be done for its row on a day of its own."""
+        length = len(rollout.ids)
+        if length + 1 == rollout.max_length:
+            self._draft.last.add(rollout)
+        if length == rollout.min_length:
+            self._roster.decoding.lift_ban(rollout)
+        if length > len(rollout.kv.blocks) * self._kv.block_size and self._make_room(rollout, 1):
+            self._kv.grow(rollout.kv, length)
 
     def _plan_chunk(self, rollout: LiveRollout) -> None:
         """As much of the gap as the budget allows; the caller has checked the latter."""
@@ -95,17 +127,20 @@ class Planner:
 
     def _plan_row(self, rollout: LiveRollout, start: int, end: int) -> None:
         draft = self._draft
-        draft.rows.append(_row(rollout, start, end))
+        draft.chunks.append(row_of(rollout, start, end))
         draft.rollouts.append(rollout)
         draft.budget -= end - start
         rollout.share.served_tokens += _num_charged(rollout, start, end)
 
     def _unplan(self, rollout: LiveRollout) -> None:
         draft = self._draft
-        if rollout in draft.rollouts:
+        if rollout in self._roster.decoding:
+            draft.budget += 1
+            rollout.share.served_tokens -= 1
+        elif rollout in draft.rollouts:
             index = draft.rollouts.index(rollout)
             del draft.rollouts[index]
-            row = draft.rows.pop(index)
+            row = draft.chunks.pop(index)
             end = row.start + len(row.token_ids)
             draft.budget += len(row.token_ids)
             rollout.share.served_tokens -= _num_charged(rollout, row.start, end)
@@ -251,24 +286,6 @@ class Planner:
         self._unplan(rollout)
         self._roster.preempt(rollout)
         self._stats.preemptions_total += 1
-
-
-def _row(rollout: LiveRollout, start: int, end: int) -> Row:
-    ids = rollout.ids
-    length = len(ids)
-    return Row(
-        rollout.id,
-        ids[start:end],
-        start,
-        rollout.kv.blocks,
-        end == length,
-        length - rollout.num_prompt,
-        rollout.num_prompt,
-        ids,
-        rollout.sampling,
-        rollout.seed,
-        rollout.add.banned_ids if length < rollout.min_length else NO_BAN,
-    )
 
 
 def _num_charged(rollout: LiveRollout, start: int, end: int) -> int:

@@ -15,7 +15,7 @@ NOTHING: list[Any] = []
 
 
 def ending(rollout: LiveRollout, result: RowResult) -> FinishReason | None:
-    """Why the rollout ends with this row, whose token was appended already; None: it goes on."""
+    """Why the rollout ends with this row, which is not booked yet; None: it goes on."""
     if result.nonfinite is not None:
         return FinishReason("error", detail=f"nonfinite: {result.nonfinite}")
     if result.fault is not None:
@@ -24,13 +24,13 @@ def ending(rollout: LiveRollout, result: RowResult) -> FinishReason | None:
         return None
     if result.sampled.token_id in rollout.stop_ids:
         return FinishReason("stop", matched=result.sampled.token_id)
-    return FinishReason("length") if len(rollout.ids) >= rollout.max_length else None
+    return FinishReason("length") if len(rollout.ids) + 1 >= rollout.max_length else None
 
 
 def report(
     rollout: LiveRollout, row: Row, result: RowResult, finish: FinishReason | None
 ) -> RolloutTokens | None:
-    """The news of one row, or None; moves the high-water mark.
+    """The news of one row, which is not booked yet, or None.
 
     Lists that stay empty are one and the same list: making thirteen anew for each row of each
     step costs more than all the rest of the booking.
@@ -65,9 +65,6 @@ def report(
             _add_sampled_extras(tokens, sampled)
         if not result.is_bad:
             has_news |= _add_row_records(tokens, rollout, row, result)
-    end = row.start + len(row.token_ids)
-    if end > rollout.num_reported_rows:
-        rollout.num_reported_rows = end
     return tokens if has_news else None
 
 

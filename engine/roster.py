@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from .admission import LiveRollout, Move, Shares, WaitingQueue
+from .decoding import Decoding
 from .kv_cache import KVCacheManager
 from .prefix_watch import PrefixWatch
 
@@ -22,7 +23,10 @@ class Roster:
         self._kv = kv
         self.live: dict[str, LiveRollout] = {}
         self.running: dict[LiveRollout, None] = {}
-        """In the order of admission."""
+        """In the order of admission. Each of them decodes or catches up."""
+        self.decoding = Decoding(kv.block_size)
+        self.catching_up: dict[LiveRollout, None] = {}
+        """Running, and nothing was drawn from its newest row yet."""
         self.holders: dict[LiveRollout, None] = {}
         """Not running, yet with blocks."""
         self.waiting = WaitingQueue()
@@ -69,9 +73,14 @@ class Roster:
     def start(self, rollout: LiveRollout) -> None:
         self.waiting.remove(rollout)
         self.holders.pop(rollout, None)
-        self.running[rollout] = None
+        self.running[rollout] = self.catching_up[rollout] = None
         self._priorities[rollout.add.priority] += 1
         self._move(rollout, "running")
+
+    def settle(self, rollout: LiveRollout) -> None:
+        """A token was drawn from the newest row of one that was catching up: it decodes now."""
+        del self.catching_up[rollout]
+        self.decoding.join(rollout)
 
     def preempt(self, rollout: LiveRollout) -> None:
         """Back to the queue, for the moment with its blocks."""
@@ -123,6 +132,10 @@ class Roster:
         """Take a rollout from where it runs or waits."""
         if rollout in self.running:
             del self.running[rollout]
+            if rollout in self.decoding:
+                self.decoding.leave(rollout)
+            else:
+                del self.catching_up[rollout]
             priority = rollout.add.priority
             self._priorities[priority] -= 1
             if self._priorities[priority] == 0:
@@ -136,11 +149,13 @@ class Roster:
     def check_invariants(self) -> None:
         """Raise AssertionError unless each rollout is at one place, the one its state names."""
         self.watch.check_invariants()
+        self.decoding.check_invariants()
         for rollout in self.live.values():
             is_running = rollout in self.running
             places = [is_running, rollout.follows is not None, rollout.is_queued]
             assert sum(places) == (rollout.state != "paused"), f"{rollout.id}: {rollout.state}"
             assert is_running == (rollout.state == "running")
+            assert is_running == (rollout in self.decoding) + (rollout in self.catching_up)
             assert (rollout in self.holders) == (bool(rollout.kv.blocks) and not is_running)
             assert rollout.is_counted_active == (rollout.state != "paused")
             assert rollout.kv.num_computed_tokens < len(rollout.ids)

@@ -14,7 +14,7 @@ from .config import BatchConfig, ResolvedKV
 from .errors import ContextTooLong, InvalidRequest
 from .kv_cache import KVCacheManager
 from .messages import Add, FromCore, RolloutTokens, StateChanged, Stats, Tokens
-from .plan import Row, RowResult, StepPlan, StepResult
+from .plan import StepPlan, StepResult
 from .planner import Draft, Planner
 from .reporting import ending, report
 from .roster import Roster
@@ -159,35 +159,79 @@ class Scheduler:
         assert plan.rows is draft.rows, "not the plan in flight"
         # rows computed under other weights than they were planned for are shared with nobody
         self.set_version(result.digest)
+        apart, gone = self._apart(draft, result)
         news: list[RolloutTokens] = []
-        for index, (rollout, row) in enumerate(zip(draft.rollouts, plan.rows, strict=True)):
+        for index in sorted(apart):
+            self._book(draft.decodes.rollouts[index], plan, index, result, news)
+        for index, rollout in enumerate(draft.rollouts, len(draft.decodes.rows)):
             if rollout.state != "ended":
-                tokens = self._book(rollout, row, result.outcome(index))
-                if tokens is not None:
-                    news.append(tokens)
+                self._book(rollout, plan, index, result, news)
+        plain = draft.decodes.book(result.draws, apart | gone)
+        if plain is not None:
+            self._num_drawn += len(plain.starts)
+        for rollout in draft.due:
+            if rollout.state != "ended":
+                self._kv.register(rollout.kv)
         self._kv.end_step()
         self._stats.steps_total += 1
         messages = self.take_events()
-        if news:
-            messages.append(Tokens(result.version, result.digest, news))
+        if news or plain is not None:
+            messages.append(Tokens(result.version, result.digest, news, plain))
         return messages
 
-    def _book(self, rollout: LiveRollout, row: Row, result: RowResult) -> RolloutTokens | None:
-        sampled = result.sampled
+    def _apart(self, draft: Draft, result: StepResult) -> tuple[set[int], set[int]]:
+        """Rows of those that decode that are not booked with the others: by themselves; never.
+
+        By themselves: who ends, and whose outcome is not just a token. Never: who has ended
+        since the plan was made.
+        """
+        decodes, token_ids = draft.decodes, result.draws.token_ids
+        rollouts = decodes.rollouts
+        apart = {index for index in result.rows if index < len(rollouts)}
+        if draft.last:
+            apart.update(index for index, r in enumerate(rollouts) if r in draft.last)
+        if not decodes.stop_ids.isdisjoint(token_ids):
+            drawn = enumerate(zip(rollouts, token_ids, strict=False))
+            apart.update(index for index, (r, token_id) in drawn if token_id in r.stop_ids)
+        gone: set[int] = set()
+        if self._roster.decoding.batch() is not decodes:
+            gone.update(index for index, r in enumerate(rollouts) if r.state == "ended")
+        return apart - gone, gone
+
+    def _book(
+        self,
+        rollout: LiveRollout,
+        plan: StepPlan,
+        index: int,
+        result: StepResult,
+        news: list[RolloutTokens],
+    ) -> None:
+        """Book one row by itself."""
+        row, outcome = plan.rows[index], result.outcome(index)
+        sampled = outcome.sampled
+        assert outcome.is_bad or (sampled is not None) == row.samples, (
+            f"{row.rollout_id}: a draw is missing, or one too many"
+        )
+        finish = ending(rollout, outcome)
+        tokens = report(rollout, row, outcome, finish)
+        if tokens is not None:
+            news.append(tokens)
+        end = row.start + len(row.token_ids)
+        rollout.num_unreported_rows = len(rollout.ids) - max(end, rollout.num_reported_rows)
         if sampled is not None:
             rollout.ids.append(sampled.token_id)
+            rollout.num_unreported_rows += 1
             self._num_drawn += 1
-        else:
-            assert result.is_bad or not row.samples, f"{row.rollout_id}: a draw is missing"
-        if not result.is_bad:
-            self._kv.book(rollout.kv, row.start + len(row.token_ids))
+        if not outcome.is_bad:
+            self._kv.book(rollout.kv, end)
         if rollout.parent_hash is not None:
             self._roster.requeue(self._roster.watch.advance(rollout, is_done=row.samples))
-        finish = ending(rollout, result)
-        tokens = report(rollout, row, result, finish)
         if finish is not None:
             self._roster.end(rollout, is_poisoned=finish.type == "error")
-        return tokens
+        elif rollout in self._roster.decoding:
+            self._roster.decoding.move_on(rollout)
+        elif sampled is not None and rollout.state == "running":
+            self._roster.settle(rollout)
 
     def _check(self, add: Add) -> None:
         num_prompt, num_output = len(add.prompt_ids), len(add.output_ids)

@@ -38,6 +38,7 @@ WORDS = {
 BOOKS = {
     "capsule",
     "admission",
+    "decoding",
     "backend",
     "block_pool",
     "collector",

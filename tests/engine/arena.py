@@ -35,6 +35,12 @@ def make_batch(*, max_num_seqs: int = 8, max_num_batched_tokens: int = 64) -> Ba
     return BatchConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
 
 
+def kept(plan: StepPlan) -> StepPlan:
+    """The plan as it is now: rows are moved on when it is committed."""
+    rows = [msgspec.structs.replace(row, token_ids=[*row.token_ids]) for row in plan.rows]
+    return msgspec.structs.replace(plan, rows=rows)
+
+
 class Arena:
     """Calls as a core makes them. After each, the books agree; at each ending, the tokens are
     those of the rollout alone; at each read, the KV is what it should be (FakeRunner)."""
@@ -102,7 +108,7 @@ class Arena:
         """Steps; `in_flight` is called between the plan and its results. Returns the last plan."""
         for _ in range(count):
             plan = self.scheduler.schedule()
-            self.plans.append(plan)
+            self.plans.append(kept(plan))
             assert len(plan.rows) <= self.batch.max_num_seqs
             num_tokens = sum(len(row.token_ids) for row in plan.rows)
             assert num_tokens <= self.batch.max_num_batched_tokens
@@ -114,7 +120,7 @@ class Arena:
                 assert in_flight or not self.scheduler.has_unpaused
                 self.settle()
             self.scheduler.check_invariants()
-        return plan
+        return self.plans[-1]
 
     def run(self, max_steps: int = 3000) -> int:
         """Steps until nothing unpaused is left; returns their number."""
