@@ -1,8 +1,8 @@
 """Rollouts that decode: each gains one token in each step, and little else is to be done.
 
 A rollout joins when a token was drawn from its newest row, and leaves when it ends, is paused or
-is preempted. In between its row is kept and moved on, and the scheduler looks at it by itself
-only on its days, which a calendar knows:
+is preempted. In between its row, a view of its lists, stays the same, and the scheduler looks at
+it by itself only on its days, which a calendar knows:
 
     its row begins or completes a block      a block is to be found; the index has news
     the ban of its stop ids is lifted        (min_tokens)
@@ -25,29 +25,33 @@ NO_BAN: list[int] = []
 
 
 class Batch:
-    """Who decodes in a step, as parallel lists; never written: a later step may have the same."""
+    """Who decodes in a step, as parallel lists; never written: a later step may have the same.
 
-    __slots__ = ("ids", "rollouts", "rows", "stop_ids")
+    names     ids of the rollouts
+    ids       their tokens, which `book` appends to
+    stop_ids  those of all of them together
+    """
 
-    def __init__(
-        self, rollouts: list[LiveRollout], rows: list[Row], ids: list[str], stop_ids: Set[int]
-    ) -> None:
+    __slots__ = ("ids", "names", "num_prompts", "rollouts", "rows", "stop_ids")
+
+    def __init__(self, rollouts: list[LiveRollout], rows: list[Row], stop_ids: Set[int]) -> None:
         self.rollouts = rollouts
         self.rows = rows
-        self.ids = ids
-        """Ids of the rollouts."""
+        self.names = [rollout.id for rollout in rollouts]
+        self.ids = [rollout.ids for rollout in rollouts]
+        self.num_prompts = [rollout.num_prompt for rollout in rollouts]
         self.stop_ids = stop_ids
-        """Those of all of them together."""
 
     def book(self, draws: Draws, apart: Set[int]) -> PlainTokens | None:
-        """Append their draws and move their rows on; the news. Rows `apart` are left alone.
+        """Append what was drawn from its rows, except from those `apart`; the news.
 
         draws  of all rows of the plan, in which those of the batch come first
         """
-        rows, ids = self.rows, self.ids
-        if apart or len(draws.token_ids) > len(rows):
-            kept = [index not in apart for index in range(len(rows))]
-            rows, ids = list(compress(rows, kept)), list(compress(ids, kept))
+        names, ids, num_prompts = self.names, self.ids, self.num_prompts
+        if apart or len(draws.token_ids) > len(names):
+            kept = [index not in apart for index in range(len(names))]
+            names, ids = list(compress(names, kept)), list(compress(ids, kept))
+            num_prompts = list(compress(num_prompts, kept))
             draws = Draws(
                 token_ids=list(compress(draws.token_ids, kept)),
                 lp_sampled=list(compress(draws.lp_sampled, kept)),
@@ -55,22 +59,18 @@ class Batch:
                 kept_mass=list(compress(draws.kept_mass, kept)),
                 flags=list(compress(draws.flags, kept)),
             )
-        if not rows:
+        if not names:
             return None
-        starts = [row.position for row in rows]
-        for row, token_id in zip(rows, draws.token_ids, strict=True):
-            # as in `_move_on`: a call for each row would cost as much again
-            row.all_ids.append(token_id)
-            row.token_ids[0] = token_id
-            row.start += 1
-            row.position += 1
-        return PlainTokens(ids, starts, draws)
+        starts = [len(one) - count for one, count in zip(ids, num_prompts, strict=True)]
+        for one, token_id in zip(ids, draws.token_ids, strict=True):
+            one.append(token_id)
+        return PlainTokens(names, starts, draws)
 
 
 class Decoding:
     """The rollouts that decode, and the calendar of those that are more than a row.
 
-    While a rollout is here, `kv.num_computed_tokens` is the start of its row.
+    While a rollout is here, all of its tokens but the newest are computed.
     """
 
     def __init__(self, block_size: int) -> None:
@@ -122,16 +122,11 @@ class Decoding:
         """From now on its stop ids may be drawn."""
         self._rows[rollout].banned_ids = NO_BAN
 
-    def move_on(self, rollout: LiveRollout) -> None:
-        """Its row was booked apart from the others', and a token was drawn from it."""
-        _move_on(self._rows[rollout])
-
     def batch(self) -> Batch:
         """All of them; the very same object until somebody joins or leaves."""
         if self._batch is None:
-            rows = list(self._rows.values())
             stop_ids = frozenset[int]().union(*self._stop_ids)
-            self._batch = Batch(list(self._rows), rows, [row.rollout_id for row in rows], stop_ids)
+            self._batch = Batch(list(self._rows), list(self._rows.values()), stop_ids)
         return self._batch
 
     def _enter(self, rollout: LiveRollout, start: int) -> None:
@@ -176,28 +171,19 @@ class Decoding:
 
 
 def row_of(rollout: LiveRollout, start: int, end: int) -> Row:
+    """The row of positions [start, end), as its lists are now."""
     ids = rollout.ids
-    length = len(ids)
     return Row(
         rollout.id,
-        ids[start:end],
-        start,
-        rollout.kv.blocks,
-        end == length,
-        length - rollout.num_prompt,
-        rollout.num_prompt,
         ids,
+        len(ids) - start,
+        end - start,
+        rollout.kv.blocks,
+        rollout.num_prompt,
         rollout.sampling,
         rollout.seed,
-        rollout.add.banned_ids if length < rollout.min_length else NO_BAN,
+        rollout.add.banned_ids if len(ids) < rollout.min_length else NO_BAN,
     )
-
-
-def _move_on(row: Row) -> None:
-    """Its token was booked and the next was appended: the row of the next step."""
-    row.token_ids[0] = row.all_ids[-1]
-    row.start += 1
-    row.position += 1
 
 
 def _drop_one(counter: Counter[Key], key: Key) -> None:

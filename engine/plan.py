@@ -12,27 +12,51 @@ from .rollout import SamplingParams
 
 
 class Row(Struct):
-    """The share of one rollout in a step: tokens [start, start + len(token_ids)) of it.
+    """The share of one rollout in a step: tokens [start, start + num_tokens) of it.
 
-    token_ids     ids to compute, in order (prompt and output are not distinguished)
-    start         position of the first = num_computed_tokens
-    block_table   physical blocks; entry j covers positions j·block_size …; covers all of the above
-    samples       True iff the last token is the newest one, so that its logits are drawn from
-    position      index of the output token to draw (counter of the draw; penalties see as many)
+    A view of the rollout's own lists, valid until the step is committed: while a rollout
+    decodes, its row is one and the same object in every step, and nobody writes to it.
+
+    all_ids       prompt + output so far; shared with the scheduler, read only
+    num_missing   how many of them, at the end, were not computed before; the row begins there
+    num_tokens    how many of those it computes, prompt and output not distinguished
+    block_table   physical blocks; entry j covers positions j·block_size …; covers the row too
+    banned_ids    not to be drawn in this step
     """
 
     rollout_id: str
-    token_ids: list[int]
-    start: int
-    block_table: list[int]
-    samples: bool
-    position: int
-    num_prompt: int
     all_ids: list[int]
-    """prompt + output so far; shared with the scheduler, read only."""
+    num_missing: int
+    num_tokens: int
+    block_table: list[int]
+    num_prompt: int
     sampling: SamplingParams
     seed: int
     banned_ids: list[int]
+
+    @property
+    def start(self) -> int:
+        """Position of the first token = num_computed_tokens."""
+        return len(self.all_ids) - self.num_missing
+
+    @property
+    def end(self) -> int:
+        return len(self.all_ids) - self.num_missing + self.num_tokens
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Ids to compute, in order."""
+        return self.all_ids[self.start : self.end]
+
+    @property
+    def samples(self) -> bool:
+        """Whether the last token is the newest one, so that its logits are drawn from."""
+        return self.num_tokens == self.num_missing
+
+    @property
+    def position(self) -> int:
+        """Index of the output token to draw (counter of the draw; penalties see as many)."""
+        return len(self.all_ids) - self.num_prompt
 
 
 class Copy(Struct, frozen=True):

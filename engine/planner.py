@@ -14,7 +14,7 @@ from .messages import Stats
 from .plan import Copy, Park, Row, Unpark
 from .roster import Roster, importance
 
-NO_DECODES = Batch([], [], [], frozenset())
+NO_DECODES = Batch([], [], frozenset())
 
 
 class Draft:
@@ -141,9 +141,8 @@ class Planner:
             index = draft.rollouts.index(rollout)
             del draft.rollouts[index]
             row = draft.chunks.pop(index)
-            end = row.start + len(row.token_ids)
-            draft.budget += len(row.token_ids)
-            rollout.share.served_tokens -= _num_charged(rollout, row.start, end)
+            draft.budget += row.num_tokens
+            rollout.share.served_tokens -= _num_charged(rollout, row.start, row.end)
 
     # admission
 

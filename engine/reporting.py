@@ -83,7 +83,7 @@ def _add_row_records(
     tokens: RolloutTokens, rollout: LiveRollout, row: Row, result: RowResult
 ) -> bool:
     """Prompt logprobs and routing of the rows above the high-water mark."""
-    count = len(row.token_ids)
+    count = row.num_tokens
     skip = max(0, rollout.num_reported_rows - row.start)
     if skip >= count:
         return False

@@ -74,13 +74,11 @@ class ModelRunner:
         tokens = min(self._kv.block_size, self._kv.max_model_len - 1)
         row = Row(
             rollout_id="",
-            token_ids=[0] * tokens,
-            start=0,
-            block_table=[1],
-            samples=True,
-            position=0,
-            num_prompt=tokens,
             all_ids=[0] * tokens,
+            num_missing=tokens,
+            num_tokens=tokens,
+            block_table=[1],
+            num_prompt=tokens,
             sampling=SamplingParams(),
             seed=0,
             banned_ids=[],

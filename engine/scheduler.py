@@ -216,7 +216,7 @@ class Scheduler:
         tokens = report(rollout, row, outcome, finish)
         if tokens is not None:
             news.append(tokens)
-        end = row.start + len(row.token_ids)
+        end = row.end
         rollout.num_unreported_rows = len(rollout.ids) - max(end, rollout.num_reported_rows)
         if sampled is not None:
             rollout.ids.append(sampled.token_id)
@@ -228,9 +228,7 @@ class Scheduler:
             self._roster.requeue(self._roster.watch.advance(rollout, is_done=row.samples))
         if finish is not None:
             self._roster.end(rollout, is_poisoned=finish.type == "error")
-        elif rollout in self._roster.decoding:
-            self._roster.decoding.move_on(rollout)
-        elif sampled is not None and rollout.state == "running":
+        elif sampled is not None and rollout in self._roster.catching_up:
             self._roster.settle(rollout)
 
     def _check(self, add: Add) -> None:

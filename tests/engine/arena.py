@@ -6,7 +6,7 @@ import msgspec
 
 from everstep.engine.config import BatchConfig, ResolvedKV
 from everstep.engine.messages import Add, FromCore
-from everstep.engine.plan import StepPlan
+from everstep.engine.plan import Row, StepPlan
 from everstep.engine.rollout import Rollout, RolloutState, SamplingParams
 from everstep.engine.scheduler import Scheduler
 
@@ -36,9 +36,16 @@ def make_batch(*, max_num_seqs: int = 8, max_num_batched_tokens: int = 64) -> Ba
 
 
 def kept(plan: StepPlan) -> StepPlan:
-    """The plan as it is now: rows are moved on when it is committed."""
-    rows = [msgspec.structs.replace(row, token_ids=[*row.token_ids]) for row in plan.rows]
-    return msgspec.structs.replace(plan, rows=rows)
+    """The plan as it is now: its rows are views of lists that grow when it is committed."""
+    return msgspec.structs.replace(plan, rows=[KeptRow(row) for row in plan.rows])
+
+
+class KeptRow:
+    """A row's values of this moment, under the same names."""
+
+    def __init__(self, row: Row) -> None:
+        names = [*Row.__struct_fields__, "start", "end", "token_ids", "samples", "position"]
+        self.__dict__ = {name: getattr(row, name) for name in names}
 
 
 class Arena:
