@@ -82,14 +82,15 @@ class BlockPool:
         The caller has checked `num_free`.
         """
         assert count <= len(self._free), f"{count} blocks asked for, {len(self._free)} free"
-        blocks = []
-        for _ in range(count):
-            block, _ = self._free.popitem(last=False)
-            if block in self._contents:
-                self.forget(block)
-            self._ref_counts[block] = 1
-            blocks.append(block)
-        return blocks
+        return [self.allocate_one() for _ in range(count)]
+
+    def allocate_one(self) -> int:
+        """As `allocate`, a single block."""
+        block, _ = self._free.popitem(last=False)
+        if block in self._contents:
+            self.forget(block)
+        self._ref_counts[block] = 1
+        return block
 
     def share(self, blocks: Iterable[int]) -> None:
         """Add a reference to each block, free (cached) or in use."""
@@ -122,14 +123,18 @@ class BlockPool:
 
         False if another block holds the same full content: the index keeps one of each.
         """
-        self.forget(block)
+        if block in self._contents:
+            self.forget(block)
         if content.key is not None:
             if content.key in self._by_key:
                 return False
             self._by_key[content.key] = block
         self._contents[block] = content
         place = (content.parent, content.ids[content.start])
-        self._children.setdefault(place, {})[block] = content
+        if place in self._children:
+            self._children[place][block] = content
+        else:
+            self._children[place] = {block: content}
         return True
 
     def complete(self, block: int, key: bytes, tokens: Sequence[int]) -> bool:

@@ -14,6 +14,7 @@ All other work of a step is done in a few passes over parallel lists.
 from collections import Counter
 from collections.abc import Set
 from itertools import compress
+from operator import attrgetter
 from typing import TypeVar
 
 from .admission import LiveRollout, Share
@@ -112,7 +113,7 @@ class Decoding:
 
     def take_due(self) -> list[LiveRollout]:
         """Whose day is the step that is being planned, in the order of admission."""
-        due = sorted(self._calendar.pop(self._day, ()), key=_admission)
+        due = sorted(self._calendar.pop(self._day, ()), key=attrgetter("admission"))
         self._day += 1
         for rollout in due:
             self._enter(rollout, len(rollout.ids))
@@ -132,14 +133,17 @@ class Decoding:
     def _enter(self, rollout: LiveRollout, start: int) -> None:
         """Note the next of its days; its row in step `_day` starts at `start`."""
         size = self._block_size
-        wait = min(-start % size, -(start + 1) % size)
-        last, unbanned = rollout.max_length - 2, rollout.min_length - 1
-        if start <= last:
-            wait = min(wait, last - start)
-        if start <= unbanned:
-            wait = min(wait, unbanned - start)
-        rollout.due = self._day + wait
-        self._calendar.setdefault(rollout.due, {})[rollout] = None
+        # a block begins at offset 0 and is complete with offset size - 1
+        offset = start % size
+        wait = size - 1 - offset if offset else 0
+        for special in (rollout.max_length - 2, rollout.min_length - 1):
+            if 0 <= special - start < wait:
+                wait = special - start
+        due = rollout.due = self._day + wait
+        if due in self._calendar:
+            self._calendar[due][rollout] = None
+        else:
+            self._calendar[due] = {rollout: None}
 
     def _strike(self, rollout: LiveRollout) -> None:
         day = self._calendar[rollout.due]
@@ -190,7 +194,3 @@ def _drop_one(counter: Counter[Key], key: Key) -> None:
     counter[key] -= 1
     if counter[key] == 0:
         del counter[key]
-
-
-def _admission(rollout: LiveRollout) -> int:
-    return rollout.admission

@@ -242,6 +242,10 @@ class KVCacheManager:
         """Cover so many tokens; the caller has checked `num_free`."""
         kv.blocks.extend(self._pool.allocate(self.missing_blocks(kv, num_tokens)))
 
+    def grow_by_one(self, kv: RolloutKV) -> None:
+        """Add a block; the caller has checked `num_free`."""
+        kv.blocks.append(self._pool.allocate_one())
+
     def book(self, kv: RolloutKV, num_tokens: int) -> None:
         """The first `num_tokens` are computed now."""
         kv.num_computed_tokens = num_tokens
@@ -249,8 +253,9 @@ class KVCacheManager:
 
     def register(self, kv: RolloutKV) -> None:
         """Tell the index what it has to learn of a table, if anything."""
-        if kv.num_computed_tokens >= kv.next_registration:
-            self._register(kv)
+        count = len(kv.ids) - kv.num_missing_tokens
+        if count >= kv.next_registration:
+            self._register(kv, count)
 
     def drop(self, kv: RolloutKV) -> None:
         """Give up the table; what it computed stays findable until its blocks are handed out."""
@@ -328,10 +333,10 @@ class KVCacheManager:
         index = kv.num_computed_tokens // self.block_size
         return self._hash(kv, index - 1) if index else self._root
 
-    def _register(self, kv: RolloutKV) -> None:
+    def _register(self, kv: RolloutKV, num_tokens: int) -> None:
         """Tell the index of blocks that became full, and of the one being filled."""
         size, pool = self.block_size, self._pool
-        num_full = kv.num_computed_tokens // size
+        num_full = num_tokens // size
         for index in range(kv.num_registered, num_full):
             block, key = kv.blocks[index], self._hash(kv, index)
             tokens = kv.ids[index * size : (index + 1) * size]
@@ -340,7 +345,7 @@ class KVCacheManager:
                 pool.register(block, Content(parent, key, tokens))
         kv.num_registered = num_full
         start = num_full * size
-        if kv.num_computed_tokens > start:
+        if num_tokens > start:
             parent = kv.hashes[num_full - 1] if num_full else self._root
             pool.register(kv.blocks[num_full], Content(parent, None, kv.ids, start, kv))
             kv.next_registration = start + size

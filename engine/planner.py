@@ -114,8 +114,9 @@ class Planner:
             self._draft.last.add(rollout)
         if length == rollout.min_length:
             self._roster.decoding.lift_ban(rollout)
-        if length > len(rollout.kv.blocks) * self._kv.block_size and self._make_room(rollout, 1):
-            self._kv.grow(rollout.kv, length)
+        kv = rollout.kv
+        if length > len(kv.blocks) * self._kv.block_size and self._make_room(rollout, 1):
+            self._kv.grow_by_one(kv)
 
     def _plan_chunk(self, rollout: LiveRollout) -> None:
         """As much of the gap as the budget allows; the caller has checked the latter."""

@@ -6,6 +6,7 @@ in chunks. One path for all.
 """
 
 from collections.abc import Iterable
+from operator import attrgetter
 
 import msgspec
 
@@ -160,18 +161,22 @@ class Scheduler:
         # rows computed under other weights than they were planned for are shared with nobody
         self.set_version(result.digest)
         apart, gone = self._apart(draft, result)
-        news: list[RolloutTokens] = []
-        for index in sorted(apart):
-            self._book(draft.decodes.rollouts[index], plan, index, result, news)
-        for index, rollout in enumerate(draft.rollouts, len(draft.decodes.rows)):
-            if rollout.state != "ended":
-                self._book(rollout, plan, index, result, news)
         plain = draft.decodes.book(result.draws, apart | gone)
         if plain is not None:
             self._num_drawn += len(plain.starts)
-        for rollout in draft.due:
-            if rollout.state != "ended":
+        news: list[RolloutTokens] = []
+        alone = {draft.decodes.rollouts[index]: index for index in apart}
+        # which of two blocks with one content is kept, and which is evicted first, is not left
+        # to chance: it goes by admission
+        todo = sorted({*alone, *draft.due}, key=attrgetter("admission")) if alone else draft.due
+        for rollout in todo:
+            if rollout in alone:
+                self._book(rollout, plan, alone[rollout], result, news)
+            elif rollout.state != "ended":
                 self._kv.register(rollout.kv)
+        for index, rollout in enumerate(draft.rollouts, len(draft.decodes.rows)):
+            if rollout.state != "ended":
+                self._book(rollout, plan, index, result, news)
         self._kv.end_step()
         self._stats.steps_total += 1
         messages = self.take_events()
