@@ -118,7 +118,7 @@ class Trial:
         for message in messages:
             if not isinstance(message, Tokens):
                 continue
-            for tokens in message.rollouts:
+            for tokens in message.each():
                 outcome = self.outcomes[tokens.rollout_id]
                 outcome.ids += tokens.ids
                 outcome.lp_sampled += tokens.lp_sampled
