@@ -57,15 +57,14 @@ def load(tmp_path_factory):
 
 
 def make_row(ids, start, table, *, samples=True, **sampling):
+    all_ids = [0] * start + list(ids) + [0] * (not samples)
     return Row(
         rollout_id="r",
-        token_ids=ids,
-        start=start,
+        all_ids=all_ids,
+        num_missing=len(all_ids) - start,
+        num_tokens=len(ids),
         block_table=table,
-        samples=samples,
-        position=0,
-        num_prompt=start + len(ids),
-        all_ids=[],
+        num_prompt=len(all_ids),
         sampling=SamplingParams(**sampling),
         seed=0,
         banned_ids=[],
