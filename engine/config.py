@@ -73,7 +73,12 @@ class BatchConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 class JournalConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The file in which durable rollouts outlive the process (docs/explain/journal.md)."""
 
-    path: Annotated[str, Meta(min_length=1, description="the file; off: none")] | None = None
+    path: (
+        Annotated[
+            str, Meta(min_length=1, description="the file; off: none; default: one for each port")
+        ]
+        | None
+    ) = None
     durability: Annotated[
         Literal["process", "accepts", "power"],
         Meta(
@@ -90,6 +95,10 @@ class JournalConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     retain_keys_s: Annotated[
         float, Meta(ge=0, description="how long an Idempotency-Key is remembered")
     ] = 86400.0
+    other_weights: Annotated[
+        Literal["refuse", "continue"],
+        Meta(description="when live rollouts were begun with other weights than the model has"),
+    ] = "refuse"
 
 
 class RestartConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -64,14 +64,13 @@ class RolloutManager:
     ) -> None:
         self.metrics = metrics or Registry()
         self._tokenizer = tokenizer
-        self._run_seed = run_seed
+        self.run_seed = run_seed
         self._max_live = max_live
         self._num_submitted = 0
         self._allow_other_weights = allow_other_weights
         self.num_recovered = 0
         """Live rollouts that the journal brought back at the start."""
         self._is_draining = False
-        self._is_closed = False
         self._holdings = Holdings(self.metrics)
         self._keeper: Keeper | None = None
         if journal is not None:
@@ -134,17 +133,21 @@ class RolloutManager:
             )
         self._core.collect()
 
+    def drain(self) -> None:
+        """Take nothing new, and let the readers of durable rollouts go: those outlive this."""
+        self._is_draining = True
+        for growth in self._holdings:
+            if growth.rollout.is_durable:
+                growth.publish()
+
     async def close(self) -> None:
         """Abort what is live and not durable, end the backend, write the journal and close it."""
-        self._is_draining = True
+        self.drain()
         live = self._holdings.live()
         self._core.cancel([growth for growth in live if not growth.rollout.is_durable])
         await self._core.close()
         if self._keeper is not None:
             await self._keeper.close()
-        self._is_closed = True
-        for growth in self._holdings:
-            growth.publish()
 
     # --- submissions -------------------------------------------------------------------
 
@@ -156,7 +159,7 @@ class RolloutManager:
         max_tokens = self._check(submission, self.info)
         self._check_room(submission.samples)
         self._num_submitted += 1
-        source = ("rollout", self._run_seed, self._num_submitted)
+        source = ("rollout", self.run_seed, self._num_submitted)
         rollouts = submission.make(*source, max_tokens=max_tokens)
         self._holdings.num_live += len(rollouts)
         self._core.add([Growth(rollout, self._tokenizer) for rollout in rollouts])
@@ -175,7 +178,7 @@ class RolloutManager:
         async def make() -> Rollouts:
             info = self._core.known_info
             lengths = [self._check(submission, info) for submission in many]
-            source = ("durable", self._run_seed, self._journaled.next_number())
+            source = ("durable", self.run_seed, self._journaled.next_number())
             return [
                 rollout
                 for i, (submission, max_tokens) in enumerate(zip(many, lengths, strict=True))
@@ -322,7 +325,7 @@ class RolloutManager:
     async def _news(self, growth: Growth) -> None:
         """Wait for news of a live one; raises if it will go on, but not here and now."""
         if growth.rollout.is_durable and growth.is_live:
-            if self._is_closed:
+            if self._is_draining:
                 raise Draining(
                     "the server is shutting down; the rollout is in its journal and goes on when "
                     "it is started again"

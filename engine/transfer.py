@@ -7,7 +7,7 @@ import time
 
 from msgspec.structs import replace
 
-from .errors import ContextTooLong, InvalidRequest, InvalidTrajectory
+from .errors import Conflict, ContextTooLong, InvalidRequest, InvalidTrajectory
 from .intake import new_group_id, new_rollout_id, seed_of
 from .messages import Ready
 from .rollout import MAX_SAMPLES, Rollout, RolloutState, check_prompt
@@ -116,27 +116,34 @@ def export_of(rollout: Rollout, info: Ready, tokenizer: Tokenizer | None) -> Tra
 def imported(
     trajectory: Trajectory, info: Ready, tokenizer: Tokenizer | None, *, allow_other_weights: bool
 ) -> Rollout:
-    """The rollout, to go on here. Raises InvalidTrajectory, InvalidRequest, naming the field."""
+    """The rollout, to go on here.
+
+    Raises Conflict where it is of another model, InvalidTrajectory and InvalidRequest, naming the
+    field, where it is wrong in itself or too large.
+    """
     _check_origin(trajectory, info, tokenizer)
     rollout = unpack(trajectory)
     digests = [segment.digest for segment in rollout.segments]
     if digests and digests[-1] != info.digest and not allow_other_weights:
-        raise InvalidTrajectory(
+        raise Conflict(
             f"trajectory: segments: made by the weights {digests[-1][:12]}, here are "
-            f"{info.digest[:12]}; set allow_other_weights to go on with these",
-            field="segments",
+            f"{info.digest[:12]}; set allow_other_weights to go on with these"
         )
     check_here(rollout, info)
     width, weights = routing_widths(info)
     num_rows, rest = divmod(len(rollout.routing_ids), max(width, 1))
     most = len(rollout.prompt_ids) + len(rollout.output_ids)
     if rest or num_rows > most or len(rollout.routing_weights) != num_rows * weights:
-        raise InvalidTrajectory(
+        raise Conflict(
             f"trajectory: routing_ids: {len(rollout.routing_ids)} bytes with "
             f"{len(rollout.routing_weights)} bytes of weights are no records of this model "
-            f"({width} and {weights} bytes per position)",
-            field="routing_ids",
+            f"({width} and {weights} bytes per position)"
         )
+    if tokenizer is not None:
+        skip = rollout.sampling.skip_special_tokens
+        whole = tokenizer.decode(rollout.output_ids, skip_special_tokens=skip)
+        if not whole.startswith(rollout.text):
+            raise InvalidTrajectory("trajectory: text: not what output_ids decode to", field="text")
     if not rollout.state.is_ended and rollout.state is not RolloutState.PAUSED:
         rollout.state = RolloutState.QUEUED
     rollout.is_durable = True
@@ -145,13 +152,11 @@ def imported(
 
 def _check_origin(trajectory: Trajectory, info: Ready, tokenizer: Tokenizer | None) -> None:
     if trajectory.vocab_size is not None and trajectory.vocab_size != info.vocab_size:
-        raise InvalidTrajectory(
-            f"trajectory: vocab_size: {trajectory.vocab_size}, this model has {info.vocab_size}",
-            field="vocab_size",
+        raise Conflict(
+            f"trajectory: vocab_size: {trajectory.vocab_size}, this model has {info.vocab_size}"
         )
     here = None if tokenizer is None else tokenizer.digest
     if trajectory.tokenizer is not None and here is not None and trajectory.tokenizer != here:
-        raise InvalidTrajectory(
-            f"trajectory: tokenizer: {trajectory.tokenizer[:12]}, this model's is {here[:12]}",
-            field="tokenizer",
+        raise Conflict(
+            f"trajectory: tokenizer: {trajectory.tokenizer[:12]}, this model's is {here[:12]}"
         )

@@ -32,6 +32,7 @@ app.add_typer(bench_cli.app)
 app.add_typer(proof_cli.app)
 
 _ENGINE = ("engine",)
+_SERVER = ("engine", "http", "openai", "journal", "restart", "skip_tokenizer_init")
 CHAT_SAMPLING = SamplingParams(temperature=0.7, top_p=0.95)
 
 
@@ -203,7 +204,7 @@ def batch(
 
 
 @app.command()
-@with_settings(("engine", "http", "openai", "skip_tokenizer_init"))
+@with_settings(_SERVER)
 def serve(
     settings: Settings,
     grace_s: Annotated[
@@ -214,6 +215,9 @@ def serve(
 
     /health answers 503 while the model loads. SIGTERM drains: what runs may finish within
     --grace-s seconds, then the server exits with 0. EVERSTEP_LOG=json logs JSON.
+
+    Durable rollouts live in a journal (--journal): killed or stopped, the same command goes on
+    with them where they were.
 
     [dim]everstep serve[/dim]
 
@@ -252,12 +256,13 @@ def _banner(serving: Any) -> list[str]:
         f"  context   {ready.max_model_len} tokens; {ready.num_blocks} KV blocks of "
         f"{ready.block_size}; {ready.max_num_seqs} rollouts at once",
         f"  run seed  {serving.run_seed}",
+        f"  journal   {serving.journal}",
         f"  URL       {serving.url}/v1",
     ]
 
 
 @app.command()
-@with_settings(("engine", "http", "openai", "skip_tokenizer_init"))
+@with_settings(_SERVER)
 def doctor(
     settings: Settings,
     determinism: Annotated[

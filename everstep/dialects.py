@@ -27,6 +27,9 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "openai.served_model_name": ("--served-model-name",),
     "openai.logprobs_mode": ("--logprobs-mode",),
     "openai.chat_template": ("--chat-template",),
+    "journal.path": ("--journal",),
+    "journal.durability": ("--durability",),
+    "journal.max_bytes": ("--journal-max-bytes",),
 }
 
 RESPELLED = {

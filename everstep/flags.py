@@ -25,6 +25,8 @@ _SECTIONS = {
     "engine": "Engine",
     "http": "HTTP",
     "openai": "OpenAI face",
+    "journal": "Journal",
+    "restart": "Restarts",
 }
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 
 from msgspec import Meta, Struct
 
-from ..engine.config import EngineConfig
+from ..engine.config import EngineConfig, JournalConfig, RestartConfig
 from ..engine.errors import ConfigError
 from ..engine.rollout import LogprobsMode
 
@@ -63,6 +63,8 @@ class ServeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     engine: EngineConfig = EngineConfig()
     http: HttpConfig = HttpConfig()
     openai: OpenAIConfig = OpenAIConfig()
+    journal: JournalConfig = JournalConfig()
+    restart: RestartConfig = RestartConfig()
     skip_tokenizer_init: Annotated[
         bool, Meta(description="token ids in and out only; no tokenizer is loaded")
     ] = False

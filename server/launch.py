@@ -2,7 +2,9 @@
 
 HTTP answers from the first moment (/health: 503 with what is loading). SIGTERM and SIGINT stop
 the accepting, give what is in flight `grace_s` seconds (then it ends as aborted, with the tokens
-it has), and end the process with 0; a second signal ends it at once. A core that cannot be started again ends the server.
+it has), and end the process with 0; a second signal ends it at once. Durable rollouts are not
+waited for and not ended: they go on at the next start. A core that cannot be started again ends
+the server.
 """
 
 import asyncio
@@ -24,10 +26,12 @@ from ..engine.errors import ConfigError, EngineDied, EngineUnavailable
 from ..engine.hub import Progress, resolve
 from ..engine.manager import RolloutManager
 from ..engine.messages import Loading, Ready, Stats
+from ..engine.metrics import Registry
 from ..engine.native import ProcessBackend
 from ..engine.tokenizer import Tokenizer
 from .app import create_app
 from .config import HttpConfig, ServeConfig
+from .state import journal_path, open_journal
 
 STATUS_EVERY_S = 10.0
 POLL_S = 0.5
@@ -43,6 +47,8 @@ class Serving(Struct, frozen=True):
     url: str
     run_seed: int
     pid: int | None
+    journal: str
+    """Where it is, or why there is none, and what it brought back."""
 
 
 OnServing = Callable[[Serving], None]
@@ -72,15 +78,21 @@ def serve(
             json_log=json_log,
         )
         seed = config.engine.seed
-        server = Server(
-            config,
+        metrics = Registry()
+        # before the model is loaded: a journal that cannot be used is said at once
+        journal = open_journal(config.journal, config.http.port, metrics)
+        manager = RolloutManager(
             backend,
             tokenizer,
-            listener,
             run_seed=secrets.randbits(63) if seed is None else seed,
-            on_serving=on_serving,
-            grace_s=grace_s,
+            max_live=config.engine.batch.max_queue,
+            restarts=config.restart,
+            journal=journal,
+            retain_keys_s=config.journal.retain_keys_s,
+            allow_other_weights=config.journal.other_weights == "continue",
+            metrics=metrics,
         )
+        server = Server(config, backend, manager, tokenizer, listener, on_serving, grace_s)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(server.run())
 
@@ -127,23 +139,19 @@ class Server:
         self,
         config: ServeConfig,
         backend: ProcessBackend,
+        manager: RolloutManager,
         tokenizer: Tokenizer | None,
         listener: socket.socket,
-        *,
-        run_seed: int,
         on_serving: OnServing,
         grace_s: float,
     ) -> None:
         self._config = config
         self._backend = backend
         self._listener = listener
-        self._run_seed = run_seed
         self._on_serving = on_serving
         self._grace_s = grace_s
         self._deadline: asyncio.Task[None] | None = None
-        self._manager = RolloutManager(
-            backend, tokenizer, run_seed=run_seed, max_live=config.engine.batch.max_queue
-        )
+        self._manager = manager
         self._http = _Uvicorn(
             uvicorn.Config(
                 create_app(self._manager, tokenizer, config),
@@ -188,9 +196,17 @@ class Server:
             ready=self._manager.info,
             names=self._config.model_names,
             url=f"http://{shown}:{port}",
-            run_seed=self._run_seed,
+            run_seed=self._manager.run_seed,
             pid=self._backend.pid,
+            journal=self._journal_words(),
         )
+
+    def _journal_words(self) -> str:
+        path = journal_path(self._config.journal, self._config.http.port)
+        if path is None:
+            return "off; durable rollouts are refused (--journal PATH keeps them)"
+        count = self._manager.num_recovered
+        return f"{path} ({self._config.journal.durability}); {count} rollouts go on from it"
 
     def _handle_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -209,6 +225,7 @@ class Server:
             grace_s=self._grace_s,
         )
         self._http.should_exit = True
+        self._manager.drain()
         self._deadline = asyncio.create_task(self._cut_off())
 
     async def _cut_off(self) -> None:
