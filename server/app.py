@@ -27,10 +27,12 @@ from .generation import Service
 from .http import error_body, error_response, json_response
 from .openai import OpenAIFace
 from .operations import Operations
+from .rollouts import RolloutsFace
 from .stream import ClientGone
 
 CLIENT_CLOSED_REQUEST = 499
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_PROTECTED = ("/v1/", "/rollouts/")
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
@@ -41,7 +43,11 @@ def create_app(
     config.check()
     service = Service(manager, tokenizer, config, created=int(time.time()))
     return Starlette(
-        routes=[*OpenAIFace(service).routes(), *Operations(service).routes()],
+        routes=[
+            *OpenAIFace(service).routes(),
+            *RolloutsFace(service).routes(),
+            *Operations(service).routes(),
+        ],
         middleware=[Middleware(RequestId), Middleware(ApiKey, key=config.http.api_key)],
         exception_handlers={
             EverstepError: _on_error,
@@ -74,7 +80,7 @@ class RequestId:
 
 
 class ApiKey:
-    """`Authorization: Bearer KEY` on /v1, compared in constant time. No key set: open."""
+    """`Authorization: Bearer KEY` on /v1 and /rollouts, compared in constant time. No key set: open."""
 
     def __init__(self, app: ASGIApp, key: str | None) -> None:
         self._app = app
@@ -95,7 +101,7 @@ class ApiKey:
     def _is_allowed(self, scope: Scope) -> bool:
         if self._key is None or scope["type"] != "http":
             return True
-        if not (scope["path"] + "/").startswith("/v1/"):
+        if not (scope["path"] + "/").startswith(_PROTECTED):
             return True
         scheme, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
         is_equal = hmac.compare_digest(token.strip().encode("utf-8", "replace"), self._key)

@@ -5,7 +5,7 @@ then usage where asked for, then [DONE] (PROTOCOLS.md 11.1).
 """
 
 import contextlib
-import uuid
+import hashlib
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
@@ -13,10 +13,11 @@ from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 
 from ..engine.errors import InvalidRequest
+from ..engine.journal_ops import RequestKey
 from ..engine.manager import Delta
 from ..engine.rollout import Rollout
 from .conversation import render
-from .generation import Generation, Service, request_id, sampling_of
+from .generation import Generation, Service, sampling_of
 from .http import encode_json
 from .logprobs import LogprobsWriter, TextPositions
 from .openai_types import (
@@ -42,19 +43,41 @@ from .parsers import (
     parse_output,
     starts_in_reasoning,
 )
-from .stream import DONE, deltas, event
+from .stream import DONE, event
 
 
 class Chat:
     """One chat request, submitted."""
 
     def __init__(
-        self, service: Service, request: ChatRequest, prompt: str, prompt_ids: list[int]
+        self,
+        service: Service,
+        request: ChatRequest,
+        generation: Generation,
+        writer: LogprobsWriter | None,
+        *,
+        is_reasoning_open: bool,
     ) -> None:
         self.request = request
-        self.id = request_id("chatcmpl")
+        self.generation = generation
+        self.id = generation.id_as("chatcmpl")
+        self.writer = writer
         self._service = service
-        self._is_open = _is_reasoning_open(service, request, prompt)
+        self._is_open = is_reasoning_open
+
+    @classmethod
+    async def submit(
+        cls,
+        service: Service,
+        request: ChatRequest,
+        raw: dict[str, Any],
+        key: RequestKey | None,
+    ) -> "Chat":
+        """`raw` is the request as sent. Raises InvalidRequest and what the manager refuses with."""
+        _check(request)
+        service.check_choices(1, request.n)
+        prompt = _prompt(service, request, raw)
+        prompts = await service.encode([prompt], add_special_tokens=request.add_special_tokens)
         mode = request.logprobs_mode or service.config.openai.logprobs_mode
         num_top = (request.top_logprobs or 0) if request.logprobs else None
         sampling = sampling_of(
@@ -63,21 +86,19 @@ class Chat:
             num_top=num_top,
             mode=mode,
             num_prompt_top=request.prompt_logprobs,
+            record=request.record,
         )
         try:
-            self.generation = Generation(service, request, [prompt_ids], sampling)
+            generation = await Generation.submit(service, request, prompts, sampling, key=key)
         except InvalidRequest as error:
             raise _renamed(error, request) from None
-        self.writer: LogprobsWriter | None = self.generation.writer(num_top, mode)
-
-    @classmethod
-    async def submit(cls, service: Service, request: ChatRequest, raw: dict[str, Any]) -> "Chat":
-        """`raw` is the request as sent. Raises InvalidRequest and what the manager refuses with."""
-        _check(request)
-        service.check_choices(1, request.n)
-        prompt = render(service, request, raw)
-        [prompt_ids] = await service.encode([prompt], add_special_tokens=request.add_special_tokens)
-        return cls(service, request, prompt, prompt_ids)
+        return cls(
+            service,
+            request,
+            generation,
+            generation.writer(num_top, mode),
+            is_reasoning_open=_is_reasoning_open(service, request, prompt),
+        )
 
     def parser(self) -> OutputParser:
         """A fresh one, for one choice."""
@@ -114,7 +135,7 @@ class Chat:
 
     def _choice(self, index: int, rollout: Rollout, parser: OutputParser) -> ChatChoice:
         parsed = parse_output(rollout.text, parser)
-        calls = [_tool_call(call, UNSET) for call in parsed.calls]
+        calls = [_tool_call(call, rollout.id, UNSET) for call in parsed.calls]
         message = ChatMessage(
             content=None if calls and not parsed.content else parsed.content,
             reasoning_content=parsed.reasoning or UNSET,
@@ -159,7 +180,7 @@ class Chat:
         continuous = with_usage and options is not None and options.continuous_usage_stats
         parts = [_Choice(self, i, rollout) for i, rollout in enumerate(generation.rollouts)]
         num_output = 0
-        async with contextlib.aclosing(deltas(generation.service.manager, generation.ids)) as news:
+        async with contextlib.aclosing(generation.deltas()) as news:
             async for index, delta in news:
                 num_output += delta.end - delta.start
                 usage: Usage | UnsetType | None = None if with_usage else UNSET
@@ -196,10 +217,11 @@ class _Choice:
 
     def take(self, delta: Delta) -> list[ChatChunk]:
         """The chunks for a delta; token values go with the first that carries text."""
+        self.rollout = delta.rollout
         events = self.parser.feed(delta.text)
         if delta.is_last:
             events += self.parser.finish()
-        parts = [part for found in events for part in _deltas_of(found)]
+        parts = [part for found in events for part in _deltas_of(found, self.rollout.id)]
         has_values = delta.end > delta.start and (
             self._owner.writer is not None or self._owner.request.return_token_ids
         )
@@ -234,25 +256,43 @@ class _Choice:
             choice.logprobs = self._owner.writer.chat(self.rollout, start, end)
 
 
-def _deltas_of(found: Event) -> Sequence[ChatDelta]:
+def _deltas_of(found: Event, rollout_id: str) -> Sequence[ChatDelta]:
     match found:
         case Content(text=text):
             return [ChatDelta(content=text)]
         case Reasoning(text=text):
             return [ChatDelta(reasoning_content=text)]
         case ToolCallFound(index=index, arguments=arguments):
-            head = _tool_call(found, index)
+            head = _tool_call(found, rollout_id, index)
             head.function.arguments = ""
             tail = ToolCall(index=index, function=FunctionCallOut(arguments=arguments))
             return [ChatDelta(tool_calls=[head]), ChatDelta(tool_calls=[tail])]
 
 
-def _tool_call(call: ToolCallFound, index: int | UnsetType) -> ToolCall:
+def _tool_call(call: ToolCallFound, rollout_id: str, index: int | UnsetType) -> ToolCall:
+    # the same answer, asked for again, names its calls the same
+    name = hashlib.blake2b(f"{rollout_id}/{call.index}".encode(), digest_size=12).hexdigest()
     return ToolCall(
         index=index,
-        id=f"call_{uuid.uuid4().hex[:24]}",
+        id=f"call_{name}",
         type="function",
         function=FunctionCallOut(name=call.name, arguments=call.arguments),
+    )
+
+
+def _prompt(service: Service, request: ChatRequest, raw: dict[str, Any]) -> str:
+    options = dict(request.chat_template_kwargs)
+    if request.documents is not None:
+        options.setdefault("documents", request.documents)
+    if request.reasoning_effort is not None:
+        options.setdefault("reasoning_effort", request.reasoning_effort)
+    return render(
+        service,
+        raw["messages"],
+        tools=raw.get("tools") if request.tool_choice != "none" else None,
+        options=options,
+        add_generation_prompt=request.add_generation_prompt,
+        continue_final_message=request.continue_final_message,
     )
 
 
@@ -285,10 +325,4 @@ def _check(request: ChatRequest) -> None:
         raise InvalidRequest(
             "tool_choice: forcing a call is not supported yet; accepted are 'auto' and 'none'",
             field="tool_choice",
-        )
-    if request.continue_final_message and request.add_generation_prompt:
-        raise InvalidRequest(
-            "continue_final_message and add_generation_prompt exclude each other: "
-            "leave add_generation_prompt out, or set it to false",
-            field="continue_final_message",
         )

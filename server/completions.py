@@ -6,9 +6,10 @@ from collections.abc import AsyncGenerator
 from starlette.requests import Request
 
 from ..engine.errors import InvalidRequest
+from ..engine.journal_ops import RequestKey
 from ..engine.manager import Delta
-from ..engine.rollout import Rollout
-from .generation import Generation, Service, request_id, sampling_of
+from ..engine.rollout import LogprobsMode, Rollout
+from .generation import Generation, Service, sampling_of
 from .http import encode_json
 from .logprobs import LogprobsWriter, TextPositions
 from .openai_types import (
@@ -17,18 +18,31 @@ from .openai_types import (
     CompletionRequest,
     CompletionResponse,
 )
-from .stream import DONE, deltas, event
+from .stream import DONE, event
 
 
 class Completions:
     """One completion request, submitted."""
 
     def __init__(
-        self, service: Service, request: CompletionRequest, prompts: list[list[int]]
+        self,
+        service: Service,
+        request: CompletionRequest,
+        generation: Generation,
+        mode: LogprobsMode,
     ) -> None:
         self.request = request
-        self.id = request_id("cmpl")
+        self.generation = generation
+        self.id = generation.id_as("cmpl")
         self._tokenizer = service.tokenizer
+        self._writer = generation.writer(request.logprobs, mode)
+
+    @classmethod
+    async def submit(
+        cls, service: Service, request: CompletionRequest, key: RequestKey | None
+    ) -> "Completions":
+        """Raises InvalidRequest and whatever the manager refuses with."""
+        _check(request)
         mode = request.logprobs_mode or service.config.openai.logprobs_mode
         echo_top = request.logprobs if request.echo else None
         wanted = [k for k in (request.prompt_logprobs, echo_top) if k is not None]
@@ -38,17 +52,17 @@ class Completions:
             num_top=request.logprobs,
             mode=mode,
             num_prompt_top=max(wanted, default=None),
+            record=request.record,
         )
-        self.generation = Generation(
-            service, request, prompts, sampling, hides_output=request.max_tokens == 0
+        generation = await Generation.submit(
+            service,
+            request,
+            await _prompts(service, request),
+            sampling,
+            key=key,
+            hides_output=request.max_tokens == 0,
         )
-        self._writer = self.generation.writer(request.logprobs, mode)
-
-    @classmethod
-    async def submit(cls, service: Service, request: CompletionRequest) -> "Completions":
-        """Raises InvalidRequest and whatever the manager refuses with."""
-        _check(request)
-        return cls(service, request, await _prompts(service, request))
+        return cls(service, request, generation, mode)
 
     async def whole(self, http: Request) -> CompletionResponse:
         generation = self.generation
@@ -67,7 +81,7 @@ class Completions:
         generation = self.generation
         parts = [_Choice(self, i, rollout) for i, rollout in enumerate(generation.rollouts)]
         num_output = 0
-        async with contextlib.aclosing(deltas(generation.service.manager, generation.ids)) as news:
+        async with contextlib.aclosing(generation.deltas()) as news:
             async for index, delta in news:
                 choice = parts[index].take(delta)
                 num_output += 0 if generation.hides_output else delta.end - delta.start
@@ -127,6 +141,7 @@ class _Choice:
 
     def take(self, delta: Delta) -> CompletionChoice | None:
         """The chunk for a delta; None where nothing of it is to be shown yet."""
+        self._rollout = delta.rollout
         wants_tokens = self._owner.writer is not None or self._owner.request.return_token_ids
         has_tokens = delta.end > delta.start and (
             wants_tokens or self._owner.generation.service.tokenizer is None

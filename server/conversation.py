@@ -1,45 +1,56 @@
 """Messages as sent → the checkpoint's template → the prompt text."""
 
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..engine.errors import InvalidRequest
 from ..engine.tokenizer import RESERVED_KWARGS
 from .generation import Service
-from .openai_types import ChatRequest
 
 _OWN_FIELDS = RESERVED_KWARGS | {"chat_template", "continue_final_message", "tokenize"}
 
 
-def render(service: Service, request: ChatRequest, raw: dict[str, Any]) -> str:
-    """Raises InvalidRequest where the template, or the lack of one, refuses."""
+def render(
+    service: Service,
+    messages: Sequence[dict[str, Any]],
+    *,
+    tools: Sequence[dict[str, Any]] | None,
+    options: Mapping[str, Any],
+    add_generation_prompt: bool | None,
+    continue_final_message: bool,
+) -> str:
+    """Raises InvalidRequest where the template, or the lack of one, refuses.
+
+    messages, tools        as they were sent: a template prints their JSON, key by key
+    options                `chat_template_kwargs`
+    add_generation_prompt  None: unless the final message is to be continued
+    """
     if service.tokenizer is None:
         raise InvalidRequest(
             "this server runs without a tokenizer (skip_tokenizer_init), so it cannot render "
-            "messages: send token ids to /v1/completions",
+            "messages: send token ids",
             field="messages",
         )
-    taken = sorted(_OWN_FIELDS & request.chat_template_kwargs.keys())
+    taken = sorted(_OWN_FIELDS & options.keys())
     if taken:
         raise InvalidRequest(
             f"chat_template_kwargs may not set {', '.join(taken)}; send it as a field of its own",
             field="chat_template_kwargs",
         )
-    options = dict(request.chat_template_kwargs)
-    if request.documents is not None:
-        options.setdefault("documents", request.documents)
-    if request.reasoning_effort is not None:
-        options.setdefault("reasoning_effort", request.reasoning_effort)
-    generates = request.add_generation_prompt
-    if generates is None:
-        generates = not request.continue_final_message
-    # tools as they were sent: a template prints their JSON, key by key
-    tools = raw.get("tools") if request.tool_choice != "none" else None
+    if continue_final_message and add_generation_prompt:
+        raise InvalidRequest(
+            "continue_final_message and add_generation_prompt exclude each other: "
+            "leave add_generation_prompt out, or set it to false",
+            field="continue_final_message",
+        )
+    if add_generation_prompt is None:
+        add_generation_prompt = not continue_final_message
     return service.tokenizer.render_chat(
-        [template_message(message) for message in raw["messages"]],
+        [template_message(message) for message in messages],
         tools=tools,
-        add_generation_prompt=generates,
-        continue_final_message=request.continue_final_message,
+        add_generation_prompt=add_generation_prompt,
+        continue_final_message=continue_final_message,
         chat_template=service.config.openai.chat_template,
         **options,
     )

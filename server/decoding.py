@@ -1,8 +1,10 @@
 """Bytes of a request → a wire struct, or an InvalidRequest that names the field and what it takes."""
 
+import difflib
 import re
+from collections.abc import Iterable, Sequence
 from functools import cache
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import msgspec
 from msgspec import Struct, inspect
@@ -60,16 +62,7 @@ class Decoded(Struct, Generic[RequestT]):
 
 def decode_request(body: bytes, kind: type[RequestT]) -> Decoded[RequestT]:
     """Raises InvalidRequest; its `field` is the path of the offending value."""
-    try:
-        raw = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"the body is not JSON: {error}") from None
-    except RecursionError:
-        raise InvalidRequest("the body is nested too deeply") from None
-    if not isinstance(raw, dict):
-        raise InvalidRequest(f"the body must be a JSON object, got {_name_of(raw)}")
-    # openai clients send null for what they leave open
-    fields = {name: value for name, value in raw.items() if value is not None}
+    fields = fields_of(body, "json")
     known = kind.__struct_fields__
     for name, reason in REFUSED.items():
         if fields.get(name) and (name not in known):
@@ -85,6 +78,64 @@ def decode_request(body: bytes, kind: type[RequestT]) -> Decoded[RequestT]:
     except msgspec.ValidationError as error:
         raise _explain(str(error), fields, kind) from None
     return Decoded(request, fields, ignored)
+
+
+def fields_of(body: bytes, media: Literal["json", "msgpack"]) -> dict[str, Any]:
+    """The object in a body, without its nulls: openai clients send them for what they leave open.
+
+    Raises InvalidRequest.
+    """
+    name = "JSON" if media == "json" else "msgpack"
+    try:
+        raw = msgspec.json.decode(body) if media == "json" else msgspec.msgpack.decode(body)
+    except (msgspec.MsgspecError, ValueError, TypeError) as error:
+        raise InvalidRequest(f"the body is not {name}: {error}") from None
+    except RecursionError:
+        raise InvalidRequest("the body is nested too deeply") from None
+    if not isinstance(raw, dict):
+        raise InvalidRequest(f"the body must be a {name} object, got {_name_of(raw)}")
+    if not all(isinstance(key, str) for key in raw):
+        raise InvalidRequest(f"the body must be a {name} object with strings for keys")
+    return {key: value for key, value in raw.items() if value is not None}
+
+
+def decode_own(
+    fields: dict[str, Any], kind: type[RequestT], *, inner: Sequence[str] = ()
+) -> RequestT:
+    """A request of our own protocol, where nothing is ignored.
+
+    inner  names of fields that are such structs themselves; nulls in them mean absent too
+    Raises InvalidRequest: an unknown field is named with the nearest that there is.
+    """
+    fields = dict(fields)
+    check_names(fields, accepted(kind))
+    types = {field.name: field.type for field in fields_info(kind)}
+    for name in inner:
+        value, info = fields.get(name), types[name]
+        if isinstance(value, dict) and isinstance(info, inspect.StructType):
+            fields[name] = {key: item for key, item in value.items() if item is not None}
+            check_names(fields[name], accepted(info.cls), place=f"{name}.")
+    try:
+        return msgspec.convert(fields, kind, str_keys=True)
+    except msgspec.ValidationError as error:
+        raise _explain(str(error), fields, kind) from None
+
+
+def check_names(given: Iterable[Any], known: Iterable[str], *, place: str = "") -> None:
+    """Raise InvalidRequest for the first name that is not known, with the nearest one."""
+    known = list(known)
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+            hint = f"did you mean {place}{near[0]}?" if near else f"known: {', '.join(known)}"
+            shown = f"{place}{name}"[:80]
+            raise InvalidRequest(f"{shown} is no field here; {hint}", field=shown)
+
+
+def fields_info(kind: type[Struct]) -> tuple[inspect.Field, ...]:
+    info = inspect.type_info(kind)
+    assert isinstance(info, inspect.StructType)
+    return info.fields
 
 
 def _check_response_format(value: Any) -> None:
@@ -146,9 +197,7 @@ def _walk(info: inspect.Type, steps: list[str]) -> str | None:
 @cache
 def accepted(kind: type[Struct]) -> dict[str, str]:
     """Field → what it takes, in words, from its type."""
-    info = inspect.type_info(kind)
-    assert isinstance(info, inspect.StructType)
-    return {field.name: _describe(field.type) for field in info.fields}
+    return {field.name: _describe(field.type) for field in fields_info(kind)}
 
 
 def _describe(info: inspect.Type) -> str:

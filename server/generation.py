@@ -1,9 +1,8 @@
 """One HTTP request's rollouts: from wire parameters to a submission, to the parts of an answer."""
 
 import asyncio
-import time
-import uuid
-from collections.abc import Sequence
+import contextlib
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Self
 
 from msgspec import UNSET, Struct, UnsetType, structs
@@ -11,7 +10,8 @@ from starlette.requests import Request
 
 from ..engine.errors import InvalidRequest, UnknownModel
 from ..engine.intake import Submission
-from ..engine.manager import RolloutManager
+from ..engine.journal_ops import RequestKey
+from ..engine.manager import Delta, RolloutManager
 from ..engine.messages import Ready
 from ..engine.rollout import (
     LogprobsMode,
@@ -23,6 +23,7 @@ from ..engine.rollout import (
 )
 from ..engine.tokenizer import Tokenizer
 from .config import ServeConfig
+from .json_values import check_metadata
 from .logprobs import LogprobsWriter, TokenNames, extension, prompt_logprobs
 from .openai_types import (
     Choice,
@@ -31,9 +32,10 @@ from .openai_types import (
     GenerationRequest,
     PromptLogprobs,
     PromptTokensDetails,
+    SamplingFields,
     Usage,
 )
-from .stream import failure, unless_disconnected
+from .stream import deltas, failure, unless_disconnected
 
 # longer texts are encoded on a thread, so that the event loop goes on
 LONG_TEXT = 20_000
@@ -84,15 +86,16 @@ class Service(Struct, frozen=True):
 
 
 def sampling_of(
-    request: GenerationRequest,
+    request: SamplingFields,
     *,
     max_tokens: int | None,
     num_top: int | None,
     mode: LogprobsMode,
     num_prompt_top: int | None,
+    record: Sequence[Record],
 ) -> SamplingParams:
     """`num_top`: alternatives per token where logprobs are wanted, else None."""
-    record: list[Record] = list(dict.fromkeys(request.record))
+    record = list(dict.fromkeys(record))
     if num_top is not None and mode == "raw" and "lp_raw" not in record:
         record.append("lp_raw")
     stop = request.stop or ()
@@ -123,54 +126,63 @@ def sampling_of(
 class Generation:
     """The rollouts of one request, prompt-major: choice = prompt index × n + sample index.
 
-    Use as a context manager: on leaving, what still runs is cancelled and all is forgotten.
+    Use as a context manager: on leaving, what still runs is cancelled and all is forgotten, save
+    durable rollouts, which go on for whoever comes back with their key.
     `hides_output`: the prompt alone is scored; the one token that a rollout needs is not shown.
+    `is_replay`: they were made by an earlier request with the same key.
     """
 
     def __init__(
         self,
         service: Service,
         request: GenerationRequest,
-        prompts: Sequence[list[int]],
-        sampling: SamplingParams,
+        rollouts: list[Rollout],
         *,
-        hides_output: bool = False,
+        hides_output: bool,
+        is_replay: bool,
     ) -> None:
         self.service = service
         self.request = request
         self.model = service.model_name(request.model)
-        self.created = int(time.time())
-        self.rollouts: list[Rollout] = []
+        self.rollouts = rollouts
         self.info: Ready = service.manager.info
         self.hides_output = hides_output
+        self.is_replay = is_replay
         self._eos_ids = set(service.tokenizer.eos_ids if service.tokenizer else self.info.eos_ids)
         self.names = TokenNames(service.tokenizer, request.return_tokens_as_token_ids)
-        try:
-            self._submit(prompts, sampling)
-        except BaseException:
-            self.close()
-            raise
 
-    def _submit(self, prompts: Sequence[list[int]], sampling: SamplingParams) -> None:
-        seen: dict[tuple[int, ...], int] = {}
-        for prompt_ids in prompts:
-            prompt_ids = _truncated(prompt_ids, self.request, sampling, self.info)
-            own = sampling
-            if sampling.seed is not None:
-                # the same prompt twice in one request must not give the same sample twice
-                repeat = seen.setdefault(tuple(prompt_ids), 0)
-                seen[tuple(prompt_ids)] += 1
-                own = _for_repeat(sampling, sampling.seed, repeat)
-            self.rollouts += self.service.manager.submit(
-                Submission(
-                    prompt_ids=prompt_ids,
-                    sampling=own,
-                    samples=self.request.n,
-                    priority=self.request.priority,
-                    client=self.request.user or "",
-                    metadata=self.request.metadata,
-                )
-            )
+    @classmethod
+    async def submit(
+        cls,
+        service: Service,
+        request: GenerationRequest,
+        prompts: Sequence[list[int]],
+        sampling: SamplingParams,
+        *,
+        key: RequestKey | None,
+        hides_output: bool = False,
+    ) -> Self:
+        """With a key: durable rollouts, the same ones for the same request.
+
+        Raises InvalidRequest, KeyReused, and whatever the manager refuses with.
+        """
+        manager = service.manager
+        submissions = list(_submissions(request, prompts, sampling, manager.info))
+        is_replay = False
+        rollouts: list[Rollout] = []
+        if key is None:
+            try:
+                for submission in submissions:
+                    rollouts += manager.submit(submission)
+            except BaseException:
+                manager.drop([rollout.id for rollout in rollouts])
+                raise
+        else:
+            check_metadata(request.metadata)
+            accepted = await manager.accept(submissions, key)
+            is_replay = accepted.is_replay
+            rollouts = [await manager.find(rollout_id) for rollout_id in accepted.rollout_ids]
+        return cls(service, request, rollouts, hides_output=hides_output, is_replay=is_replay)
 
     def __enter__(self) -> Self:
         return self
@@ -179,22 +191,38 @@ class Generation:
         self.close()
 
     def close(self) -> None:
-        manager = self.service.manager
-        manager.drop(self.ids)
+        self.service.manager.drop(self.ids)
 
     @property
     def ids(self) -> list[str]:
         return [rollout.id for rollout in self.rollouts]
+
+    @property
+    def created(self) -> int:
+        """Unix time of the request that made them."""
+        return int(self.rollouts[0].created_s)
+
+    def id_as(self, prefix: str) -> str:
+        """The answer's id: the same whenever it is asked for again."""
+        return f"{prefix}-{self.rollouts[0].id.removeprefix('ro-')}"
 
     async def finish(self, http: Request) -> None:
         """Wait until all have ended. Raises RolloutFailed, and ClientGone when nobody waits."""
         await unless_disconnected(http, self._ended())
 
     async def _ended(self) -> None:
-        for rollout in self.rollouts:
-            await self.service.manager.wait(rollout.id)
+        for index, rollout_id in enumerate(self.ids):
+            rollout = await self.service.manager.wait(rollout_id)
+            self.rollouts[index] = rollout
             if rollout.state is RolloutState.FAILED:
                 raise failure(self.service.manager, rollout)
+
+    async def deltas(self) -> AsyncGenerator[tuple[int, Delta]]:
+        """(choice, delta) as they come; `rollouts` follow. Raises RolloutFailed."""
+        async with contextlib.aclosing(deltas(self.service.manager, self.ids)) as news:
+            async for index, delta in news:
+                self.rollouts[index] = delta.rollout
+                yield index, delta
 
     # --- parts of an answer
 
@@ -252,18 +280,44 @@ class Generation:
 
     @property
     def fingerprint(self) -> str:
-        return f"{self.info.numerics}@{self.info.digest[:12]}"
+        """Of the weights that made the last token."""
+        segments = self.rollouts[0].segments
+        made_by = segments[-1] if segments else self.info
+        return f"{made_by.numerics}@{made_by.digest[:12]}"
 
     def headers(self) -> dict[str, str]:
-        """Oldest and newest policy version in the answer."""
+        """Oldest and newest policy version in the answer, as far as it has come."""
         versions = {version for rollout in self.rollouts for version in rollout.versions}
-        if not versions:
-            return {}
-        return {"x-everstep-versions": f"{min(versions)}-{max(versions)}"}
+        headers = {"idempotent-replayed": "true"} if self.is_replay else {}
+        if versions:
+            headers["x-everstep-versions"] = f"{min(versions)}-{max(versions)}"
+        return headers
 
 
-def request_id(prefix: str) -> str:
-    return f"{prefix}-{uuid.uuid4().hex}"
+def _submissions(
+    request: GenerationRequest,
+    prompts: Sequence[list[int]],
+    sampling: SamplingParams,
+    info: Ready,
+) -> Iterator[Submission]:
+    """One per prompt."""
+    seen: dict[tuple[int, ...], int] = {}
+    for prompt_ids in prompts:
+        prompt_ids = _truncated(prompt_ids, request, sampling, info)
+        own = sampling
+        if sampling.seed is not None:
+            # the same prompt twice in one request must not give the same sample twice
+            repeat = seen.setdefault(tuple(prompt_ids), 0)
+            seen[tuple(prompt_ids)] += 1
+            own = _for_repeat(sampling, sampling.seed, repeat)
+        yield Submission(
+            prompt_ids=prompt_ids,
+            sampling=own,
+            samples=request.n,
+            priority=request.priority,
+            client=request.user or "",
+            metadata=request.metadata,
+        )
 
 
 def _truncated(

@@ -200,11 +200,12 @@ def extension(rollout: Rollout, info: Ready, num_tokens: int) -> Extension:
         lp_raw=cut(rollout.lp_raw) if "lp_raw" in record else UNSET,
         entropy=rollout.entropy[:num_tokens] if "entropy" in record else UNSET,
         kept_ids=rollout.kept_ids[:num_tokens] if "kept_ids" in record else UNSET,
-        routing=_routing(rollout, info) if "routing" in record else UNSET,
+        routing=routing_of(rollout, info) if "routing" in record else UNSET,
     )
 
 
-def _routing(rollout: Rollout, info: Ready) -> Routing:
+def routing_of(rollout: Rollout, info: Ready) -> Routing:
+    """Raw arrays as base64, with their shape."""
     width = 1 if info.num_experts <= 256 else 2
     choices = info.num_moe_layers * info.num_experts_per_tok
     positions = len(rollout.routing_ids) // (choices * width) if choices else 0

@@ -20,8 +20,9 @@ from .http import (
     json_response,
     read_body,
 )
+from .idempotency import request_key
 from .openai_types import ChatRequest, CompletionRequest, ModelCard, ModelList
-from .stream import EventStream
+from .stream import DONE, EventStream, event
 
 
 class OpenAIFace:
@@ -52,7 +53,8 @@ class OpenAIFace:
         decoded = decode_request(await self._body(http), CompletionRequest)
         self._service.model_name(decoded.request.model)
         headers = ignored_fields_header(decoded.ignored)
-        completions = await Completions.submit(self._service, decoded.request)
+        key = request_key(http, "/v1/completions", decoded.raw)
+        completions = await Completions.submit(self._service, decoded.request, key)
         if decoded.request.stream:
             return self._stream(completions.stream(), completions.generation, headers)
         with completions.generation as generation:
@@ -63,7 +65,8 @@ class OpenAIFace:
         decoded = decode_request(await self._body(http), ChatRequest)
         self._service.model_name(decoded.request.model)
         headers = ignored_fields_header(decoded.ignored)
-        chat = await Chat.submit(self._service, decoded.request, decoded.raw)
+        key = request_key(http, "/v1/chat/completions", decoded.raw)
+        chat = await Chat.submit(self._service, decoded.request, decoded.raw, key)
         if decoded.request.stream:
             return self._stream(chat.stream(), chat.generation, headers)
         with chat.generation as generation:
@@ -78,10 +81,10 @@ class OpenAIFace:
     ) -> EventStream:
         return EventStream(
             events,
-            headers=headers,
+            headers=headers | generation.headers(),
             heartbeat_s=self._service.config.http.heartbeat_s,
             on_end=generation.close,
-            on_error=lambda error: encode_json(error_of(error)),
+            on_error=lambda error: event(encode_json(error_of(error))) + DONE,
             refuse=error_response,
         )
 

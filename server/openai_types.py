@@ -20,10 +20,9 @@ class StreamOptions(Struct, frozen=True, kw_only=True):
     continuous_usage_stats: bool = False
 
 
-class GenerationRequest(Struct, frozen=True, kw_only=True):
-    """What both endpoints take. JSON null means: absent."""
+class SamplingFields(Struct, frozen=True, kw_only=True):
+    """How to draw tokens, in the names that every face of ours uses."""
 
-    model: str | None = None
     temperature: Annotated[float, Meta(ge=0.0, le=100.0)] = 1.0
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
     top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] = 0
@@ -41,11 +40,17 @@ class GenerationRequest(Struct, frozen=True, kw_only=True):
     """SGLang's name for include_stop_str_in_output."""
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    prompt_logprobs: Alternatives | None = None
+    logprobs_mode: LogprobsMode | None = None
+
+
+class GenerationRequest(SamplingFields, frozen=True, kw_only=True):
+    """What both endpoints take. JSON null means: absent."""
+
+    model: str | None = None
     n: Annotated[int, Meta(ge=1, le=MAX_SAMPLES)] = 1
     stream: bool = False
     stream_options: StreamOptions | None = None
-    prompt_logprobs: Alternatives | None = None
-    logprobs_mode: LogprobsMode | None = None
     truncate_prompt_tokens: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
     """Keep the last k tokens; -1: as many as fit."""
     return_token_ids: bool = False

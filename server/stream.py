@@ -51,7 +51,7 @@ class EventStream:
     """An ASGI response of server-sent events.
 
     events       bytes of whole events; an EverstepError ends the stream with an error event
-    on_error     the error as the bytes of a JSON object
+    on_error     the error as the bytes of the last events
     refuse       answers an error that comes before the first event, when a status can be sent
     heartbeat_s  a comment is sent after so long without an event
     on_end       called once, however it ends: the place to cancel what nobody reads any more
@@ -104,7 +104,7 @@ class EventStream:
             if not has_started:
                 await self._refuse(error)(scope, receive, send)
                 return
-            body = event(self._on_error(error)) + DONE
+            body = self._on_error(error)
             await send({"type": "http.response.body", "body": body, "more_body": True})
         if not has_started:
             await send(self._head())

@@ -15,6 +15,8 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
 from everstep.engine.config import EngineConfig, ModelConfig, RestartConfig
+from everstep.engine.journal_memory import MemoryJournal
+from everstep.engine.journal_thread import JournalThread
 from everstep.engine.manager import RolloutManager
 from everstep.engine.messages import Add
 from everstep.engine.tokenizer import Tokenizer
@@ -74,6 +76,22 @@ class Server:
     async def post(self, path: str, **body: Any) -> httpx.Response:
         return await self.http.post(path, json=body)
 
+    async def keyed(self, path: str, key: str, **body: Any) -> httpx.Response:
+        return await self.http.post(path, json=body, headers={"Idempotency-Key": key})
+
+    async def submit(self, **body: Any) -> list[str]:
+        """Ids of accepted rollouts."""
+        response = await self.post("/rollouts", **body)
+        assert response.status_code == 202, response.text
+        return response.json()["rollout_ids"]
+
+    async def ended(self, rollout_id: str) -> dict[str, Any]:
+        """The rollout as JSON once it has ended."""
+        response = await self.http.get(f"/rollouts/{rollout_id}", params={"wait": 20})
+        assert response.status_code == 200, response.text
+        assert response.json()["state"] in ("finished", "aborted", "failed")
+        return response.json()
+
     async def events(self, path: str, **body: Any) -> list[dict[str, Any]]:
         """The JSON of a stream's events; the last must be [DONE]."""
         response = await self.http.post(path, json={**body, "stream": True})
@@ -91,9 +109,14 @@ def anyio_backend() -> str:
 
 @asynccontextmanager
 async def serve(
-    *, tokenizer: Tokenizer | None = TOKENIZER, http: dict | None = None, **options: Any
+    *,
+    tokenizer: Tokenizer | None = TOKENIZER,
+    http: dict | None = None,
+    journal: MemoryJournal | None = None,
+    digest: str | None = None,
+    **options: Any,
 ):
-    """options: those of OpenAIConfig."""
+    """options: those of OpenAIConfig. Without a journal nothing is durable."""
     replies: list[list[int]] = []
 
     def reply(add: Add, index: int) -> int:
@@ -102,6 +125,8 @@ async def serve(
 
     order: dict[str, int] = {}
     backend = FakeBackend(reply)
+    if digest is not None:
+        backend.ready.digest = digest
     send = backend.send
 
     def numbered(messages):
@@ -111,7 +136,8 @@ async def serve(
         send(messages)
 
     backend.send = numbered
-    manager = RolloutManager(backend, tokenizer, restarts=RestartConfig(attempts=1))
+    thread = None if journal is None else JournalThread(journal)
+    manager = RolloutManager(backend, tokenizer, restarts=RestartConfig(attempts=1), journal=thread)
     config = ServeConfig(
         engine=EngineConfig(model=ModelConfig(path="org/ring")),
         http=HttpConfig(**(http or {})),
@@ -133,6 +159,20 @@ async def server(anyio_backend):
         yield running
 
 
+class KeptJournal(MemoryJournal):
+    """Survives the server that had it, as a file does."""
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+async def durable(anyio_backend):
+    """A server with a journal."""
+    async with serve(journal=MemoryJournal()) as running:
+        yield running
+
+
 @dataclass
 class Call:
     """One request through ASGI by hand, for what needs a client that reads slowly or leaves."""
@@ -147,7 +187,15 @@ class Call:
         return message["body"]
 
 
-def call(app: Starlette, path: str, body: dict, *, window: int = 0) -> Call:
+def call(
+    app: Starlette,
+    path: str,
+    body: dict,
+    *,
+    window: int = 0,
+    method: str = "POST",
+    headers: dict[str, str] | None = None,
+) -> Call:
     """window: messages that may lie unread before `send` waits; 0 = any number."""
     sent: asyncio.Queue = asyncio.Queue(maxsize=window)
     gone = asyncio.Event()
@@ -161,11 +209,11 @@ def call(app: Starlette, path: str, body: dict, *, window: int = 0) -> Call:
 
     scope = {
         "type": "http",
-        "method": "POST",
+        "method": method,
         "path": path,
         "raw_path": path.encode(),
         "query_string": b"",
-        "headers": [],
+        "headers": [(k.encode(), v.encode()) for k, v in (headers or {}).items()],
         "scheme": "http",
         "server": ("test", 80),
         "client": ("test", 1),

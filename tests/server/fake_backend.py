@@ -1,7 +1,8 @@
 """A core that says what it is told to, one token per rollout and step, under the real manager."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
 
 from everstep.engine.messages import (
     Add,
@@ -13,6 +14,7 @@ from everstep.engine.messages import (
     Rejected,
     Resume,
     RolloutTokens,
+    StateChanged,
     Stats,
     ToCore,
     Tokens,
@@ -32,6 +34,8 @@ def lp_of(token_id: int) -> float:
 class FakeBackend:
     """`reply` decides the tokens; steps are made while `gate` is set.
 
+    paused       ids of rollouts that stand still
+    step_s       how long a step takes
     cancelled    ids of rollouts that the manager cancelled
     adds         what was submitted, in order
     fail_at      (output index, detail): the rollout fails there
@@ -61,6 +65,9 @@ class FakeBackend:
         self.fail_at: tuple[int, str] | None = None
         self.lp = lp_of
         self.reject: str | None = None
+        self.paused: set[str] = set()
+        self.is_paused = False
+        self.step_s = 0.0
         self._inbox: list[FromCore] = []
         self._live: dict[str, tuple[Add, int]] = {}
         self._news = asyncio.Event()
@@ -75,15 +82,31 @@ class FakeBackend:
                     self.adds.append(message)
                     if self.reject is None:
                         self._live[message.rollout_id] = (message, len(message.output_ids))
+                        if message.start_paused or self.is_paused:
+                            self._move([message.rollout_id], "paused")
                     else:
                         self._inbox.append(Rejected(message.rollout_id, self.reject))
                 case Cancel(rollout_ids=ids):
                     self.cancelled += ids
                     for rollout_id in ids:
                         self._live.pop(rollout_id, None)
-                case Pause() | Resume():
-                    pass
+                        self.paused.discard(rollout_id)
+                case Pause(rollout_ids=ids):
+                    self.is_paused |= ids is None
+                    self._move(self._live if ids is None else ids, "paused")
+                case Resume(rollout_ids=ids):
+                    self.is_paused &= ids is not None
+                    self._move(list(self.paused) if ids is None else ids, "running")
         self._news.set()
+
+    def _move(self, rollout_ids: Iterable[str], state: Literal["paused", "running"]) -> None:
+        moved = [one for one in rollout_ids if one in self._live]
+        self.paused.update(moved) if state == "paused" else self.paused.difference_update(moved)
+        self._inbox.append(StateChanged([(one, state) for one in moved]))
+
+    @property
+    def _running(self) -> dict[str, tuple[Add, int]]:
+        return {one: work for one, work in self._live.items() if one not in self.paused}
 
     def die(self) -> None:
         self._inbox.append(Died("killed by the test"))
@@ -98,11 +121,11 @@ class FakeBackend:
             if self._inbox:
                 messages, self._inbox = self._inbox, []
                 return messages
-            if self._live and self.gate.is_set():
-                await asyncio.sleep(0)
-                if self._live:
+            if self._running and self.gate.is_set():
+                await asyncio.sleep(self.step_s)
+                if self._running and not self._inbox:
                     return [self._step()]
-            elif self._live:
+            elif self._running:
                 gate = asyncio.create_task(self.gate.wait())
                 news = asyncio.create_task(self._news.wait())
                 await asyncio.wait({gate, news}, return_when=asyncio.FIRST_COMPLETED)
@@ -117,7 +140,7 @@ class FakeBackend:
 
     def _step(self) -> Tokens:
         rollouts = []
-        for rollout_id, (add, index) in list(self._live.items()):
+        for rollout_id, (add, index) in list(self._running.items()):
             tokens = self._token(add, index)
             rollouts.append(tokens)
             self._live[rollout_id] = (add, index + 1)
