@@ -1,0 +1,381 @@
+"""What both clients of /rollouts say and how they read the answers; neither sends anything here.
+
+A call is a *flow*: a generator that yields what to do next (send this, pause so long), is sent
+what came of it, and returns the result. So retries, polls and pages are written once, and
+`Client` and `AsyncClient` differ only in how they wait.
+"""
+
+import os
+import time
+import uuid
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import httpx
+import msgspec
+from msgspec import UNSET, Struct
+
+from ..engine.errors import (
+    ConfigError,
+    EngineUnavailable,
+    EverstepError,
+    InvalidRequest,
+    Overloaded,
+)
+from ..engine.rollout import Record, Rollout, RolloutState, SamplingParams
+from ..engine.trajectory import Trajectory, decode, seal, unpack
+from ..server.openai_types import ErrorResponse
+from ..server.rollouts_types import Done, ForkRequest, RolloutList, Selection, Submitted
+
+T = TypeVar("T")
+StructT = TypeVar("StructT", bound=Struct)
+Clock = Callable[[], float]
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+# an address that never answered is more likely wrong than restarting
+FIRST_CONTACT_S = 5.0
+POLL_S = 20.0
+MIN_POLL_S = 1.0
+READ_TIMEOUT_S = 60.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 2.0
+# answers of proxies whose server is away for a moment
+_GATEWAY = frozenset({502, 504})
+_MSGPACK = "application/msgpack"
+_encode = msgspec.json.Encoder().encode
+
+
+class Call(Struct, frozen=True, kw_only=True):
+    """A request to send. read_s: how long its answer may stay silent."""
+
+    method: str
+    path: str
+    query: dict[str, str] = {}
+    headers: dict[str, str] = {}
+    content: bytes | None = None
+    read_s: float = READ_TIMEOUT_S
+
+
+class Pause(Struct, frozen=True):
+    """Go on after so long."""
+
+    seconds: float
+
+
+Step = Call | Pause
+Reply = httpx.Response | httpx.TransportError | None
+Flow = Generator[Step, Reply, T]
+
+
+class Address(Struct, frozen=True):
+    """Where the server is and what it asks for.
+
+    `OPENAI_API_KEY` is sent only to where `OPENAI_BASE_URL` points: it is a secret of that server.
+    """
+
+    url: str
+    api_key: str | None
+
+    @classmethod
+    def find(cls, base_url: str | None, api_key: str | None) -> "Address":
+        """From the arguments, else EVERSTEP_BASE_URL and EVERSTEP_API_KEY, else OpenAI's two.
+
+        Raises ConfigError.
+        """
+        url = base_url or os.environ.get("EVERSTEP_BASE_URL")
+        key = api_key or os.environ.get("EVERSTEP_API_KEY")
+        if url is None and (url := os.environ.get("OPENAI_BASE_URL")) is not None:
+            key = key or os.environ.get("OPENAI_API_KEY")
+        url = (url or DEFAULT_URL).rstrip("/").removesuffix("/v1")
+        if not url.startswith(("http://", "https://")):
+            raise ConfigError(f"base_url must begin with http:// or https://, got {url!r}")
+        return cls(url, key)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {} if self.api_key is None else {"authorization": f"Bearer {self.api_key}"}
+
+
+class Patience:
+    """How long trouble is borne: `retry_s` from the first failure after the last success.
+
+    has_answered  whether the server ever did, in an earlier call
+    """
+
+    def __init__(
+        self,
+        url: str,
+        retry_s: float,
+        *,
+        has_answered: bool = False,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self._url = url
+        self._retry_s = retry_s
+        self._clock = clock
+        self._since: float | None = None
+        self._pause_s = FIRST_PAUSE_S
+        self._has_answered = has_answered
+
+    def succeeded(self) -> None:
+        """Trouble that comes later is new trouble."""
+        self._has_answered = True
+        self._since, self._pause_s = None, FIRST_PAUSE_S
+
+    def pause_after(self, trouble: httpx.Response | httpx.TransportError | EverstepError) -> float:
+        """Seconds to the next try. Raises the trouble as an EverstepError where none is due."""
+        is_silent = isinstance(trouble, httpx.TransportError)
+        error = self._error_of(trouble)
+        now = self._clock()
+        self._since = now if self._since is None else self._since
+        self._has_answered |= not is_silent
+        limit = self._retry_s if self._has_answered else min(self._retry_s, FIRST_CONTACT_S)
+        pause_s = max(self._pause_s, _retry_after_s(trouble))
+        if not _may_pass(error) or now + pause_s > self._since + limit:
+            raise error
+        self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
+        return pause_s
+
+    def _error_of(
+        self, trouble: httpx.Response | httpx.TransportError | EverstepError
+    ) -> EverstepError:
+        if isinstance(trouble, EverstepError):
+            return trouble
+        if isinstance(trouble, httpx.Response):
+            return error_of(trouble)
+        words = str(trouble) or type(trouble).__name__
+        return EngineUnavailable(f"no answer from {self._url}: {words}")
+
+
+def _may_pass(error: EverstepError) -> bool:
+    """Whether the same request may succeed later."""
+    return error.retryable or error.status == 503 or error.status in _GATEWAY
+
+
+def _retry_after_s(trouble: object) -> float:
+    """What the server asks for; 0 where it does not."""
+    if not isinstance(trouble, httpx.Response):
+        return 0.0
+    try:
+        return max(0.0, float(trouble.headers.get("retry-after", "0")))
+    except ValueError:
+        return 0.0
+
+
+# --- errors of the server, as the classes that it raised
+
+
+def error_of(response: httpx.Response) -> EverstepError:
+    """The error in an answer of 400 and more."""
+    try:
+        body = msgspec.json.decode(response.content, type=ErrorResponse).error
+    except msgspec.MsgspecError:
+        words = response.text[:200].strip() or response.reason_phrase
+        error = EverstepError(f"HTTP {response.status_code}: {words}")
+        error.code, error.status = "unexpected_answer", response.status_code
+        return error
+    error = error_from(body.code, body.message, body.param)
+    error.status = response.status_code
+    if isinstance(error, Overloaded):
+        error.retry_after_s = _retry_after_s(response)
+    return error
+
+
+def error_from(code: str | None, message: str, field: str | None) -> EverstepError:
+    """An instance of the class in engine/errors.py that has this code."""
+    kind = _classes().get(code or "")
+    if kind is None:
+        error = EverstepError(message)
+        error.code = code or error.code
+        return error
+    return kind(message, field=field) if issubclass(kind, InvalidRequest) else kind(message)
+
+
+def _classes() -> dict[str, type[EverstepError]]:
+    """code → class; where several share one, the most general."""
+    found: dict[str, type[EverstepError]] = {}
+    level: list[type[EverstepError]] = [EverstepError]
+    while level:
+        for kind in level:
+            if kind.__module__ == EverstepError.__module__:
+                found.setdefault(kind.code, kind)
+        level = [child for kind in level for child in kind.__subclasses__()]
+    return found
+
+
+# --- calls
+
+
+def send(call: Call, patience: Patience) -> Flow[httpx.Response]:
+    """The answer, once there is a good one. Only for calls that may be sent twice."""
+    while True:
+        reply = yield call
+        assert reply is not None
+        if isinstance(reply, httpx.Response) and reply.status_code < 400:
+            patience.succeeded()
+            return reply
+        yield Pause(patience.pause_after(reply))
+
+
+def submit(fields: Mapping[str, Any], key: str | None, patience: Patience) -> Flow[Submitted]:
+    return _submit("/rollouts", _json(fields), key, patience)
+
+
+def fork(
+    rollout_id: str, request: ForkRequest, key: str | None, patience: Patience
+) -> Flow[Submitted]:
+    return _submit(f"{path_of(rollout_id)}/fork", _json(request), key, patience)
+
+
+def import_(
+    export: bytes | Trajectory, allow_other_weights: bool, key: str | None, patience: Patience
+) -> Flow[Submitted]:
+    call = Call(
+        method="POST",
+        path="/rollouts/import",
+        query={"allow_other_weights": "true"} if allow_other_weights else {},
+        headers={"content-type": "application/octet-stream"},
+        content=export if isinstance(export, bytes) else seal(export),
+    )
+    return _with_key(call, key, patience)
+
+
+def get(rollout_id: str, patience: Patience) -> Flow[Rollout]:
+    call = Call(method="GET", path=path_of(rollout_id), headers={"accept": _MSGPACK})
+    response = yield from send(call, patience)
+    return unpack(decode(response.content))
+
+
+def wait(
+    rollout_id: str, timeout_s: float | None, patience: Patience, clock: Clock = time.monotonic
+) -> Flow[Rollout]:
+    """The rollout once it has ended: long polls, shorter ones where a connection does not last."""
+    deadline = None if timeout_s is None else clock() + timeout_s
+    poll_s = POLL_S
+    while True:
+        wait_s = poll_s if deadline is None else max(0.0, min(poll_s, deadline - clock()))
+        reply = yield Call(
+            method="GET",
+            path=path_of(rollout_id),
+            query={"wait": f"{wait_s:.3f}"},
+            headers={"accept": _MSGPACK},
+            read_s=wait_s + READ_TIMEOUT_S,
+        )
+        assert reply is not None
+        if isinstance(reply, httpx.Response) and reply.status_code < 400:
+            patience.succeeded()
+            rollout = unpack(decode(reply.content))
+            if rollout.state.is_ended:
+                return rollout
+        else:
+            poll_s = max(MIN_POLL_S, poll_s / 2)
+            yield Pause(patience.pause_after(reply))
+        if deadline is not None and clock() >= deadline:
+            raise TimeoutError(f"{rollout_id} has not ended after {timeout_s} s")
+
+
+def page(query: Mapping[str, str], patience: Patience) -> Flow[RolloutList]:
+    call = Call(method="GET", path="/rollouts", query=dict(query))
+    response = yield from send(call, patience)
+    return _read(response, RolloutList)
+
+
+def control(verb: str, selection: Selection, patience: Patience) -> Flow[list[str]]:
+    call = Call(method="POST", path=f"/rollouts/{verb}", content=_json(selection))
+    response = yield from send(call, patience)
+    return _read(response, Done).rollout_ids
+
+
+def export(rollout_id: str, patience: Patience) -> Flow[bytes]:
+    call = Call(
+        method="GET",
+        path=f"{path_of(rollout_id)}/export",
+        headers={"accept": "application/octet-stream"},
+    )
+    response = yield from send(call, patience)
+    return response.content
+
+
+def _submit(path: str, content: bytes, key: str | None, patience: Patience) -> Flow[Submitted]:
+    call = Call(
+        method="POST", path=path, headers={"content-type": "application/json"}, content=content
+    )
+    return _with_key(call, key, patience)
+
+
+def _with_key(call: Call, key: str | None, patience: Patience) -> Flow[Submitted]:
+    """With a key of its own, so that it may be sent again, whatever became of the first."""
+    headers = call.headers | {"idempotency-key": key or uuid.uuid4().hex}
+    response = yield from send(msgspec.structs.replace(call, headers=headers), patience)
+    return _read(response, Submitted)
+
+
+# --- what they say
+
+
+def submission_fields(
+    sampling: SamplingParams | Mapping[str, Any] | None, record: Sequence[Record], **fields: Any
+) -> dict[str, Any]:
+    """The body of POST /rollouts; what is None is left out."""
+    given = {name: value for name, value in fields.items() if value is not None}
+    wanted: list[Record] = list(record)
+    if isinstance(sampling, SamplingParams):
+        wanted += [name for name in sampling.record if name not in wanted]
+        sampling = sampling_fields(sampling)
+    if sampling:
+        given["sampling"] = dict(sampling)
+    if wanted:
+        given["record"] = wanted
+    return given
+
+
+def sampling_fields(params: SamplingParams) -> dict[str, Any]:
+    """In the names of the wire, without defaults."""
+    usual = SamplingParams()
+    names = [name for name in params.__struct_fields__ if name != "record"]
+    values = {name: getattr(params, name) for name in names}
+    return {name: value for name, value in values.items() if value != getattr(usual, name)}
+
+
+def selection_of(rollouts: str | Sequence[str] | None, group: str | None, every: bool) -> Selection:
+    """Exactly one; raises InvalidRequest."""
+    if (rollouts is not None) + (group is not None) + every != 1:
+        raise InvalidRequest(
+            "name rollouts, or group=…, or all=True: exactly one", field="rollouts"
+        )
+    ids = [rollouts] if isinstance(rollouts, str) else rollouts
+    return Selection(
+        ids=None if ids is None else list(ids), group=group, all=True if every else None
+    )
+
+
+def query_of(
+    state: RolloutState | str | None, group: str | None, pool: str | None, limit: int
+) -> dict[str, str]:
+    given = {"state": state, "group": group, "pool": pool, "limit": str(limit)}
+    return {name: str(value) for name, value in given.items() if value is not None}
+
+
+def path_of(rollout_id: str) -> str:
+    # an id is a name, never a path of its own
+    if not rollout_id or not set(rollout_id).isdisjoint("/?#%\\ ") or rollout_id in (".", ".."):
+        raise InvalidRequest(f"{rollout_id!r} is no rollout's id", field="rollout_id")
+    return f"/rollouts/{rollout_id}"
+
+
+def _json(body: Any) -> bytes:
+    if isinstance(body, Struct):
+        fields = {name: getattr(body, name) for name in body.__struct_fields__}
+        body = {name: value for name, value in fields.items() if value not in (None, UNSET)}
+    try:
+        return _encode(body)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise InvalidRequest(f"the request cannot be written as JSON: {error}") from None
+
+
+def _read(response: httpx.Response, kind: type[StructT]) -> StructT:
+    try:
+        return msgspec.json.decode(response.content, type=kind)
+    except msgspec.MsgspecError as error:
+        raise EngineUnavailable(
+            f"{response.url} answered what no Everstep server answers: {error}"
+        ) from None
