@@ -2,9 +2,13 @@
 
     python benchmarks/engine.py [--model default] [--dtype bfloat16] [--threads 2]
 
-whole  scheduler, runner, sampling, commit: `Core.step` with n rollouts decoding
-bare   the forward pass and the head alone, its inputs prepared before
-Both in this process, interleaved step by step; medians. `read` is the bytes of weights and KV that a
+whole  `Core.step` with n rollouts decoding: schedule, the forward pass, a drawn token with its
+       logprobs for each, commit, and what is said to the front
+bare   the same forward pass in the same process, over n rows of its own KV at about the same
+       positions: inputs prepared before, the head's logits of every row included, and the check
+       that they are finite; no draw, no schedule, nothing from Python inside (`NativeStep.run`; at
+       the torch level the operations one by one)
+Interleaved step by step; medians. `read` is the bytes of weights and KV that a
 step must touch, over the time of the whole step, as a share of the read bandwidth measured here.
 Peers are not in this script (issue 9's benchmarks/cpu.py is to have them).
 """
@@ -18,18 +22,18 @@ from collections.abc import Callable
 import torch
 
 from everstep import kernels
-from everstep.engine import model
 from everstep.engine.checkpoint import Checkpoint
 from everstep.engine.config import ModelConfig
 from everstep.engine.determinism import BLOCK, Laboratory, Trial
 from everstep.engine.hub import resolve
 from everstep.engine.messages import Add
 from everstep.engine.model import KVStore
+from everstep.engine.plan import Row
 from everstep.engine.rollout import SamplingParams
 from everstep.engine.rotary import rotary_tables
 from everstep.engine.runner import FEW_TOKENS, ModelRunner
+from everstep.engine.step import ForwardPass, batch_of
 from everstep.engine.weights import Weights, load_weights
-from everstep.kernels import QuerySpan
 
 STEPS = 20
 PROMPT = 128
@@ -68,26 +72,38 @@ def decoding(weights: Weights, count: int) -> Trial:
 
 
 def bare_step(weights: Weights, count: int) -> Callable[[], object]:
-    """A forward pass and head over `count` rows at the same context, nothing else."""
+    """A forward pass with logits over `count` rows at the same context, nothing else."""
     config = weights.config
+    position = PROMPT + STEPS // 2
     blocks = -(-(PROMPT + STEPS) // BLOCK)
     kv = KVStore.empty(config, (1 + count * blocks) * BLOCK, weights.dtype)
-    tables = rotary_tables(config, PROMPT + STEPS)
-    spans = [
-        QuerySpan(i, PROMPT + STEPS // 2, 1, list(range(1 + i * blocks, 1 + (i + 1) * blocks)))
+    forward = ForwardPass(weights, kv, rotary_tables(config, PROMPT + STEPS), BLOCK)
+    rows = [
+        Row(
+            rollout_id=f"b{i}",
+            token_ids=[i % config.vocab_size],
+            start=position,
+            block_table=list(range(1 + i * blocks, 1 + (i + 1) * blocks)),
+            samples=True,
+            position=0,
+            num_prompt=PROMPT,
+            all_ids=[],
+            sampling=SamplingParams(),
+            seed=i,
+            banned_ids=[],
+        )
         for i in range(count)
     ]
-    plan = model.plan_step(config, spans, BLOCK)
-    ids = torch.arange(count) % config.vocab_size
-
+    batch, native = batch_of(rows, wants_routes=False), forward.native
     threads = torch.get_num_threads()
 
     def step() -> object:
         # as the runner does
         torch.set_num_threads(1 if count < FEW_TOKENS else threads)
         with torch.inference_mode():
-            out = model.forward(weights, ids, kv, plan, tables)
-            return model.logits(weights, out.hidden)
+            if native is None:
+                return forward.run(rows, wants_routes=False)
+            return native.run(batch, threads=torch.get_num_threads())
 
     step()
     return step
@@ -114,6 +130,7 @@ def main() -> None:
     parser.add_argument("--model", default="default")
     parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"])
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--rollouts", default="1,8,32,128", help="how many decode at once")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     checkpoint = Checkpoint.open(resolve(options.model, lambda *_: None))
@@ -130,7 +147,7 @@ def main() -> None:
     )
     per_token = 2 * weights.config.num_hidden_layers * weights.config.num_key_value_heads
     per_token *= weights.config.head_dim * weights.dtype.itemsize
-    for count in (1, 8, 32, 128):
+    for count in map(int, options.rollouts.split(",")):
         torch.set_num_threads(options.threads)
         trial, bare = decoding(weights, count), bare_step(weights, count)
         assert isinstance(trial.core.runner, ModelRunner)

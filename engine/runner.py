@@ -3,29 +3,21 @@
 Shapes: T packed tokens, R rows whose logits are wanted, V vocabulary, L MoE layers, K experts.
 """
 
-import ctypes
 import math
 import traceback
+from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from ..kernels import (
-    Draw,
-    Rule,
-    StepOutput,
-    explain,
-    level_name,
-    log_softmax,
-    sample,
-    top_of,
-)
+from ..kernels import StepOutput, explain, level_name, log_softmax, top_of
 from . import log, model
 from .config import ModelConfig, ResolvedKV
+from .drawing import Drawer, columns_of, sampled_of
 from .model import KVStore
-from .plan import Row, RowResult, Sampled, StepPlan, StepResult
-from .rollout import SAMPLED, TRUNCATED_SUPPORT, SamplingParams
+from .plan import Draws, Row, RowResult, StepPlan, StepResult
+from .rollout import SamplingParams
 from .rotary import rotary_tables
 from .step import ForwardPass
 from .weights import Weights
@@ -37,6 +29,8 @@ KERNELS_VERSION = 1
 FEW_TOKENS = 16
 # rows of prompt logits in memory at once
 PROMPT_ROWS = 64
+# by index of the row, those that do more or less than draw one token
+Outcomes = defaultdict[int, RowResult]
 
 
 class ModelRunner:
@@ -49,6 +43,7 @@ class ModelRunner:
         table_dtype = weights.dtype if config.rope_tables == "model" else torch.float32
         tables = rotary_tables(weights.config, kv.max_model_len, table_dtype)
         self._forward = ForwardPass(weights, self._store, tables, kv.block_size)
+        self._drawer = Drawer()
         self._parked: dict[str, list[torch.Tensor]] = {}
         self._num_threads = torch.get_num_threads()
 
@@ -91,27 +86,24 @@ class ModelRunner:
     def run(self, plan: StepPlan) -> StepResult:
         """Carry out a plan: parks, unparks, copies, then the rows."""
         self._move_blocks(plan)
-        results: list[RowResult] = []
         is_small = sum(len(row.token_ids) for row in plan.rows) < FEW_TOKENS
         torch.set_num_threads(1 if is_small else self._num_threads)
         try:
-            if plan.rows:
-                results = self._run_rows(plan.rows, plan.step)
+            return self._run_rows(plan.rows, plan.step)
         except Exception:
             # a row has the same bits alone, so that only those pay that cannot be run
             results = [self._run_alone(row, plan.step) for row in plan.rows]
+            return StepResult.of(self.weights.version, self.weights.digest, results)
         finally:
             torch.set_num_threads(self._num_threads)
-        return StepResult.of(self.weights.version, self.weights.digest, results)
 
     def _run_alone(self, row: Row, step: int) -> RowResult:
         try:
-            [result] = self._run_rows([row], step)
+            return self._run_rows([row], step).outcome(0)
         except Exception as error:
             text = traceback.format_exc()
             log.event("row.failed", level="error", rollout=row.rollout_id, traceback=text)
-            result = RowResult(fault=" ".join(f"{type(error).__name__}: {error}".split()))
-        return result
+            return RowResult(fault=" ".join(f"{type(error).__name__}: {error}".split()))
 
     def _tensors(self) -> list[torch.Tensor]:
         return [*self._store.keys, *self._store.values]
@@ -137,23 +129,25 @@ class ModelRunner:
         first = torch.tensor(blocks, dtype=torch.int64) * size
         return (first.unsqueeze(1) + torch.arange(size)).reshape(-1)
 
-    def _run_rows(self, rows: list[Row], step: int) -> list[RowResult]:
-        wants_routes = any("routing" in row.sampling.record for row in rows)
-        out = self._forward.run(rows, wants_routes=wants_routes)
-        results = [RowResult() for _ in rows]
-        if out.bad_tokens:
-            self._name_bad_layers(rows, out.bad_tokens, results, step)
-        first = 0
-        for row, result in zip(rows, results, strict=True):
-            if result.nonfinite is None:
-                self._record_prompt(row, first, out, result, step)
-                self._record_routing(row, first, out, result)
-            first += len(row.token_ids)
-        self._draw(rows, out, results, step)
-        return results
+    def _run_rows(self, rows: Sequence[Row], step: int) -> StepResult:
+        outcomes: Outcomes = defaultdict(RowResult)
+        draws = Draws(token_ids=[], lp_sampled=[], lp_temp=[], kept_mass=[], flags=[])
+        if rows:
+            wants_routes = any("routing" in row.sampling.record for row in rows)
+            out = self._forward.run(rows, wants_routes=wants_routes)
+            if out.bad_tokens:
+                self._name_bad_layers(rows, out.bad_tokens, outcomes, step)
+            self._record(rows, out, outcomes, step)
+            draws = self._draw(rows, out, outcomes, step)
+        return StepResult(
+            version=self.weights.version,
+            digest=self.weights.digest,
+            draws=draws,
+            rows=dict(outcomes),
+        )
 
     def _name_bad_layers(
-        self, rows: list[Row], bad_tokens: list[int], results: list[RowResult], step: int
+        self, rows: Sequence[Row], bad_tokens: list[int], outcomes: Outcomes, step: int
     ) -> None:
         """Rows with a value that is not finite, and the layer where it first appears.
 
@@ -162,11 +156,24 @@ class ModelRunner:
         """
         first_layer = self._forward.first_bad_layer(rows)
         is_bad, first = set(bad_tokens), 0
-        for row, result in zip(rows, results, strict=True):
+        for index, row in enumerate(rows):
             tokens = [t for t in range(first, first + len(row.token_ids)) if t in is_bad]
             if tokens:
                 layer = min(first_layer.get(t, len(self.weights.layers)) for t in tokens)
-                result.nonfinite = f"step {step}, layer {layer}"
+                outcomes[index].nonfinite = f"step {step}, layer {layer}"
+            first += len(row.token_ids)
+
+    def _record(self, rows: Sequence[Row], out: StepOutput, outcomes: Outcomes, step: int) -> None:
+        """What rows ask for beside their draws: prompt logprobs and routing."""
+        first = 0
+        for index, row in enumerate(rows):
+            wants_routing = "routing" in row.sampling.record
+            if wants_routing or row.sampling.prompt_logprobs is not None:
+                result = outcomes[index]
+                if result.nonfinite is None:
+                    self._record_prompt(row, first, out, result, step)
+                if result.nonfinite is None and wants_routing:
+                    self._record_routing(row, first, out, result)
             first += len(row.token_ids)
 
     def _record_prompt(
@@ -190,7 +197,7 @@ class ModelRunner:
 
     def _record_routing(self, row: Row, first: int, out: StepOutput, result: RowResult) -> None:
         """Expert ids and weights of this row's tokens, (tokens, L, K)."""
-        if "routing" not in row.sampling.record or out.routes is None:
+        if out.routes is None:
             return
         part = slice(first, first + len(row.token_ids))
         ids, weights = (routes[:, part].transpose(0, 1).numpy() for routes in out.routes)
@@ -198,67 +205,27 @@ class ModelRunner:
         result.routing_ids = ids.astype(width).tobytes()
         result.routing_weights = weights.astype(np.float32).tobytes()
 
-    def _draw(self, rows: list[Row], out: StepOutput, results: list[RowResult], step: int) -> None:
+    def _draw(self, rows: Sequence[Row], out: StepOutput, outcomes: Outcomes, step: int) -> Draws:
         """Draw a token for every row that ends at its newest one."""
-        drawn = [i for i, row in enumerate(rows) if row.samples]
+        drawn = [index for index, row in enumerate(rows) if row.samples]
+        head = len(self.weights.layers)
         for place in out.bad_logits:
-            result = results[drawn[place]]
-            where = f"step {step}, layer {len(self.weights.layers)} (head)"
-            result.nonfinite = result.nonfinite or where
-        good = [n for n, i in enumerate(drawn) if results[i].nonfinite is None]
-        if not good:
-            return
-        values = out.logits if len(good) == len(drawn) else out.logits[torch.tensor(good)]
-        draws = sample(values, [rule_of(rows[drawn[n]]) for n in good])
-        for n, draw in zip(good, draws, strict=True):
-            if draw is None:
-                head = len(self.weights.layers)
-                results[drawn[n]].nonfinite = f"step {step}, layer {head} (penalties, temperature)"
-            else:
-                results[drawn[n]].sampled = sampled_of(draw)
-
-
-def rule_of(row: Row) -> Rule:
-    """What the sampler needs to know of one row."""
-    p = row.sampling
-    counts = p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1.0
-    return Rule(
-        seed=row.seed,
-        position=row.position,
-        temperature=p.temperature,
-        top_p=p.top_p,
-        top_k=max(p.top_k, 0),
-        min_p=p.min_p,
-        presence_penalty=p.presence_penalty,
-        frequency_penalty=p.frequency_penalty,
-        repetition_penalty=p.repetition_penalty,
-        logit_bias=p.logit_bias,
-        prompt_ids=row.all_ids[: row.num_prompt] if counts else (),
-        output_ids=row.all_ids[row.num_prompt :] if counts else (),
-        banned=row.banned_ids if row.position < p.min_tokens else (),
-        num_top=p.top_logprobs,
-        top_of=p.logprobs_mode,
-        wants_raw="lp_raw" in p.record or (p.top_logprobs > 0 and p.logprobs_mode == "raw"),
-        wants_entropy="entropy" in p.record,
-        wants_kept_ids="kept_ids" in p.record,
-    )
-
-
-def sampled_of(draw: Draw) -> Sampled:
-    """A draw in the words of the plan; every value a float32."""
-    return Sampled(
-        token_id=draw.token_id,
-        lp_sampled=float32(draw.lp_sampled),
-        lp_temp=float32(draw.lp_temp),
-        kept_mass=float32(draw.kept_mass),
-        flags=SAMPLED | (TRUNCATED_SUPPORT if draw.is_cut else 0),
-        lp_raw=None if draw.lp_raw is None else float32(draw.lp_raw),
-        entropy=None if draw.entropy is None else float32(draw.entropy),
-        kept_ids=draw.kept_ids,
-        top=None if draw.top is None else [(token, float32(lp)) for token, lp in draw.top],
-    )
-
-
-def float32(value: float) -> float:
-    """The nearest float32: what is recorded is what any wire or file can hold."""
-    return ctypes.c_float(value).value
+            result = outcomes[drawn[place]]
+            result.nonfinite = result.nonfinite or f"step {step}, layer {head} (head)"
+        places: Sequence[int] = range(len(drawn))
+        if outcomes:
+            places = [n for n, i in enumerate(drawn) if not (i in outcomes and outcomes[i].is_bad)]
+            drawn = [drawn[n] for n in places]
+        for index in set(range(len(rows))).difference(drawn):
+            outcomes.setdefault(index, RowResult())
+        found = self._drawer.draw(out.logits, [rows[i] for i in drawn], places)
+        for n in found.is_lost.nonzero()[0].tolist():
+            where = f"step {step}, layer {head} (penalties, temperature)"
+            outcomes[drawn[n]].nonfinite = where
+        for n, more in found.more.items():
+            outcomes[drawn[n]].sampled = sampled_of(more)
+        draws = columns_of(found, drawn, len(rows))
+        for index, result in outcomes.items():
+            if rows[index].samples and not result.is_bad and result.sampled is None:
+                result.sampled = draws.sampled(index)
+        return draws

@@ -13,6 +13,7 @@ from .dispatch import (
     add,
     add_rms_norm,
     attention,
+    draw,
     experts,
     explain,
     gate_up,
@@ -35,10 +36,11 @@ from .dispatch import (
 from .gemm import Weight
 from .native_step import NativeStep, StepBatch, StepLayer, StepOutput, StepShape
 from .packed import PackedWeight
-from .sampling import Draw, Rule, top_of
+from .sampling import Draw, DrawArrays, Rule, top_of
 
 __all__ = [
     "Draw",
+    "DrawArrays",
     "ExpertBank",
     "GateUp",
     "Linear",
@@ -55,6 +57,7 @@ __all__ = [
     "add",
     "add_rms_norm",
     "attention",
+    "draw",
     "experts",
     "explain",
     "gate_up",

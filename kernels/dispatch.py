@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from . import activation, gemm, native, norm
+from . import activation, gemm, native, native_sampling, norm
 from . import attention as torch_attention
 from . import experts as torch_experts
 from . import rope as torch_rope
@@ -33,7 +33,7 @@ from .packed import (
     packed_linear,
     packed_linear_float,
 )
-from .sampling import Draw, Rule
+from .sampling import Draw, DrawArrays, Rule
 
 Linear = Weight | PackedWeight
 Plan = AttentionPlan | PagedPlan
@@ -370,6 +370,31 @@ def sample(logits: torch.Tensor, rules: Sequence[Rule]) -> list[Draw | None]:
     """
     ops = _chosen.ops()
     return torch_sampling.sample(logits, rules) if ops is None else ops.sample(logits, rules)
+
+
+def draw(
+    logits: torch.Tensor,
+    rules: Sequence[Rule],
+    *,
+    seeds: Sequence[int],
+    positions: Sequence[int],
+    rows: Sequence[int],
+) -> DrawArrays:
+    """`sample` for many rows at once, as columns.
+
+    logits     (.., V) float32, finite where a row is drawn from; not changed
+    rules      N; they may be shared, since each draw has its
+    seeds, positions  N: in place of the rules' own
+    rows       N: which row of the logits each draws from
+    """
+    ops = _chosen.ops()
+    if ops is not None:
+        return native_sampling.draw(
+            ops.library, logits, rules, seeds=seeds, positions=positions, rows=rows
+        )
+    each = zip(rules, seeds, positions, strict=True)
+    own = [replace(rule, seed=seed, position=position) for rule, seed, position in each]
+    return DrawArrays.of(torch_sampling.sample(logits[torch.tensor(rows)], own))
 
 
 def explain() -> dict[str, str]:

@@ -13,16 +13,14 @@ Shapes: T packed tokens, H query heads, G kv heads, D head size, E experts, V vo
 
 import ctypes
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from . import sampling
+from . import native_sampling
 from .attention import QuerySpan
-from .philox import uniforms
 from .sampling import Draw, Rule
 
 _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
@@ -36,29 +34,8 @@ _SIGNATURES = {
     "rope": "ippppllllii",
     "place_qkv": "ipl" + "llll" + "ppf" + "ppli" + "pppppli",
     "route": "plplllllfippi",
-    "sample": "ppllpppppp" + "li",
-    "log_softmax": "pllpi",
 }
 _KINDS = {"p": _POINTER, "i": _INT, "l": _LONG, "f": _FLOAT}
-# the structs of sampling.cpp
-_RULE = np.dtype(
-    [
-        *((name, np.float64) for name in ("u", "top_p")),
-        *((name, np.int64) for name in ("top_k", "banned_from", "banned_count", "num_top")),
-        ("kept_row", np.int64),
-        *((name, np.float32) for name in ("temperature", "min_p")),
-        *((name, np.int32) for name in ("top_of", "wants_raw", "wants_entropy", "is_changed")),
-    ],
-    align=True,
-)
-_DRAW = np.dtype(
-    [
-        *((name, np.int64) for name in ("token", "kept", "tops")),
-        *((n, np.float64) for n in ("lp_sampled", "lp_temp", "log_mass", "lp_raw", "entropy")),
-    ],
-    align=True,
-)
-_TOP_OF = {"raw": 0, "temp": 1, "sampled": 2}
 
 
 @dataclass(frozen=True)
@@ -123,6 +100,7 @@ class Ops:
             function = getattr(library, f"everstep_{name}")
             function.argtypes = [_KINDS[kind] for kind in kinds]
             function.restype = None
+        native_sampling.declare(library)
         self.library = library
 
     # -- attention
@@ -321,12 +299,7 @@ class Ops:
 
     def log_softmax(self, logits: torch.Tensor) -> torch.Tensor:
         """(B, V) float32 → (B, V) float32: the numbers that a draw reports as lp_raw."""
-        logits = _contiguous(logits)
-        out = torch.empty_like(logits)
-        self.library.everstep_log_softmax(
-            logits.data_ptr(), *logits.shape, out.data_ptr(), torch.get_num_threads()
-        )
-        return out
+        return native_sampling.log_softmax(self.library, logits)
 
     def sample(self, logits: torch.Tensor, rules: Sequence[Rule]) -> list[Draw | None]:
         """Draw one token per row, as `sampling.sample` does; None where its rule takes the
@@ -335,71 +308,7 @@ class Ops:
         logits  (B, V) float32, finite; not changed
         rules   B
         """
-        rows, vocab = logits.shape
-        if rows == 0:
-            return []
-        logits = _contiguous(logits)
-        changed = logits
-        if any(rule.changes_logits for rule in rules):
-            changed = logits.clone()
-            for row, rule in enumerate(rules):
-                if rule.changes_logits:
-                    sampling.penalise(changed[row], rule)
-        lost = {row for row, rule in enumerate(rules) if _overflows(changed[row], rule)}
-        if lost:
-            changed = changed.clone()
-            changed[sorted(lost)] = 0.0
-        banned = np.array([i for rule in rules for i in rule.banned], dtype=np.int64)
-        if banned.size and not 0 <= banned.min() <= banned.max() < vocab:
-            raise ValueError(f"banned ids beyond a vocabulary of {vocab}")
-        table = _rule_table(rules, vocab)
-        draws = np.empty(rows, dtype=_DRAW)
-        kept = np.empty((int(table["kept_row"].max()) + 1, vocab), dtype=np.int32)
-        most = int(table["num_top"].max())
-        top_ids, top_lps = np.empty((rows, most), dtype=np.int64), np.empty((rows, most))
-        self.library.everstep_sample(
-            logits.data_ptr(), changed.data_ptr(), rows, vocab, table.ctypes.data,
-            banned.ctypes.data, draws.ctypes.data, kept.ctypes.data, top_ids.ctypes.data,
-            top_lps.ctypes.data, most, torch.get_num_threads(),
-        )  # fmt: skip
-        found: list[Draw | None] = []
-        for row, (rule, numbers) in enumerate(zip(rules, draws.tolist(), strict=True)):
-            token, count, tops, lp_sampled, lp_temp, log_mass, lp_raw, entropy = numbers
-            draw = Draw(token, lp_sampled, lp_temp, math.exp(log_mass), count < vocab)
-            if rule.wants_raw:
-                draw.lp_raw = lp_raw
-            if rule.wants_entropy:
-                draw.entropy = entropy
-            if rule.wants_kept_ids:
-                draw.kept_ids = kept[table["kept_row"][row], :count].tolist() if draw.is_cut else []
-            if rule.num_top:
-                pairs = zip(top_ids[row, :tops].tolist(), top_lps[row, :tops].tolist(), strict=True)
-                draw.top = list(pairs)
-            found.append(None if row in lost else draw)
-        return found
-
-
-def _overflows(changed: torch.Tensor, rule: Rule) -> bool:
-    """Whether penalties or ÷ temperature leave a row without a best id in float32."""
-    if not (rule.changes_logits or 0.0 < rule.temperature < 1.0):
-        return False
-    return not math.isfinite(float((changed / (rule.temperature or 1.0)).amax()))
-
-
-def _rule_table(rules: Sequence[Rule], vocab: int) -> "np.ndarray[tuple[int], np.dtype[np.void]]":
-    """The rules as sampling.cpp reads them."""
-    table = np.zeros(len(rules), dtype=_RULE)
-    table["u"] = uniforms([r.seed for r in rules], [r.position for r in rules])
-    for name in ("top_p", "top_k", "temperature", "min_p", "wants_raw", "wants_entropy"):
-        table[name] = [getattr(rule, name) for rule in rules]
-    table["num_top"] = [min(rule.num_top, vocab) for rule in rules]
-    table["top_of"] = [_TOP_OF[rule.top_of] for rule in rules]
-    table["is_changed"] = [rule.changes_logits for rule in rules]
-    table["banned_count"] = [len(rule.banned) for rule in rules]
-    table["banned_from"] = np.cumsum(table["banned_count"]) - table["banned_count"]
-    wants = np.array([rule.wants_kept_ids for rule in rules])
-    table["kept_row"] = np.where(wants, np.cumsum(wants) - 1, -1)
-    return table
+        return native_sampling.draw_list(self.library, logits, rules)
 
 
 # -- layouts that the library takes; anything else is copied

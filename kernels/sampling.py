@@ -8,11 +8,14 @@ uniform number, summed in ascending id in blocks of CDF_BLOCK.
 Shapes: B rows, V vocabulary.
 """
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from .philox import uniforms
@@ -21,6 +24,18 @@ from .reduce import tree_sum
 CDF_BLOCK = 512
 # candidates that top-p looks at before it falls back to the whole vocabulary
 PARTIAL = 1024
+# a rule as cpu/sampling.cpp reads it: its struct Rule
+RULE = np.dtype(
+    [
+        *((name, np.float64) for name in ("u", "top_p")),
+        *((name, np.int64) for name in ("top_k", "banned_from", "banned_count", "num_top")),
+        *((name, np.int64) for name in ("kept_row", "row", "changed")),
+        *((name, np.float32) for name in ("temperature", "min_p")),
+        *((name, np.int32) for name in ("top_of", "wants_raw", "wants_entropy")),
+    ],
+    align=True,
+)
+_TOP_OF = {"raw": 0, "temp": 1, "sampled": 2}
 
 
 @dataclass(frozen=True)
@@ -49,6 +64,26 @@ class Rule:
     wants_raw: bool = False
     wants_entropy: bool = False
     wants_kept_ids: bool = False
+
+    @functools.cached_property
+    def record(self) -> bytes:
+        """Its constants as the C++ library reads them (RULE)."""
+        record = np.zeros(1, dtype=RULE)
+        for name in ("top_p", "top_k", "temperature", "min_p", "wants_raw", "wants_entropy"):
+            record[name] = getattr(self, name)
+        record["num_top"], record["top_of"] = self.num_top, _TOP_OF[self.top_of]
+        record["kept_row"] = -1
+        return record.tobytes()
+
+    @functools.cached_property
+    def is_special(self) -> bool:
+        """Whether there is more to it than its record."""
+        return bool(self.changes_logits or self.banned or self.wants_more)
+
+    @property
+    def wants_more(self) -> bool:
+        """Whether its draw has optional fields."""
+        return bool(self.num_top or self.wants_raw or self.wants_entropy or self.wants_kept_ids)
 
     @property
     def changes_logits(self) -> bool:
@@ -80,6 +115,60 @@ class Draw:
     entropy: float | None = None
     kept_ids: list[int] | None = None
     top: list[tuple[int, float]] | None = None
+
+
+@dataclass
+class DrawArrays:
+    """DrawArrays of N rows as columns.
+
+    token_ids  (N,) int64; lp_sampled, lp_temp, kept_mass (N,) float64; is_cut (N,) bool
+    is_lost    (N,) bool: the rule takes the logits beyond float32, and nothing was drawn
+    more       place → the draw with its optional fields, where its rule asks for any
+    """
+
+    token_ids: npt.NDArray[np.int64]
+    lp_sampled: npt.NDArray[np.float64]
+    lp_temp: npt.NDArray[np.float64]
+    kept_mass: npt.NDArray[np.float64]
+    is_cut: npt.NDArray[np.bool_]
+    is_lost: npt.NDArray[np.bool_]
+    more: dict[int, Draw] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, draws: Sequence[Draw | None]) -> "DrawArrays":
+        """From one draw per row."""
+        nothing = Draw(0, 0.0, 0.0, 0.0, False)
+        each = [draw or nothing for draw in draws]
+        return cls(
+            token_ids=np.array([draw.token_id for draw in each], dtype=np.int64),
+            lp_sampled=np.array([draw.lp_sampled for draw in each]),
+            lp_temp=np.array([draw.lp_temp for draw in each]),
+            kept_mass=np.array([draw.kept_mass for draw in each]),
+            is_cut=np.array([draw.is_cut for draw in each], dtype=bool),
+            is_lost=np.array([draw is None for draw in draws], dtype=bool),
+            more={
+                n: draw
+                for n, draw in enumerate(each)
+                if (draw.lp_raw, draw.entropy, draw.kept_ids, draw.top) != (None,) * 4
+            },
+        )
+
+    def plain(self, place: int) -> Draw:
+        """One draw, without its optional fields."""
+        return Draw(
+            int(self.token_ids[place]),
+            float(self.lp_sampled[place]),
+            float(self.lp_temp[place]),
+            float(self.kept_mass[place]),
+            bool(self.is_cut[place]),
+        )
+
+    def list(self) -> "list[Draw | None]":
+        """One draw per row; None where it is lost."""
+        return [
+            None if lost else self.more.get(n) or self.plain(n)
+            for n, lost in enumerate(self.is_lost.tolist())
+        ]
 
 
 def log_softmax(logits: torch.Tensor) -> torch.Tensor:

@@ -12,13 +12,12 @@
 // `Border` is the last id kept. A border is found among candidates that a cheap bound has let
 // through; what is kept is then read off in ascending order of ids, and summed as above.
 
-#include <atomic>
-
 #include "mathfun.h"
 
 using namespace everstep;
 using std::int32_t;
 using std::int64_t;
+using std::uint32_t;
 
 namespace {
 
@@ -28,20 +27,40 @@ constexpr int64_t kFew = 48;
 // more candidates than this are first told apart by bins of their values
 constexpr int kBins = 512;
 
-// as kernels/native_ops.py lays them out
+// as kernels/sampling.py (RULE) and kernels/native_sampling.py (_DRAW) lay them out
 struct Rule {
     double u, top_p;
     int64_t top_k, banned_from, banned_count, num_top;
-    int64_t kept_row;  // where to write the kept ids, -1: nowhere
+    int64_t kept_row;      // where to write the kept ids, -1: nowhere
+    int64_t row;           // of the logits
+    const float* changed;  // that row after penalties and bias; null: as the head gave it
     float temperature, min_p;
     int32_t top_of;  // 0 raw, 1 temp, 2 sampled
-    int32_t wants_raw, wants_entropy, is_changed;
+    int32_t wants_raw, wants_entropy;
 };
 
 struct Draw {
     int64_t token, kept, tops;
-    double lp_sampled, lp_temp, log_mass, lp_raw, entropy;
+    double lp_sampled, lp_temp, mass, lp_raw, entropy;
+    int64_t is_lost;  // the rule takes the logits beyond float32: nothing else is written
 };
+
+// Philox4x32-10, key = seed, counter = position
+double uniform(std::uint64_t seed, std::uint64_t position) {
+    constexpr std::uint64_t kFirst = 0xD2511F53, kSecond = 0xCD9E8D57;
+    auto low = [](std::uint64_t x) { return static_cast<uint32_t>(x); };
+    auto high = [](std::uint64_t x) { return static_cast<uint32_t>(x >> 32); };
+    uint32_t c[4] = {low(position), high(position), 0, 0}, k[2] = {low(seed), high(seed)};
+    for (int round = 0; round < 10; ++round) {
+        const std::uint64_t p = kFirst * c[0], q = kSecond * c[2];
+        const uint32_t next[4] = {high(q) ^ c[1] ^ k[0], low(q), high(p) ^ c[3] ^ k[1], low(p)};
+        std::memcpy(c, next, sizeof c);
+        k[0] += 0x9E3779B9u;
+        k[1] += 0xBB67AE85u;
+    }
+    const std::uint64_t words = static_cast<std::uint64_t>(c[0]) << 32 | c[1];
+    return static_cast<double>(words >> 11) * 0x1p-53;
+}
 
 struct Ranked {
     float value;
@@ -384,6 +403,8 @@ public:
           row_(make_row(z, size, rule.temperature)) {}
 
     void run(Draw& draw, int32_t* kept_ids, int64_t* top_ids, double* top_lps) {
+        draw.is_lost = !std::isfinite(row_.top);
+        if (draw.is_lost) return;
         const bool cuts = rule_.banned_count > 0 || rule_.top_k > 0 || rule_.top_p < 1.0 ||
                           rule_.min_p > 0.0f || rule_.temperature == 0.0f;
         double* blocks = scratch<double, Blocks>(ceil_div(size_, kBlock));
@@ -404,7 +425,7 @@ public:
             draw.token = draw_whole(row_, blocks, rule_.u * total);
         }
         draw.kept = kept_count_;
-        draw.log_mass = log_mass_;
+        draw.mass = std::exp(log_mass_);
         draw.lp_temp = logprob(row_, draw.token, log_total_);
         draw.lp_sampled = sampled(draw.token);
         if (kept_ids != nullptr && kept_count_ < size_)
@@ -422,7 +443,7 @@ private:
 
     void measure_raw() {
         raw_row_ = make_row(raw_, size_, 1.0f);
-        const bool is_same = !rule_.is_changed && row_.temperature == 1.0f;
+        const bool is_same = rule_.changed == nullptr && row_.temperature == 1.0f;
         raw_log_total_ = is_same ? log_total_ : log_sum(raw_row_);
     }
 
@@ -564,26 +585,29 @@ private:
 
 }  // namespace
 
-// One draw per row.
+// One draw per rule.
 //
-//     raw      (rows, size) float32 as the head gave them; z: after penalties, may be raw
+//     logits   (.., size) float32 as the head gave them; each rule names its row
 //     banned   ids, each rule names its part
-//     kept     (.., size) int32: kept ids of the rules that ask; tops (rows, most_tops)
-EVERSTEP_API void everstep_sample(const float* raw, const float* z, int64_t rows, int64_t size,
-                                  const void* rules, const int64_t* banned, void* draws,
-                                  int32_t* kept, int64_t* top_ids, double* top_lps,
-                                  int64_t most_tops, int32_t threads) {
-    std::atomic<int64_t> taken{0};
-    const int workers = static_cast<int>(std::min<int64_t>(threads, rows));
-    parallel(workers, workers, [&](int64_t) {
-        for (int64_t r; (r = taken.fetch_add(1, std::memory_order_relaxed)) < rows;) {
-            const Rule& rule = static_cast<const Rule*>(rules)[r];
-            Draw& draw = static_cast<Draw*>(draws)[r];
-            Sampler sampler(rule, raw + r * size, z + r * size, banned, size);
-            sampler.run(draw, rule.kept_row < 0 ? nullptr : kept + rule.kept_row * size,
-                        top_ids + r * most_tops, top_lps + r * most_tops);
-        }
+//     kept     (.., size) int32: kept ids of the rules that ask; tops (rules, most_tops)
+EVERSTEP_API void everstep_sample(const float* logits, int64_t size, const void* rules,
+                                  int64_t count, const int64_t* banned, void* draws, int32_t* kept,
+                                  int64_t* top_ids, double* top_lps, int64_t most_tops,
+                                  int32_t threads) {
+    parallel(count, threads, [&](int64_t r) {
+        const Rule& rule = static_cast<const Rule*>(rules)[r];
+        const float* raw = logits + rule.row * size;
+        Sampler sampler(rule, raw, rule.changed ? rule.changed : raw, banned, size);
+        sampler.run(static_cast<Draw*>(draws)[r],
+                    rule.kept_row < 0 ? nullptr : kept + rule.kept_row * size,
+                    top_ids + r * most_tops, top_lps + r * most_tops);
     });
+}
+
+// One uniform number in [0, 1) per (seed, position), 53 bits (kernels/philox.py has the definition).
+EVERSTEP_API void everstep_uniforms(const std::uint64_t* seeds, const std::uint64_t* positions,
+                                    int64_t count, double* out) {
+    for (int64_t i = 0; i < count; ++i) out[i] = uniform(seeds[i], positions[i]);
 }
 
 // z (rows, size) float32 → out (rows, size): each id's lp_raw, the very numbers that a draw reports.

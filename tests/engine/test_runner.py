@@ -211,14 +211,12 @@ def test_a_draw_beyond_float32_ends_that_rollout_alone(tiny_checkpoint):
 def test_a_row_that_cannot_be_run_ends_its_rollout_and_the_others_keep_their_bits(
     tiny_checkpoint, monkeypatch, max_tokens
 ):
-    draw = kernels.sample
-
-    def sample(logits, rules):
-        if any(rule.seed == 13 for rule in rules):
+    def draw(logits, rules, *, seeds, **columns):
+        if 13 in seeds:
             raise IndexError("no such\nindex")
-        return draw(logits, rules)
+        return kernels.draw(logits, rules, seeds=seeds, **columns)
 
-    monkeypatch.setattr("everstep.engine.runner.sample", sample)
+    monkeypatch.setattr("everstep.engine.drawing.draw", draw)
     params = SamplingParams(max_tokens=max_tokens, prompt_logprobs=1, record=("routing",))
     prompts = [PROMPT, PROMPT[:9], PROMPT[:20]]
     seeds = [msgspec.structs.replace(params, seed=seed) for seed in (1, 13, 2)]

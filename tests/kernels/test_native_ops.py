@@ -10,7 +10,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from everstep.kernels import QuerySpan, Rule, native, native_ops, reference
+from everstep.kernels import QuerySpan, Rule, native, native_ops, native_sampling, reference
 from everstep.kernels.activation import swiglu
 from everstep.kernels.norm import rms_norm
 from everstep.kernels.sampling import sample
@@ -503,7 +503,7 @@ def test_the_token_rises_with_the_uniform_number(ops, vocab, scale, seed):
 def drawn_at(ops, logits, us, **rule):
     numbers = torch.tensor(us, dtype=torch.float64).numpy()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native_ops, "uniforms", lambda seeds, positions: numbers)
+        patch.setattr(native_sampling, "uniforms", lambda *_: numbers)
         return ops.sample(logits.expand(len(us), -1), [Rule(0, 0, **rule)] * len(us))
 
 

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from everstep.kernels import native, native_sampling
 from everstep.kernels.philox import philox4x32, uniforms
 
 # Random123's kat_vectors, philox4x32 with 10 rounds
@@ -53,3 +54,21 @@ def test_uniforms_of_neighbouring_positions_and_seeds_look_independent():
     for sample in (values, others):
         assert abs(sample.mean() - 0.5) < 0.01
         assert abs(np.corrcoef(sample[:-1], sample[1:])[0, 1]) < 0.03
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(-(2**63), 2**64 - 1), st.integers(0, 2**64 - 1)),
+        min_size=1,
+        max_size=20,
+    )
+)
+def test_the_library_has_the_same_uniforms(pairs):
+    library = native.library()
+    if library is None:
+        pytest.skip("no library on this machine")
+    native_sampling.declare(library)
+    seeds, positions = [s for s, _ in pairs], [p for _, p in pairs]
+    got = native_sampling.uniforms(library, seeds, positions)
+    assert got.tolist() == uniforms(seeds, positions).tolist()
