@@ -3,6 +3,7 @@
 Shapes: T packed tokens, R rows whose logits are wanted, V vocabulary, L MoE layers, K experts.
 """
 
+import itertools
 import math
 import traceback
 from collections import defaultdict
@@ -165,16 +166,21 @@ class ModelRunner:
 
     def _record(self, rows: Sequence[Row], out: StepOutput, outcomes: Outcomes, step: int) -> None:
         """What rows ask for beside their draws: prompt logprobs and routing."""
-        first = 0
-        for index, row in enumerate(rows):
-            wants_routing = "routing" in row.sampling.record
-            if wants_routing or row.sampling.prompt_logprobs is not None:
-                result = outcomes[index]
-                if result.nonfinite is None:
-                    self._record_prompt(row, first, out, result, step)
-                if result.nonfinite is None and wants_routing:
-                    self._record_routing(row, first, out, result)
-            first += len(row.token_ids)
+        asking = [
+            index
+            for index, row in enumerate(rows)
+            if row.sampling.prompt_logprobs is not None or row.sampling.record
+        ]
+        if not asking:
+            return
+        ends = list(itertools.accumulate(len(row.token_ids) for row in rows))
+        for index in asking:
+            row, result = rows[index], outcomes[index]
+            first = ends[index] - len(row.token_ids)
+            if result.nonfinite is None:
+                self._record_prompt(row, first, out, result, step)
+            if result.nonfinite is None and "routing" in row.sampling.record:
+                self._record_routing(row, first, out, result)
 
     def _record_prompt(
         self, row: Row, first: int, out: StepOutput, result: RowResult, step: int
