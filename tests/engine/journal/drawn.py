@@ -77,9 +77,13 @@ def grown(draw: st.DrawFn, rollout_id: str, start: int, *, records: bool, most: 
 
 @st.composite
 def rollouts(
-    draw: st.DrawFn, *, rollout_id: str = "ro-1", state: RolloutState | None = None
+    draw: st.DrawFn,
+    *,
+    rollout_id: str = "ro-1",
+    state: RolloutState | None = None,
+    records: bool | None = None,
 ) -> Rollout:
-    """A whole rollout, as a manager holds it."""
+    """A whole rollout, as a manager holds it. records: whether every optional column is there."""
     from everstep.engine.journal_ops import grow
 
     prompt = draw(st.lists(ids, min_size=1, max_size=4))
@@ -88,9 +92,9 @@ def rollouts(
         group_id=draw(st.sampled_from(["grp-1", "grp-2"])),
         index=draw(st.integers(0, 3)),
         prompt_ids=prompt,
-        sampling=draw(samplings),
+        sampling=draw(samplings.filter(lambda s: records in (None, bool(s.record)))),
         seed=draw(st.integers(-(2**63), 2**63 - 1)),
-        max_tokens=draw(st.integers(100, 2**31 - 1)),
+        max_tokens=draw(st.integers(1000, 2**31 - 1)),
         priority=draw(st.integers(-3, 3)),
         client=draw(st.sampled_from(["", "ann"])),
         metadata=draw(metadata),
