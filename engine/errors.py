@@ -14,6 +14,7 @@
     │   ├── EngineDied            503
     │   └── Draining              503
     ├── JournalError              503  the journal cannot be used; names the file, and the table and row
+    │   ├── JournalDamaged        503  a record is not what was written
     │   └── JournalFull           503  no room; nothing of the call was written
     ├── CheckpointError           exit 2  a model folder that cannot be loaded; names the tensor or the key
     ├── ConfigError               exit 2  a setting that cannot be used; names its path
@@ -120,6 +121,10 @@ class JournalError(EverstepError):
 
     code = "journal_error"
     status = 503
+
+
+class JournalDamaged(JournalError):
+    """A record of the journal is not what was written. The message names the table and the row."""
 
 
 class JournalFull(JournalError):

@@ -21,7 +21,7 @@ import apsw
 import msgspec
 from msgspec import Struct
 
-from .errors import JournalError, JournalFull
+from .errors import JournalDamaged, JournalError, JournalFull
 from .journal_rows import Books, DamagedRecord
 from .named_sql import load
 
@@ -52,12 +52,9 @@ class OwnerFile:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            owner = os.pread(self._file, 20, 0).split(b"\n")[0].decode(errors="replace")
+            in_use = _owned(path, self._file)
             os.close(self._file)
-            raise JournalError(
-                f"journal {path}: in use by process {owner or 'unknown'}; stop it, or use another "
-                "file"
-            ) from None
+            raise in_use from None
         self._boot = _boot_id()
         self._note = _Note("", "", 0, 0)
         self._read_note()
@@ -68,7 +65,7 @@ class OwnerFile:
         note = self._note
         least = note.num_commits if note.boot and note.boot == self._boot else note.num_synced
         if note.uid == books.uid and books.num_commits < least:
-            raise JournalError(
+            raise JournalDamaged(
                 f"journal {self._journal}: damaged: the last {least - books.num_commits} commits "
                 f"are missing; remove {self._path} to go on without them"
             )
@@ -95,6 +92,25 @@ class OwnerFile:
         body = data[10 : 10 + int.from_bytes(data[8:10], "little")]
         if body and _digest(body) == data[:8]:
             self._note = msgspec.msgpack.decode(body, type=_Note)
+
+
+def check_unowned(path: str) -> None:
+    """Raise JournalError if a process has the journal open; nothing is written."""
+    try:
+        file = os.open(f"{path}-lock", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        raise _owned(path, file) from None
+    finally:
+        os.close(file)
+
+
+def _owned(path: str, file: int) -> JournalError:
+    owner = os.pread(file, 20, 0).split(b"\n")[0].decode(errors="replace") or "unknown"
+    return JournalError(f"journal {path}: in use by process {owner}; stop it, or use another file")
 
 
 class _Note(Struct, array_like=True):
@@ -215,7 +231,7 @@ def _migrate(db: apsw.Connection, schema: int) -> None:
 def _check_schema(db: apsw.Connection, path: str) -> None:
     """The tables must be the ones that the migrations make: SQLite trusts their text."""
     if db.execute(_TABLES).fetchall() != _expected_tables():
-        raise JournalError(f"journal {path}: table sqlite_schema: damaged, not our schema")
+        raise JournalDamaged(f"journal {path}: damaged: table sqlite_schema: not our schema")
 
 
 @functools.cache
@@ -245,14 +261,14 @@ def translated(path: str) -> Iterator[None]:
     try:
         yield
     except (DamagedRecord, UnicodeDecodeError) as error:
-        raise JournalError(f"journal {path}: damaged: {_one_line(error)}") from None
+        raise JournalDamaged(f"journal {path}: damaged: {_one_line(error)}") from None
     except apsw.FullError:
         raise JournalFull(
             f"journal {path}: the disk is full; what was accepted is kept and written when there "
             "is room"
         ) from None
     except (apsw.CorruptError, apsw.NotADBError, apsw.FormatError) as error:
-        raise JournalError(f"journal {path}: damaged: {_one_line(error)}") from None
+        raise JournalDamaged(f"journal {path}: damaged: {_one_line(error)}") from None
     except (apsw.ReadOnlyError, apsw.CantOpenError, apsw.PermissionsError) as error:
         raise JournalError(f"journal {path}: cannot be written: {error}") from None
     except (apsw.BusyError, apsw.LockedError):

@@ -157,7 +157,7 @@ def make_altered(path):
         (lambda path: path.write_bytes(b"SQLite format 3\0"), "not a journal"),
         (make_foreign, "not a journal .SQLite application id 0x0"),
         (make_newer, f"schema {SCHEMA + 1}, this version of everstep knows {SCHEMA}"),
-        (make_altered, "sqlite_schema: damaged"),
+        (make_altered, "damaged: table sqlite_schema"),
     ],
 )
 def test_a_file_that_is_not_ours_is_left_as_it_is(tmp_path, make, words):
