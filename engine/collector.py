@@ -26,10 +26,12 @@ from .messages import (
     Ready,
     Rejected,
     Resume,
+    RolloutTokens,
     StateChanged,
     Stats,
     ToCore,
     Tokens,
+    tokens_of,
 )
 from .metrics import Registry
 from .restart import restart
@@ -220,13 +222,11 @@ class Collector:
         """The outcome of a step. What goes to the journal goes in one piece."""
         info, origin = self.info, self._origin_of(message)
         durable: list[tuple[Growth, News]] = []
-        for tokens in message.each():
-            growth = self._holdings.get(tokens.rollout_id)
-            if growth is None or not growth.is_open:
-                continue  # cancelled, or ended at a stop string, while the core went on
+
+        def take(growth: Growth, tokens: RolloutTokens) -> None:
             news = growth.prepare(tokens, origin, info)
             if news is None:
-                continue
+                return
             if news.finish is not None:
                 self._finish(growth, news.finish)
                 if news.finish is not tokens.finish:
@@ -236,6 +236,16 @@ class Collector:
                 durable.append((growth, news))
             else:
                 self._show(growth)
+
+        # who is not open was cancelled, or ended at a stop string, while the core went on
+        for tokens in message.rollouts:
+            growth = self._holdings.get(tokens.rollout_id)
+            if growth is not None and growth.is_open:
+                take(growth, tokens)
+        for row in message.plain.rows() if message.plain is not None else ():
+            growth = self._holdings.get(row[0])
+            if growth is not None and growth.is_open and not growth.take_plain(row, origin):
+                take(growth, tokens_of(row))
         if durable and self._keeper is not None:
             self._keeper.append(origin, durable, self._show)
 

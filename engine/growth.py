@@ -17,7 +17,7 @@ from msgspec import Struct
 from .detokenizer import Detokenizer
 from .errors import InvalidTrajectory
 from .journal_ops import Extra, Grown, Origin, grow
-from .messages import Ready, RolloutTokens
+from .messages import PlainToken, Ready, RolloutTokens
 from .rollout import FinishReason, Rollout, RolloutState
 from .tokenizer import Tokenizer
 
@@ -52,6 +52,7 @@ class Growth:
         "_num_ids",
         "_num_prompt_lp",
         "_num_routed_bytes",
+        "_origin",
         "_tokenizer",
         "is_open",
         "news",
@@ -67,6 +68,8 @@ class Growth:
         self._tokenizer = tokenizer
         self._detokenizer = detokenizer_of(rollout, tokenizer)
         self._ahead: deque[News] = deque()
+        self._origin: Origin | None = None
+        """Of the segment that is open, where this process opened it."""
         # of the rollout and of what is prepared
         self._num_ids = len(rollout.output_ids)
         self._num_prompt_lp = len(rollout.prompt_lp)
@@ -86,8 +89,9 @@ class Growth:
 
     def publish(self) -> None:
         """Wake every reader; each looks at the rollout itself."""
-        self.news.set()
-        self.news = asyncio.Event()
+        if self.num_readers:
+            self.news.set()
+            self.news = asyncio.Event()
 
     def move(self, state: RolloutState) -> None:
         """The scheduler, or a new core, has it in another state."""
@@ -131,7 +135,34 @@ class Growth:
 
     def apply(self) -> None:
         """Show the oldest news that were prepared. (`publish` is the caller's: several may come.)"""
-        _write(self.rollout, self._ahead.popleft())
+        news = self._ahead.popleft()
+        _write(self.rollout, news)
+        if news.grown.ids:
+            self._origin = news.origin
+
+    def take_plain(self, row: PlainToken, origin: Origin) -> bool:
+        """Prepare, apply and publish at once one token, the common case; False, and nothing done,
+        where it takes more: a durable rollout, a stop string that may end it, a new segment."""
+        rollout, detokenizer = self.rollout, self._detokenizer
+        _, start, token_id, lp_sampled, lp_temp, kept_mass, flags = row
+        if self._origin is not origin or start != self._num_ids or self._ahead:
+            return False
+        if rollout.is_durable or rollout.sampling.stop:
+            return False
+        if detokenizer is not None:
+            text = detokenizer.push(token_id)
+            if text:
+                rollout.text += text
+                rollout.text_offset = detokenizer.offset
+        rollout.output_ids.append(token_id)
+        rollout.lp_sampled.append(lp_sampled)
+        rollout.lp_temp.append(lp_temp)
+        rollout.kept_mass.append(kept_mass)
+        rollout.flags.append(flags)
+        rollout.versions.append(origin.version)
+        self._num_ids = start + 1
+        self.publish()
+        return True
 
     def conclude(self, state: RolloutState, reason: FinishReason) -> Rollout:
         """The rollout with its one ending, all that was prepared included; takes no more news.

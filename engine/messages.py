@@ -139,9 +139,10 @@ class PlainTokens(Struct):
     starts: list[int]
     draws: Draws
 
-    def __iter__(self) -> Iterator[RolloutTokens]:
+    def rows(self) -> "Iterator[PlainToken]":
+        """(rollout id, start, token id, lp_sampled, lp_temp, kept_mass, flags) of each."""
         draws = self.draws
-        for rollout_id, start, token_id, lp_sampled, lp_temp, kept_mass, flags in zip(
+        return zip(
             self.rollout_ids,
             self.starts,
             draws.token_ids,
@@ -150,16 +151,27 @@ class PlainTokens(Struct):
             draws.kept_mass,
             draws.flags,
             strict=True,
-        ):
-            yield RolloutTokens(
-                rollout_id=rollout_id,
-                start=start,
-                ids=[token_id],
-                lp_sampled=[lp_sampled],
-                lp_temp=[lp_temp],
-                kept_mass=[kept_mass],
-                flags=[flags],
-            )
+        )
+
+    def __iter__(self) -> Iterator[RolloutTokens]:
+        return (tokens_of(row) for row in self.rows())
+
+
+PlainToken = tuple[str, int, int, float, float, float, int]
+
+
+def tokens_of(row: PlainToken) -> RolloutTokens:
+    """The same news in the words of all news."""
+    rollout_id, start, token_id, lp_sampled, lp_temp, kept_mass, flags = row
+    return RolloutTokens(
+        rollout_id=rollout_id,
+        start=start,
+        ids=[token_id],
+        lp_sampled=[lp_sampled],
+        lp_temp=[lp_temp],
+        kept_mass=[kept_mass],
+        flags=[flags],
+    )
 
 
 class Tokens(Struct, tag="tokens"):
