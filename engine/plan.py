@@ -152,6 +152,12 @@ class Draws(Struct, kw_only=True):
     kept_mass: list[float]
     flags: list[int]
 
+    @property
+    def lengths(self) -> set[int]:
+        """Of the lists: one, if they are parallel."""
+        columns = (self.token_ids, self.lp_sampled, self.lp_temp, self.kept_mass, self.flags)
+        return {len(column) for column in columns}
+
     def sampled(self, index: int) -> Sampled:
         """Entry `index` by itself."""
         return Sampled(

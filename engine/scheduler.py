@@ -158,6 +158,7 @@ class Scheduler:
         draft, self._in_flight = self._in_flight, None
         assert draft is not None, "no plan is in flight"
         assert plan.rows is draft.rows, "not the plan in flight"
+        assert result.draws.lengths == {len(plan.rows)}, "columns of another length than the plan"
         # rows computed under other weights than they were planned for are shared with nobody
         self.set_version(result.digest)
         apart, gone = self._apart(draft, result)
