@@ -14,6 +14,7 @@ from .errors import (
     Conflict,
     Draining,
     EngineDied,
+    EngineUnavailable,
     IllegalState,
     JournalError,
     Overloaded,
@@ -70,6 +71,7 @@ class RolloutManager:
         self._allow_other_weights = allow_other_weights
         self.num_recovered = 0
         """Live rollouts that the journal brought back at the start."""
+        self._is_recovered = False
         self._is_draining = False
         self._holdings = Holdings(self.metrics)
         self._keeper: Keeper | None = None
@@ -131,6 +133,7 @@ class RolloutManager:
                 self._tokenizer,
                 allow_other_weights=self._allow_other_weights,
             )
+        self._is_recovered = True
         self._core.collect()
 
     def drain(self) -> None:
@@ -244,13 +247,25 @@ class RolloutManager:
         return await self._journaled.accept(key, growths, self._core.add)
 
     @property
+    def _kept(self) -> Keeper | None:
+        """The keeper, once what its journal holds is here.
+
+        Raises EngineUnavailable before: whoever read a live rollout then would wait for news of a
+        copy, and a key that is in the journal would be taken for a new one.
+        """
+        if self._keeper is not None and not self._is_recovered:
+            raise EngineUnavailable("the engine is loading, and the journal is not read yet")
+        return self._keeper
+
+    @property
     def _journaled(self) -> Keeper:
-        if self._keeper is None:
+        keeper = self._kept
+        if keeper is None:
             raise JournalError(
                 "this server keeps no journal, so it takes no durable rollouts; "
                 "start it with --journal PATH"
             )
-        return self._keeper
+        return keeper
 
     def _check(self, submission: Submission, info: Ready) -> int:
         """The resolved max_tokens, or the error that says why it cannot run."""
@@ -315,12 +330,13 @@ class RolloutManager:
         return growth.rollout
 
     async def _growth(self, rollout_id: str) -> Growth:
+        keeper = self._kept
         growth = self._holdings.get(rollout_id)
         if growth is not None:
             return growth
-        if self._keeper is None:
+        if keeper is None:
             raise UnknownRollout(f"no rollout has the id {rollout_id!r}")
-        return Growth(await self._keeper.find(rollout_id), None)
+        return Growth(await keeper.find(rollout_id), None)
 
     async def _news(self, growth: Growth) -> None:
         """Wait for news of a live one; raises if it will go on, but not here and now."""
@@ -398,16 +414,17 @@ class RolloutManager:
 
     async def _named(self, ids: Sequence[str] | None, group: str | None) -> Growths:
         """The live ones that are meant; raises UnknownRollout where one was never here."""
+        keeper = self._kept
         if group is not None:
             found = [g for g in self._holdings.live() if g.rollout.group_id == group]
-            if not found and not (self._keeper and await self._keeper.has_group(group)):
+            if not found and not (keeper and await keeper.has_group(group)):
                 raise UnknownRollout(f"no group has the id {group!r}")
             return found
         if ids is None:
             return self._holdings.live()
         for rollout_id in ids:
             if self._holdings.get(rollout_id) is None and not (
-                self._keeper and await self._keeper.is_known(rollout_id)
+                keeper and await keeper.is_known(rollout_id)
             ):
                 raise UnknownRollout(f"no rollout has the id {rollout_id!r}")
         return self._holdings.live(dict.fromkeys(ids))

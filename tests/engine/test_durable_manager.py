@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import threading
 from dataclasses import dataclass, field
 
 import pytest
@@ -11,6 +12,7 @@ from everstep.engine.errors import (
     Conflict,
     Draining,
     EngineDied,
+    EngineUnavailable,
     IllegalState,
     InvalidRequest,
     InvalidTrajectory,
@@ -583,6 +585,48 @@ def test_durable_submissions_are_taken_while_a_core_is_started_again():
             done = await manager.wait(rollout_id)
             assert done.output_ids == alone(done)
             assert backend.starts == 2
+
+    run(body)
+
+
+def test_until_the_journal_is_read_nothing_durable_is_answered():
+    """A reader would wait for news of a copy; a known key would make its rollouts again."""
+
+    async def body(world):
+        async with world.managed() as (manager, backend):
+            backend.is_held = True
+            first = await manager.accept(ask(), key())
+        [rollout_id] = first.rollout_ids
+        may_read = threading.Event()
+        recover = world.store.recover
+
+        def slowly():
+            assert may_read.wait(30)
+            return recover()
+
+        world.store.recover = slowly
+        manager = RolloutManager(InlineBackend(), None, journal=JournalThread(world.store))
+        starting = asyncio.create_task(manager.start())
+        await asyncio.sleep(0.02)
+        assert manager.info  # the core is there, what was journaled is not
+        calls = [
+            lambda: manager.accept(ask(), key()),
+            lambda: manager.find(rollout_id),
+            lambda: manager.wait(rollout_id),
+            lambda: anext(aiter(manager.stream(rollout_id))),
+            lambda: manager.list(Query()),
+            lambda: manager.pause([rollout_id]),
+            lambda: manager.cancel(),
+            lambda: manager.acknowledge(),
+        ]
+        for call in calls:
+            with pytest.raises(EngineUnavailable, match="not read yet"):
+                await call()
+        may_read.set()
+        await starting
+        assert (await manager.accept(ask(), key())).rollout_ids == [rollout_id]
+        assert len((await manager.wait(rollout_id)).output_ids) == 8
+        await manager.close()
 
     run(body)
 
