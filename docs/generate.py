@@ -4,13 +4,18 @@ python docs/generate.py          write the files
 python docs/generate.py --check  exit with 1 if a file differs
 """
 
+import ast
+import inspect
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
 import typer
+from msgspec import NODEFAULT, UNSET, Struct, structs
 
 from everstep import cli, dialects
 from everstep.engine.backend import Backend
@@ -27,9 +32,14 @@ from everstep.engine.manager import RolloutManager
 from everstep.engine.messages import Stats
 from everstep.engine.metrics import Registry
 from everstep.engine.rollout import SamplingParams
+from everstep.server import rollouts_types
 from everstep.server.config import ServeConfig
+from everstep.server.decoding import accepted
 from everstep.server.http import BodyTooLarge
+from everstep.server.idempotency import MAX_KEY_CHARS
+from everstep.server.media import UnsupportedMedia
 from everstep.server.operations import ALIASES, families
+from everstep.server.rollouts_requests import MAX_WAIT_S
 from everstep.server.stream import RolloutFailed
 from everstep.settings import settings_of
 
@@ -104,7 +114,7 @@ def config() -> str:
 def _default(value: Any) -> str:
     if value is None:
         return "none"
-    if value in ((), {}):
+    if value in ((), {}, ""):
         return "empty"
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
@@ -285,10 +295,119 @@ def errors() -> str:
 def _tree(kind: type[EverstepError], depth: int) -> Iterator[tuple[int, type[EverstepError]]]:
     yield depth, kind
     # by module, for tests may define errors of their own
-    homes = {EverstepError.__module__, BodyTooLarge.__module__, RolloutFailed.__module__}
+    shown = (EverstepError, BodyTooLarge, RolloutFailed, UnsupportedMedia)
+    homes = {one.__module__ for one in shown}
     children = [child for child in kind.__subclasses__() if child.__module__ in homes]
     for child in sorted(children, key=lambda c: (c.__module__, c.status, c.__name__)):
         yield from _tree(child, depth + 1)
+
+
+_CALLS = [
+    ("`POST /rollouts`", "`SubmitRequest`", "202 `Submitted`", "key"),
+    ("`GET /rollouts`", "`state`, `group`, `pool`, `cursor`, `limit`", "`RolloutList`", ""),
+    ("`GET /rollouts/{id}`", "`wait` (seconds), `after` (tokens)", "the rollout", ""),
+    ("`GET /rollouts/{id}/stream`", "`after` (tokens)", "events of `StreamEvent`", ""),
+    ("`POST /rollouts/{id}/pause` `resume` `cancel` `ack`", "nothing", "`Done`", ""),
+    ("`POST /rollouts/pause` `resume` `cancel` `ack`", "`Selection`", "`Done`", ""),
+    ("`POST /rollouts/{id}/fork`", "`ForkRequest`", "202 `Submitted`", "key"),
+    ("`GET` or `POST /rollouts/{id}/export`", "nothing", "the rollout, sealed", ""),
+    ("`POST /rollouts/import`", "an export; `allow_other_weights`", "202 `Submitted`", "key"),
+]
+
+
+def rollouts_api() -> str:
+    """The routes of /rollouts, and every field of their structs as their source explains it."""
+    requests = ("SubmitRequest", "Sampling", "ForkRequest", "Selection")
+    answers = ("Submitted", "Done", "RolloutAnswer", "RolloutUsage", "StreamEvent")
+    blocks: list[Any] = []
+    for name in (*requests, *answers, "RolloutList", "RolloutSummary"):
+        kind = getattr(rollouts_types, name)
+        blocks += [f"## {name}", _paragraph(kind), _fields(kind, is_request=name in requests)]
+    return page(
+        "Rollouts over HTTP",
+        "Durable generations by id; [the how-to](../howto/rollouts.md) shows them at work.\n"
+        "`everstep serve --api-key` protects `/rollouts` as it does `/v1`.",
+        table(("call", "takes", "gives", "Idempotency-Key"), _CALLS),
+        "## Bodies and answers",
+        "A body is JSON, or msgpack with `Content-Type: application/msgpack`; another type is 415.\n"
+        "Answers follow `Accept`: `application/json` (the default) or `application/msgpack`; "
+        "neither is 406.\n"
+        "As msgpack a rollout is a `Trajectory` of `everstep.engine.trajectory`, whose per-token "
+        "columns are little-endian bytes (int32 ids, float32 logprobs, uint8 flags, routing as it "
+        "was recorded); as JSON it is the `RolloutAnswer` below.\n"
+        "An export is `application/octet-stream` by default, a sealed `Trajectory` that knows when "
+        "it was cut or altered; `Accept` gives it as msgpack or JSON, and import takes all three.\n"
+        "A field or a query that is not known is 400, and the message names the nearest one.\n"
+        "A field that is null is absent. Errors have the shape of "
+        "[every error](errors.md), always as JSON.",
+        "## Long polls and streams",
+        f"`wait` is at most {MAX_WAIT_S:g} s, a longer one answers then with what there is. With "
+        "`after` it answers as soon as there are more tokens than that, without it once the rollout "
+        "has ended.\n"
+        "A stream begins with a `retry:` line, sends a comment every `http.heartbeat_s` while "
+        "nothing comes, and ends with the event that has a `finish_reason`.\n"
+        "The `id:` of an event is the number of output tokens up to its end: with it as `after`, or "
+        "as the header `Last-Event-ID`, the stream goes on behind it, and no token comes twice.\n"
+        "An event named `error` holds an error of the server; the rollout itself may go on.\n"
+        "Readers that leave end nothing.",
+        "## Idempotency-Key",
+        f"1 to {MAX_KEY_CHARS} printable ASCII characters, on every call that makes rollouts, and on "
+        "`/v1/completions` and `/v1/chat/completions`, whose rollouts are durable then.\n"
+        "A key belongs to the API key that sent it and to the route, and is kept for "
+        "`journal.retain_keys_s`.\n"
+        "The same request again gives the same rollouts, or the same answer, with the header "
+        "`idempotent-replayed: true`; whether it is streamed does not matter.\n"
+        "Another body is 409 `idempotency_key_reused`.",
+        "## States",
+        "A named rollout that is not there is 404, one whose state does not allow the call is 409 "
+        "`illegal_state`; then nothing was done, to none of those that were named.\n"
+        "Pause, cancel and ack of what is paused, has ended, was acknowledged already is fine.\n"
+        "Import of what is cut, altered or no rollout is 400 `invalid_trajectory`; of another model, "
+        "vocabulary or weights, or of an id that is known here, 409 `conflict`.\n"
+        "A journal without room refuses what is new with 503 `journal_full` and `Retry-After`; "
+        "nothing that it holds is lost.",
+        *blocks,
+    )
+
+
+def _fields(kind: type[Struct], *, is_request: bool) -> list[str]:
+    docs, words = _field_docs(kind), accepted(kind)
+    rows = []
+    for field in structs.fields(kind):
+        row = [f"`{field.name}`", words[field.name], docs.get(field.name, "")]
+        if is_request:
+            row.insert(2, "required" if field.required else _struct_default(field))
+        elif field.default is UNSET:
+            row[1] += ", or absent"
+        rows.append(row)
+    default = ("default",) if is_request else ()
+    return table(("field", "value", *default, "what"), rows)
+
+
+def _struct_default(field: structs.FieldInfo) -> str:
+    if field.default is NODEFAULT:
+        return "empty"
+    return "its defaults" if isinstance(field.default, Struct) else _default(field.default)
+
+
+def _field_docs(kind: type[Struct]) -> dict[str, str]:
+    """The string below a field in the source of its class, bases included."""
+    found: dict[str, str] = {}
+    for base in reversed(kind.__mro__[: kind.__mro__.index(Struct)]):
+        [node] = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        assert isinstance(node, ast.ClassDef)
+        for line, following in pairwise(node.body):
+            match line, following:
+                case (
+                    ast.AnnAssign(target=ast.Name(id=name)),
+                    ast.Expr(value=ast.Constant(value=str(text))),
+                ):
+                    found[name] = " ".join(text.split())
+    return found
+
+
+def _paragraph(kind: type[Struct]) -> str:
+    return _sentences(" ".join((kind.__doc__ or "").split()))
 
 
 PAGES: dict[str, Callable[[], str]] = {
@@ -296,6 +415,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "config.md": config,
     "errors.md": errors,
     "metrics.md": metrics,
+    "rollouts-api.md": rollouts_api,
 }
 
 

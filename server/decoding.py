@@ -206,7 +206,11 @@ def _describe(info: inspect.Type) -> str:
             parts = [_describe(part) for part in types if not isinstance(part, inspect.NoneType)]
             return " or ".join(parts)
         case inspect.LiteralType(values=values):
-            return "one of " + ", ".join(repr(value) for value in values)
+            return "true" if values == (True,) else "one of " + ", ".join(map(repr, values))
+        case inspect.EnumType(cls=cls):
+            return "one of " + ", ".join(repr(member.value) for member in cls)
+        case inspect.TupleType(item_types=items):
+            return f"[{', '.join(map(_describe, items))}]"
         case inspect.BoolType():
             return "true or false"
         case inspect.IntType():

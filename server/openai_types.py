@@ -24,24 +24,39 @@ class SamplingFields(Struct, frozen=True, kw_only=True):
     """How to draw tokens, in the names that every face of ours uses."""
 
     temperature: Annotated[float, Meta(ge=0.0, le=100.0)] = 1.0
+    """0: the most likely token."""
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
+    """Keep the most likely tokens of this mass."""
     top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] = 0
+    """Keep so many of the most likely; 0 and -1: all."""
     min_p: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0
+    """Keep those of at least this fraction of the most likely one's probability."""
     presence_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
     frequency_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
     repetition_penalty: Annotated[float, Meta(ge=0.01, le=100.0)] = 1.0
+    """Over prompt and output; 1: off."""
     logit_bias: dict[TokenId, Annotated[float, Meta(ge=-100.0, le=100.0)]] = {}
+    """Token id → what is added to its logit."""
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    """Of the noise; samples of one prompt derive one each. Default: one of its own."""
     min_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
+    """No end before so many."""
     stop: NonEmpty | Annotated[list[NonEmpty], Meta(max_length=64)] | None = None
+    """Strings that end it; the text is cut before them."""
     stop_token_ids: list[TokenId] = []
+    """Tokens that end it."""
     include_stop_str_in_output: bool = False
+    """Cut the text behind the stop string."""
     no_stop_trim: bool = False
     """SGLang's name for include_stop_str_in_output."""
     ignore_eos: bool = False
+    """Go on past the end-of-sequence tokens."""
     skip_special_tokens: bool = True
+    """Leave them out of the text."""
     prompt_logprobs: Alternatives | None = None
+    """Alternatives per prompt token; 0: its own logprobs alone."""
     logprobs_mode: LogprobsMode | None = None
+    """Which distribution they show; default: the server's openai.logprobs_mode."""
 
 
 class GenerationRequest(SamplingFields, frozen=True, kw_only=True):

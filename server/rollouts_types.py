@@ -38,18 +38,27 @@ class SubmitRequest(Struct, frozen=True, kw_only=True):
     """POST /rollouts. Exactly one of prompt_ids, prompt and messages."""
 
     model: str | None = None
+    """A served name; only checked."""
     prompt_ids: Annotated[list[TokenId], Meta(min_length=1)] | None = None
+    """Token ids, as they are."""
     prompt: str | None = None
+    """Text, as it is."""
     messages: Annotated[list[Message], Meta(min_length=1)] | None = None
+    """A conversation, put in words by the checkpoint's template, as in chat."""
     tools: list[Tool] = []
     """Of messages, as in chat."""
     chat_template_kwargs: dict[str, Any] = {}
+    """What else the template is told."""
     add_generation_prompt: bool | None = None
+    """Default: unless the final message is continued."""
     continue_final_message: bool = False
+    """Go on inside the last message."""
     add_special_tokens: bool | None = None
     """Default: yes for a prompt; no for messages, whose template has them."""
     samples: Annotated[int, Meta(ge=1, le=MAX_SAMPLES)] = 1
+    """Rollouts of this prompt, each with noise of its own."""
     sampling: Sampling = Sampling()
+    """How to draw."""
     record: list[Record] = []
     """What else to keep per token."""
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] = 0
@@ -76,6 +85,7 @@ class ForkRequest(Struct, frozen=True, kw_only=True):
     """POST /rollouts/{id}/fork: new rollouts that begin with the first `at` output tokens."""
 
     at: Annotated[int, Meta(ge=0, le=2**31 - 1)]
+    """How many output tokens to keep, at most as many as there are."""
     samples: Annotated[int, Meta(ge=1, le=MAX_SAMPLES)] = 1
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     """Default: with one sample the source's noise, hence its very tokens; else new noise."""
@@ -86,7 +96,9 @@ class Selection(Struct, frozen=True, kw_only=True):
 
     ids: Ids | None = None
     group: str | None = None
+    """Its group_id."""
     all: Literal[True] | None = None
+    """Of pause and resume: those that come later too."""
 
 
 class Empty(Struct, frozen=True, kw_only=True):
@@ -100,6 +112,8 @@ class Done(Struct, frozen=True, kw_only=True):
 
 
 class RolloutUsage(Struct, kw_only=True):
+    """Counts of tokens."""
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
@@ -148,7 +162,7 @@ class RolloutAnswer(Struct, kw_only=True):
     """`user` of the request."""
     num_preemptions: int = 0
     created_s: float = 0.0
-    """Unix time."""
+    """Unix time, as the two below."""
     first_token_s: float | None = None
     ended_s: float | None = None
 

@@ -105,7 +105,9 @@ def test_every_relative_link_leads_to_a_file_and_its_heading(page: Path) -> None
             assert anchor in slugs, target
 
 
-@pytest.mark.parametrize("name", ["cli.md", "config.md", "errors.md", "metrics.md"])
+@pytest.mark.parametrize(
+    "name", ["cli.md", "config.md", "errors.md", "metrics.md", "rollouts-api.md"]
+)
 def test_the_reference_is_what_the_code_says(generate: ModuleType, name: str) -> None:
     file = ROOT / "docs" / "reference" / name
     made = generate.PAGES[name]()
