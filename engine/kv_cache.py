@@ -335,22 +335,21 @@ class KVCacheManager:
 
     def _register(self, kv: RolloutKV, num_tokens: int) -> None:
         """Tell the index of blocks that became full, and of the one being filled."""
-        size, pool = self.block_size, self._pool
+        size, pool, blocks = self.block_size, self._pool, kv.blocks
         num_full = num_tokens // size
         for index in range(kv.num_registered, num_full):
-            block, key = kv.blocks[index], self._hash(kv, index)
+            key = self._hash(kv, index)
             tokens = kv.ids[index * size : (index + 1) * size]
-            if not pool.complete(block, key, tokens):
+            if not pool.complete(blocks[index], key, tokens):
                 parent = kv.hashes[index - 1] if index else self._root
-                pool.register(block, Content(parent, key, tokens))
+                pool.register(blocks[index], Content(parent, key, tokens))
         kv.num_registered = num_full
         start = num_full * size
+        kv.next_registration = start + 1
         if num_tokens > start:
             parent = kv.hashes[num_full - 1] if num_full else self._root
-            pool.register(kv.blocks[num_full], Content(parent, None, kv.ids, start, kv))
+            pool.register(blocks[num_full], Content(parent, None, kv.ids, start, kv))
             kv.next_registration = start + size
-        else:
-            kv.next_registration = start + 1
 
     def check_invariants(self) -> None:
         """Raise AssertionError if tables, references, host memory or the index disagree."""

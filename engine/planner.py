@@ -115,7 +115,9 @@ class Planner:
         if length == rollout.min_length:
             self._roster.decoding.lift_ban(rollout)
         kv = rollout.kv
-        if length > len(kv.blocks) * self._kv.block_size and self._make_room(rollout, 1):
+        if length > len(kv.blocks) * self._kv.block_size and (
+            self._kv.num_free or self._make_room(rollout, 1)
+        ):
             self._kv.grow_by_one(kv)
 
     def _plan_chunk(self, rollout: LiveRollout) -> None:
