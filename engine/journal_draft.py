@@ -45,7 +45,9 @@ from .trajectory import encode, pack
 
 # SQLite's limit for a row, less the other columns
 MAX_RECORD_BYTES = 10**9 - 10**6
-# tokens after which a commit begins another row
+# entries and tokens after which a commit begins another row: a page then holds several, and little
+# of it stays empty
+_MAX_ROW_ENTRIES = 32
 _MAX_ROW_TOKENS = 2**16
 # rows that one commit deletes at most: a long list of them must not hold up the others
 _TRIM_ROWS = 4096
@@ -269,7 +271,12 @@ class Draft:
     def _row(self, origin: int) -> TokenRow:
         """The row that new tokens of this origin go to."""
         last = self._rows[-1] if self._rows else None
-        if last is None or last.origin != origin or len(last.ids) >= _MAX_ROW_TOKENS:
+        if (
+            last is None
+            or last.origin != origin
+            or len(last.numbers) >= _MAX_ROW_ENTRIES
+            or len(last.ids) >= _MAX_ROW_TOKENS
+        ):
             last = TokenRow(self._books.next_row, origin)
             self._rows.append(last)
             self._books.next_row += 1
