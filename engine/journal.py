@@ -73,6 +73,8 @@ class Journal:
         path = os.fspath(path)
         lock = None
         if vfs is None:
+            # first, since to open and close a file drops the locks that this process has on it
+            files.check_unowned(path)
             files.check_header(path)
             lock = None if is_read_only else files.OwnerFile(path)
         try:

@@ -173,6 +173,8 @@ def connect(path: str, *, vfs: str | None = None, is_read_only: bool = False) ->
         if not os.path.exists(f"{path}-wal"):
             # without a WAL nothing need be made beside the file, not even for locks
             name, flags = f"file:{quote(path)}?immutable=1", flags | apsw.SQLITE_OPEN_URI
+    elif vfs is None:
+        _make_private(path)
     with translated(path):
         db = apsw.Connection(name, flags=flags, vfs=vfs)
         try:
@@ -197,6 +199,15 @@ def connect(path: str, *, vfs: str | None = None, is_read_only: bool = False) ->
             db.close(True)
             raise
     return db
+
+
+def _make_private(path: str) -> None:
+    """A file that is not there yet is its owner's alone: it will hold prompts. SQLite gives its
+    log the same mode."""
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    except OSError as error:
+        raise JournalError(f"journal {path}: cannot be written: {error.strerror}") from None
 
 
 def _prepare(db: apsw.Connection, path: str, *, is_real_file: bool) -> None:

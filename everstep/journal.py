@@ -68,7 +68,8 @@ def run_export(path: Path, output: Path | None, *, is_sealed: bool, only_ended: 
 
 def run_compact(path: Path) -> None:
     _check_is_file(path)
-    before = path.stat().st_size
+    log = path.with_name(f"{path.name}-wal")
+    before = path.stat().st_size + (log.stat().st_size if log.exists() else 0)
     with contextlib.closing(Journal.open(path)) as journal:
         journal.compact(is_thorough=True)
     sys.stdout.write(f"{path}: {before} → {path.stat().st_size} bytes\n")

@@ -117,6 +117,14 @@ def test_a_new_journal_at_the_old_place_misses_nothing(tmp_path):
     Journal.open(path).close()
 
 
+def test_a_journal_is_its_owners_alone(tmp_path):
+    journal = Journal.open(tmp_path / "journal.db")
+    fill(journal)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == dict.fromkeys(["journal.db", "journal.db-lock", "journal.db-wal"], 0o600)
+    journal.close()
+
+
 def test_a_second_owner_is_told_who_the_first_is(tmp_path):
     path = tmp_path / "journal.db"
     journal = Journal.open(path)

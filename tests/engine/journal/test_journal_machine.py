@@ -161,4 +161,4 @@ class JournalMachine(RuleBasedStateMachine):
 
 
 TestJournalMachine = JournalMachine.TestCase
-TestJournalMachine.settings = settings(max_examples=150, stateful_step_count=25, deadline=None)
+TestJournalMachine.settings = settings(max_examples=80, stateful_step_count=25, deadline=None)
