@@ -31,7 +31,7 @@ from everstep.engine.model import KVStore
 from everstep.engine.plan import Row
 from everstep.engine.rollout import SamplingParams
 from everstep.engine.rotary import rotary_tables
-from everstep.engine.runner import FEW_TOKENS, ModelRunner
+from everstep.engine.runner import ModelRunner
 from everstep.engine.step import ForwardPass, batch_of
 from everstep.engine.weights import Weights, load_weights
 
@@ -81,13 +81,11 @@ def bare_step(weights: Weights, count: int) -> Callable[[], object]:
     rows = [
         Row(
             rollout_id=f"b{i}",
-            token_ids=[i % config.vocab_size],
-            start=position,
+            all_ids=[i % config.vocab_size] * (position + 1),
+            num_missing=1,
+            num_tokens=1,
             block_table=list(range(1 + i * blocks, 1 + (i + 1) * blocks)),
-            samples=True,
-            position=0,
             num_prompt=PROMPT,
-            all_ids=[],
             sampling=SamplingParams(),
             seed=i,
             banned_ids=[],
@@ -95,11 +93,8 @@ def bare_step(weights: Weights, count: int) -> Callable[[], object]:
         for i in range(count)
     ]
     batch, native = batch_of(rows, wants_routes=False), forward.native
-    threads = torch.get_num_threads()
 
     def step() -> object:
-        # as the runner does
-        torch.set_num_threads(1 if count < FEW_TOKENS else threads)
         with torch.inference_mode():
             if native is None:
                 return forward.run(rows, wants_routes=False)
@@ -148,12 +143,10 @@ def main() -> None:
     per_token = 2 * weights.config.num_hidden_layers * weights.config.num_key_value_heads
     per_token *= weights.config.head_dim * weights.dtype.itemsize
     for count in map(int, options.rollouts.split(",")):
-        torch.set_num_threads(options.threads)
         trial, bare = decoding(weights, count), bare_step(weights, count)
         assert isinstance(trial.core.runner, ModelRunner)
         whole_ms, bare_ms = [], []
         for _ in range(STEPS):
-            torch.set_num_threads(options.threads)
             whole_ms.append(milliseconds(trial.step))
             bare_ms.append(milliseconds(bare))
         whole, alone = statistics.median(whole_ms), statistics.median(bare_ms)

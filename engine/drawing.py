@@ -42,7 +42,7 @@ class Drawer:
             logits,
             [self.rule(row) for row in rows],
             seeds=[row.seed for row in rows],
-            positions=[row.position for row in rows],
+            positions=[len(row.all_ids) - row.num_prompt for row in rows],
             rows=places,
         )
 

@@ -25,9 +25,6 @@ from .weights import Weights
 
 # changes when the bits of the C++ kernels do
 KERNELS_VERSION = 1
-# steps of fewer tokens run on one thread: waking a second one for each of some 300 small products
-# costs more than it gives (benchmarks/RESULTS.md). Bits do not depend on the number of threads.
-FEW_TOKENS = 16
 # rows of prompt logits in memory at once
 PROMPT_ROWS = 64
 # by index of the row, those that do more or less than draw one token
@@ -46,7 +43,6 @@ class ModelRunner:
         self._forward = ForwardPass(weights, self._store, tables, kv.block_size)
         self._drawer = Drawer()
         self._parked: dict[str, list[torch.Tensor]] = {}
-        self._num_threads = torch.get_num_threads()
 
     @property
     def numerics(self) -> str:
@@ -87,16 +83,12 @@ class ModelRunner:
     def run(self, plan: StepPlan) -> StepResult:
         """Carry out a plan: parks, unparks, copies, then the rows."""
         self._move_blocks(plan)
-        is_small = sum(len(row.token_ids) for row in plan.rows) < FEW_TOKENS
-        torch.set_num_threads(1 if is_small else self._num_threads)
         try:
             return self._run_rows(plan.rows, plan.step)
         except Exception:
             # a row has the same bits alone, so that only those pay that cannot be run
             results = [self._run_alone(row, plan.step) for row in plan.rows]
             return StepResult.of(self.weights.version, self.weights.digest, results)
-        finally:
-            torch.set_num_threads(self._num_threads)
 
     def _run_alone(self, row: Row, step: int) -> RowResult:
         try:
@@ -158,11 +150,11 @@ class ModelRunner:
         first_layer = self._forward.first_bad_layer(rows)
         is_bad, first = set(bad_tokens), 0
         for index, row in enumerate(rows):
-            tokens = [t for t in range(first, first + len(row.token_ids)) if t in is_bad]
+            tokens = [t for t in range(first, first + row.num_tokens) if t in is_bad]
             if tokens:
                 layer = min(first_layer.get(t, len(self.weights.layers)) for t in tokens)
                 outcomes[index].nonfinite = f"step {step}, layer {layer}"
-            first += len(row.token_ids)
+            first += row.num_tokens
 
     def _record(self, rows: Sequence[Row], out: StepOutput, outcomes: Outcomes, step: int) -> None:
         """What rows ask for beside their draws: prompt logprobs and routing."""
@@ -173,10 +165,10 @@ class ModelRunner:
         ]
         if not asking:
             return
-        ends = list(itertools.accumulate(len(row.token_ids) for row in rows))
+        ends = list(itertools.accumulate(row.num_tokens for row in rows))
         for index in asking:
             row, result = rows[index], outcomes[index]
-            first = ends[index] - len(row.token_ids)
+            first = ends[index] - row.num_tokens
             if result.nonfinite is None:
                 self._record_prompt(row, first, out, result, step)
             if result.nonfinite is None and "routing" in row.sampling.record:
@@ -187,7 +179,7 @@ class ModelRunner:
     ) -> None:
         """lp_raw of the prompt tokens that this row's tokens, packed from `first` on, predict."""
         count = row.sampling.prompt_logprobs
-        last = min(row.start + len(row.token_ids), row.num_prompt - 1)
+        last = min(row.start + row.num_tokens, row.num_prompt - 1)
         if count is None or row.start >= last:
             return
         for start in range(row.start, last, PROMPT_ROWS):
@@ -205,7 +197,7 @@ class ModelRunner:
         """Expert ids and weights of this row's tokens, (tokens, L, K)."""
         if out.routes is None:
             return
-        part = slice(first, first + len(row.token_ids))
+        part = slice(first, first + row.num_tokens)
         ids, weights = (routes[:, part].transpose(0, 1).numpy() for routes in out.routes)
         width = np.uint8 if self.weights.config.num_experts <= 256 else np.uint16
         result.routing_ids = ids.astype(width).tobytes()
@@ -213,7 +205,7 @@ class ModelRunner:
 
     def _draw(self, rows: Sequence[Row], out: StepOutput, outcomes: Outcomes, step: int) -> Draws:
         """Draw a token for every row that ends at its newest one."""
-        drawn = [index for index, row in enumerate(rows) if row.samples]
+        drawn = [index for index, row in enumerate(rows) if row.num_tokens == row.num_missing]
         head = len(self.weights.layers)
         for place in out.bad_logits:
             result = outcomes[drawn[place]]

@@ -4,9 +4,10 @@ operation by operation (model.py); the same bits either way.
 Shapes: T packed tokens, R wanted rows, H hidden, V vocabulary, L MoE layers, K experts per token.
 """
 
+import contextlib
 import ctypes
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -27,6 +28,10 @@ from . import model
 from .model import KVStore
 from .plan import Row
 from .weights import Layer, Mlp, Weights
+
+# steps of fewer tokens run on one of torch's threads: waking a second one for each of some 300 small
+# products costs more than it gives. The C++ library's own threads are woken for less.
+FEW_TOKENS = 16
 
 
 class ForwardPass:
@@ -70,8 +75,9 @@ class ForwardPass:
         return first
 
     def _by_operation(self, rows: Sequence[Row], batch: StepBatch) -> StepOutput:
-        out = self._forward(rows, batch, None)
-        logits = model.logits(self._weights, out.hidden[torch.from_numpy(batch.wanted)])
+        with _threads_for(batch.ids.size):
+            out = self._forward(rows, batch, None)
+            logits = model.logits(self._weights, out.hidden[torch.from_numpy(batch.wanted)])
         routes = None
         if batch.wants_routes and out.routes:
             routes = (
@@ -84,12 +90,24 @@ class ForwardPass:
         self, rows: Sequence[Row], batch: StepBatch, trace: model.Trace | None
     ) -> model.Forward:
         spans = [
-            QuerySpan(first, row.start, len(row.token_ids), row.block_table)
+            QuerySpan(first, row.start, row.num_tokens, row.block_table)
             for first, row in zip(batch.spans[0].tolist(), rows, strict=True)
         ]
         plan = model.plan_step(self._weights.config, spans, self._block_size)
         ids = torch.from_numpy(batch.ids)
         return model.forward(self._weights, ids, self._store, plan, self._tables, trace=trace)
+
+
+@contextlib.contextmanager
+def _threads_for(tokens: int) -> Iterator[None]:
+    """One of torch's threads for a small step, all of them for others."""
+    before = torch.get_num_threads()
+    if tokens < FEW_TOKENS:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _not_finite(x: torch.Tensor) -> list[int]:
@@ -100,19 +118,26 @@ def _not_finite(x: torch.Tensor) -> list[int]:
 def batch_of(rows: Sequence[Row], *, wants_routes: bool) -> StepBatch:
     """The rows as the kernels take them, packed in their order."""
     spans = np.empty((5, len(rows)), dtype=np.int64)
-    spans[1] = [row.start for row in rows]
-    spans[2] = [len(row.token_ids) for row in rows]
+    missing = np.array([row.num_missing for row in rows])
+    spans[1] = [len(row.all_ids) for row in rows]
+    spans[1] -= missing
+    spans[2] = [row.num_tokens for row in rows]
     spans[4] = [len(row.block_table) for row in rows]
     ends = np.cumsum(spans[2])
     spans[0] = ends - spans[2]
     spans[3] = np.cumsum(spans[4]) - spans[4]
-    ids = itertools.chain.from_iterable(row.token_ids for row in rows)
-    blocks = itertools.chain.from_iterable(row.block_table for row in rows)
+    ids: list[int] = []
+    for row in rows:
+        if row.num_missing == 1:
+            ids.append(row.all_ids[-1])
+        else:
+            ids += row.token_ids
+    blocks = itertools.chain.from_iterable([row.block_table for row in rows])
     return StepBatch(
-        ids=np.fromiter(ids, np.int64, count=int(ends[-1])),
+        ids=np.array(ids, dtype=np.int64),
         spans=spans,
         blocks=np.fromiter(blocks, np.int32, count=int(spans[4].sum())),
-        wanted=ends[[row.samples for row in rows]] - 1,
+        wanted=ends[spans[2] == missing] - 1,
         wants_routes=wants_routes,
     )
 

@@ -9,6 +9,7 @@ K experts per token.
 """
 
 import ctypes
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -236,7 +237,7 @@ class NativeStep:
     def _room(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Memory for an output, the same one as long as it is large enough: fresh pages of a step's
         logits would cost as much as drawing from them."""
-        size = int(np.prod(shape))
+        size = math.prod(shape)
         room = self._rooms.get(name)
         if room is None or room.numel() < size:
             room = self._rooms[name] = torch.empty(size, dtype=dtype)
