@@ -22,8 +22,8 @@ from .trajectory import decode, unpack
 
 # pages of the WAL after which it is written into the file
 _CHECKPOINT_PAGES = 1000
-# slices of compaction in one call of `compact`
-_SLICES = 16
+# how long one call of `compact` holds up commits
+_COMPACT_S = 0.05
 
 
 class Journal:
@@ -201,8 +201,8 @@ class Journal:
             self._note()
         self._checkpoint()
 
-    def compact(self, *, is_thorough: bool = False) -> None:
-        """A part of the work, some tens of milliseconds of it; is_thorough: all there is.
+    def compact(self, *, is_thorough: bool = False) -> bool:
+        """A part of the work, for 50 ms and a slice; is_thorough: all there is. True: more is left.
 
         Forgets tombstones and keys whose time is over, rewrites rows of tokens that mostly hold
         ended rollouts, and gives free pages back to the file system.
@@ -212,12 +212,14 @@ class Journal:
             compaction = Compaction(
                 self._db, self._memory, self._config, self._clock(), is_thorough=is_thorough
             )
-            slices = 0
-            while (is_thorough or slices < _SLICES) and compaction.work():
-                slices += 1
+            until_s = time.monotonic() + _COMPACT_S
+            while is_more := compaction.work():
+                if not is_thorough and time.monotonic() > until_s:
+                    break
             self._num_bytes = files.used_bytes(self._db)
             self._note()
         self._checkpoint()
+        return is_more
 
     def _check_room(self) -> None:
         if self._num_bytes <= self._config.max_bytes:

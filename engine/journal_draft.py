@@ -78,6 +78,8 @@ class Memory(Struct, kw_only=True):
     num_row_tokens: int = 0
     """In the table `tokens`, of ended rollouts too."""
     num_unacked: int = 0
+    merge_row: int | None = None
+    """Where compaction goes on; None: it has nothing to merge."""
 
 
 def rows_of(db: apsw.Connection, table: str, *bounds: int) -> Iterator[tuple[Any, ...]]:

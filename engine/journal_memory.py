@@ -123,7 +123,7 @@ class MemoryJournal:
         ]
         return found[: query.limit]
 
-    def compact(self) -> None:
+    def compact(self) -> bool:
         self._check_open()
         now, state = self._clock(), self._state
         state.entries = {
@@ -136,6 +136,7 @@ class MemoryJournal:
             for name, (key, ids) in state.keys.items()
             if key.created_s + self._config.retain_keys_s > now
         }
+        return False
 
     def close(self) -> None:
         self._is_closed = True

@@ -16,7 +16,7 @@ from .journal_rows import Rest, TokenRow
 
 # of a slice: each of these is some milliseconds
 _NAMES = 1000
-_ROWS = 512
+_ROWS = 128
 _PAGES = 512
 # free space that is kept for use: part of the used, and at least so much
 _KEPT_SHARE, _KEPT_PAGES = 8, 256
@@ -25,7 +25,9 @@ _KEPT_TOKENS = 2**14
 
 
 class Compaction:
-    """One pass over the journal; `work` does a slice of it, in a transaction of its own."""
+    """A pass over the journal; `work` does a slice of it, in a transaction of its own.
+
+    A pass over `tokens` goes on where the one before stopped (`Memory.merge_row`)."""
 
     def __init__(
         self,
@@ -38,10 +40,11 @@ class Compaction:
     ) -> None:
         self._db, self._memory, self._config, self._now_s = db, memory, config, now_s
         self._is_thorough = is_thorough
-        self._row = memory.low_row
-        num_live = sum(memory.by_number[number].num_appended for number in memory.first_rows)
-        num_dead = memory.num_row_tokens - num_live
-        self._is_merging = is_thorough or num_dead > num_live + _KEPT_TOKENS
+        if memory.merge_row is None:
+            num_live = sum(memory.by_number[number].num_appended for number in memory.first_rows)
+            num_dead = memory.num_row_tokens - num_live
+            if is_thorough or num_dead > num_live + _KEPT_TOKENS:
+                memory.merge_row = memory.low_row
 
     def work(self) -> bool:
         """Do a slice; False once nothing is left."""
@@ -75,10 +78,13 @@ class Compaction:
     def _merge(self) -> bool:
         """The next rows: without ended rollouts, and each rollout's tokens side by side."""
         memory, end = self._memory, self._memory.books.next_row
-        if not self._is_merging or self._row >= end:
+        if memory.merge_row is None:
             return False
-        start, stop = self._row, min(self._row + _ROWS, end)
-        self._row = stop
+        start = max(memory.merge_row, memory.low_row)
+        stop = min(start + _ROWS, end)
+        memory.merge_row = stop if stop < end else None
+        if start >= end:
+            return False
         rows = [*map(TokenRow.of, rows_of(self._db, "tokens", start, stop))]
         num_tokens = sum(len(row.ids) for row in rows)
         merged = merge(rows, memory.first_rows)

@@ -178,7 +178,8 @@ class JournalStore(Protocol):
                JournalError poisons: every later call raises it.
     read       live or ended, whole; None for what is unknown or acknowledged
     summary    acknowledged ones too, for `retain_acked_s`
-    compact    forgets what was acknowledged long ago and expired keys, gives back free space
+    compact    forgets what was acknowledged long ago and expired keys, gives back free space;
+               does a part of it, and True says that more is left
     check      what is wrong with it, one line each; [] is good
     """
 
@@ -202,7 +203,7 @@ class JournalStore(Protocol):
 
     def list(self, query: Query) -> list[Summary]: ...
 
-    def compact(self) -> None: ...
+    def compact(self) -> bool: ...
 
     def close(self) -> None: ...
 

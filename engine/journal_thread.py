@@ -23,6 +23,8 @@ T = TypeVar("T")
 
 # ops of one transaction: enough to make the disk's time per op small, few enough to stay short
 MAX_BATCH = 1024
+# compaction has more to do: it is called so much more often
+_MORE_OFTEN = 120
 _BACKOFF_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 
 
@@ -73,7 +75,7 @@ class JournalThread:
         self.on_stall = on_stall
         self._store = store
         self._compact_every_s = compact_every_s
-        self._compacted_s = time.monotonic()
+        self._compact_due_s = time.monotonic() + compact_every_s
         self._items: deque[_Item] = deque()
         self._work = threading.Condition()
         self._is_closing = False
@@ -158,7 +160,7 @@ class JournalThread:
                 self._answer(batch[0])
             elif batch:
                 self._commit(batch)
-            if time.monotonic() - self._compacted_s >= self._compact_every_s:
+            if time.monotonic() >= self._compact_due_s:
                 self._compact()
         try:
             self._store.close()
@@ -169,7 +171,7 @@ class JournalThread:
     def _take(self) -> _Batch | None:
         """The next call alone, or all ops before it; [] when it is time to compact; None: end."""
         with self._work:
-            due_s = self._compacted_s + self._compact_every_s - time.monotonic()
+            due_s = self._compact_due_s - time.monotonic()
             self._work.wait_for(lambda: self._items or self._is_closing, timeout=max(due_s, 0))
             if not self._items:
                 return None if self._is_closing else []
@@ -279,11 +281,12 @@ class JournalThread:
             log.event("journal.failed", level="error", reason=self.failure)
 
     def _compact(self) -> None:
-        self._compacted_s = time.monotonic()
+        self._compact_due_s = time.monotonic() + self._compact_every_s
         if self.failure is not None:
             return
         try:
-            self._store.compact()
+            if self._store.compact():
+                self._compact_due_s = time.monotonic() + self._compact_every_s / _MORE_OFTEN
         except JournalFull:
             return  # it gives room only where there is some left to work in; tried again later
         except JournalError as error:

@@ -23,6 +23,7 @@ class SlowStore(MemoryJournal):
         self.gate = threading.Semaphore(10**6)
         self.errors = []
         self.num_compacted = 0
+        self.has_more = False
 
     def hold(self):
         self.gate = threading.Semaphore(0)
@@ -42,6 +43,7 @@ class SlowStore(MemoryJournal):
     def compact(self):
         self.num_compacted += 1
         super().compact()
+        return self.has_more
 
 
 def run(body, **options):
@@ -231,6 +233,15 @@ def test_it_is_compacted_beside_its_work():
         await thread.commit(accept("a"))
 
     run(body, compact_every_s=0.01)
+
+
+def test_it_is_compacted_again_soon_while_there_is_more():
+    async def body(thread, store):
+        store.has_more = True
+        while store.num_compacted < 3:
+            await asyncio.sleep(0.001)
+
+    run(body, compact_every_s=0.5)
 
 
 def test_its_metrics_follow():
