@@ -5,10 +5,10 @@ import os
 # what every command of ours sets before torch is loaded (engine/config.py)
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from protocol import serve  # noqa: E402
+from protocol import serve
 
-import everstep  # noqa: E402
-from everstep import LLM, SamplingParams, kernels  # noqa: E402
+import everstep
+from everstep import LLM, SamplingParams, kernels
 
 
 class Everstep:

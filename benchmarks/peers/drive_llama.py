@@ -28,14 +28,14 @@ class Llama:
         # the folder of the build, which benchmarks/cpu.py names
         self.binary = Path(os.environ["BENCH_LLAMA_BIN"]) / "llama-server"
 
-    def load(self, model: str, *, threads: int, context: int, concurrent: int) -> dict[str, str]:
+    def load(self, model: str, *, threads: int, **_: int) -> dict[str, str]:
         self.model, self.threads = model, threads
         said = subprocess.run([self.binary, "--version"], capture_output=True, text=True)
         words = (said.stdout + said.stderr).split("version:")
         version = words[1].splitlines()[0].strip() if len(words) > 1 else "unknown"
         return {"version": version, "path": "llama-server -np N, no stream"}
 
-    def generate(self, prompts: list[list[int]], new_tokens: int, seed: int) -> int:
+    def generate(self, prompts: list[list[int]], new_tokens: int, _seed: int) -> int:
         with ThreadPoolExecutor(len(prompts)) as pool:
             return sum(pool.map(self._ask, prompts, [new_tokens] * len(prompts)))
 

@@ -6,7 +6,7 @@ from protocol import serve
 
 
 class Transformers:
-    def load(self, model: str, *, threads: int, context: int, concurrent: int) -> dict[str, str]:
+    def load(self, model: str, *, threads: int, **_: int) -> dict[str, str]:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         import torch
         import transformers

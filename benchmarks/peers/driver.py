@@ -40,7 +40,9 @@ class Driver:
             start_new_session=True,
         )
 
-    def load(self, model: Path, *, threads: int, context: int, concurrent: int, limit_s: float) -> None:
+    def load(
+        self, model: Path, *, threads: int, context: int, concurrent: int, limit_s: float
+    ) -> None:
         """Raises SideFailed."""
         self.said = self._ask(
             {
@@ -85,7 +87,9 @@ class Driver:
             self._process.stdin.flush()
             answer: dict[str, Any] = json.loads(self._line(limit_s))
         except (OSError, ValueError):
-            raise SideFailed(f"it ended (exit {self._process.wait(30)}); see {self._log.name}") from None
+            raise SideFailed(
+                f"it ended (exit {self._process.wait(30)}); see {self._log.name}"
+            ) from None
         finally:
             self._signal(signal.SIGSTOP)
         if "error" in answer:

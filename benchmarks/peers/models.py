@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from everstep.engine.convert import convert_default
 from everstep.engine.hub import resolve
-from everstep.engine.make_checkpoint import RingShape, make_checkpoint
+from everstep.engine.make_checkpoint import Format, RingShape, make_checkpoint
 
 SEED = 0
 
@@ -73,8 +73,8 @@ def ours(folder: Path, name: str, kind: str) -> Path:
         return resolve("default")
     target = folder / f"{name}-{kind}"
     if not target.exists():
-        format = "fp8-block" if kind == "8bit" else "bf16"
-        make_checkpoint(target, shape=ring_shape(name), format=format, seed=SEED)
+        written: Format = "fp8-block" if kind == "8bit" else "bf16"
+        make_checkpoint(target, shape=ring_shape(name), format=written, seed=SEED)
     return target
 
 
@@ -97,7 +97,7 @@ def gguf(folder: Path, name: str, kind: str, source: Path, python: Path) -> Path
         part = target.with_suffix(".part")
         script = source / "convert_hf_to_gguf.py"
         command = [python, script, peers(folder, name), "--outtype", outtype, "--outfile", part]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"convert_hf_to_gguf.py: {done.stderr.splitlines()[-1:]}")
         part.rename(target)
@@ -148,7 +148,8 @@ def _qwen3_moe_tensors(s: Sizes) -> Iterator[tuple[str, torch.Tensor]]:
     draw = torch.Generator().manual_seed(SEED)
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
-        return (torch.randn(rows, columns, generator=draw) / columns**0.5).bfloat16()
+        x = torch.randn(rows, columns, generator=draw) / columns**0.5
+        return x.bfloat16()
 
     def ones(size: int) -> torch.Tensor:
         return torch.ones(size, dtype=torch.bfloat16)
