@@ -16,6 +16,7 @@ import datetime
 import fnmatch
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -47,7 +48,11 @@ from peers.report import markdown, plot
 
 from everstep.kernels import native
 
-LOAD_LIMIT_S = 900.0
+# vLLM compiles the model when it is loaded: minutes, once
+LOAD_LIMIT_S = 1800.0
+# what every cell fits in: the same for all of them, so that what is compiled is used again
+CONTEXT = 2064
+CONCURRENT = 128
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -86,18 +91,19 @@ class Bench:
         return {s for s in cell.sides if s in self.options.sides} <= {*done.seconds, *done.failed}
 
     def _measure(self, cell: Cell, group: Sequence[Cell]) -> None:
-        read, peak = limits(self.options.threads)
         found = Measured(
             cell=cell,
             commit=self.commit,
             when=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M"),
-            read_gb_s=read,
-            peak_gf_s=peak,
             loads=[os.getloadavg()[0]],
         )
         prompts, began = cell.prompts(), time.monotonic()
         sides = [side for side in cell.sides if side in self.options.sides]
         for turn in range(self.options.rounds):
+            # the best of all rounds: a limit that other work pressed down is none
+            read, peak = limits(self.options.threads)
+            found.read_gb_s = max(found.read_gb_s, read)
+            found.peak_gf_s = max(found.peak_gf_s, peak)
             # everyone is first once
             for side in sides[turn % len(sides) :] + sides[: turn % len(sides)]:
                 if side not in found.failed:
@@ -166,8 +172,8 @@ class Bench:
                 driver.load(
                     self._model(side, model, weights),
                     threads=self.options.threads,
-                    context=max(cell.prompt + cell.new for cell in group) + 16,
-                    concurrent=max(cell.concurrent for cell in group),
+                    context=CONTEXT,
+                    concurrent=CONCURRENT,
                     limit_s=LOAD_LIMIT_S,
                 )
             except (SideFailed, OSError, RuntimeError) as error:
@@ -203,10 +209,10 @@ class Bench:
 
 
 def limits(threads: int) -> tuple[float, float]:
-    """(GB/s of reading, GF/s of multiply-adds) of this moment; nan without the C++ library."""
+    """(GB/s of reading, GF/s of multiply-adds) of this moment; zeros without the C++ library."""
     library = native.library()
     if library is None:
-        return float("nan"), float("nan")
+        return 0.0, 0.0
     clock = time.perf_counter
     return read_limit(library, threads, clock), multiply_limit(library, True, threads, clock)
 
@@ -277,6 +283,8 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    # so that the sides' processes end with this one
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     peers = commands.add_parser("install-peers", help="virtual environments and builds, from PyPI")

@@ -51,6 +51,7 @@ class Cell(Struct, frozen=True):
 class Measured(Struct):
     """One cell of one run.
 
+    *_s      the machine's limits, measured before every round, the best of them
     seconds  by side, one per round; rounds are interleaved
     failed   by side, why it has no figure
     said     by side: version and path
@@ -59,9 +60,9 @@ class Measured(Struct):
     cell: Cell
     commit: str
     when: str
-    read_gb_s: float
-    peak_gf_s: float
     loads: list[float]
+    read_gb_s: float = 0.0
+    peak_gf_s: float = 0.0
     seconds: dict[str, list[float]] = {}
     failed: dict[str, str] = {}
     said: dict[str, dict[str, str]] = {}

@@ -77,7 +77,11 @@ class Driver:
         # its children too, who may outlive it
         self._signal(signal.SIGKILL)
         self._process.wait()
-        self._log.close()
+        for stream in (self._process.stdin, self._process.stdout, self._log):
+            assert stream is not None
+            # what could not be written to a side that is gone
+            with contextlib.suppress(OSError):
+                stream.close()
 
     def _ask(self, message: Mapping[str, Any], limit_s: float) -> dict[str, Any]:
         assert self._process.stdin is not None

@@ -62,7 +62,7 @@ def _ratio(m: Measured) -> str:
 def _shares(m: Measured) -> tuple[str, str]:
     """Of the read bandwidth and of the arithmetic peak that were measured beside it: ours."""
     rate = m.rate("everstep")
-    if rate is None:
+    if rate is None or not m.read_gb_s:
         return "–", "–"
     seconds = m.cell.tokens / rate
     return (
