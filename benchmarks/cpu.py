@@ -24,8 +24,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-# before torch is loaded, as every command of ours does
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from everstep.engine.config import PATIENCE
+
+# as every command of ours does, before torch is loaded
+os.environ.update(PATIENCE | dict(os.environ))
 
 import exactness
 import torch
@@ -275,7 +277,7 @@ def run(options: argparse.Namespace) -> None:
         torch.set_num_threads(options.threads)
         for name in dict.fromkeys(cell.model for cell in cells):
             bench.results.exactness_load = os.getloadavg()[0]
-            bench.results.exactness[name] = exactness.measure(name, 5 if options.quick else 9)
+            bench.results.exactness[name] = exactness.measure(name, 3 if options.quick else 9)
             save_results(bench.results, bench.file)
     write_report(bench.results, bench.out)
     print((bench.out / "tables.md").read_text())
