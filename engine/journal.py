@@ -15,7 +15,7 @@ from .config import JournalConfig
 from .errors import InvalidTrajectory, JournalError, JournalFull
 from .journal_draft import Draft, load_memory, rows_of
 from .journal_merge import Compaction
-from .journal_ops import Accept, Append, Op, Query, Recovered, Summary, grow
+from .journal_ops import Accept, Ack, Append, Op, Query, Recovered, Summary, grow
 from .journal_rows import DamagedRecord, Entry, TokenRow, checksum
 from .rollout import Rollout, RolloutState
 from .trajectory import decode, unpack
@@ -208,6 +208,8 @@ class Journal:
         ended rollouts, and gives free pages back to the file system.
         """
         self._check_usable()
+        if unread := self._memory.unread(self._clock() - self._config.retain_keys_s):
+            self.commit([Ack(unread)])
         with self._writing(is_growth=True):
             compaction = Compaction(
                 self._db, self._memory, self._config, self._clock(), is_thorough=is_thorough

@@ -81,6 +81,23 @@ class Memory(Struct, kw_only=True):
     merge_row: int | None = None
     """Where compaction goes on; None: it has nothing to merge."""
 
+    def unread(self, old_s: float) -> list[str]:
+        """Ended rollouts that nobody will acknowledge: those of keys as old, `is_all_that_reads`."""
+        return [
+            entry.id
+            for known in self.keys.values()
+            if known.key.created_s <= old_s and known.key.is_all_that_reads
+            for entry in map(self.entries.get, known.rollout_ids)
+            if entry is not None and not entry.is_live and entry.acked_s is None
+        ]
+
+    def has_unread(self, known: KnownKey) -> bool:
+        """Whether one of its rollouts is still to be let go with the key."""
+        entries = map(self.entries.get, known.rollout_ids)
+        return known.key.is_all_that_reads and any(
+            entry is not None and entry.acked_s is None for entry in entries
+        )
+
 
 def rows_of(db: apsw.Connection, table: str, *bounds: int) -> Iterator[tuple[Any, ...]]:
     """Its rows in order; raises DamagedRecord where SQLite cannot go on, or goes in a circle."""

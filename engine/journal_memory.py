@@ -125,7 +125,18 @@ class MemoryJournal:
 
     def compact(self) -> bool:
         self._check_open()
-        now, state = self._clock(), self._state
+        now = self._clock()
+        old = [
+            self._state.entries[rollout_id].summary
+            for key, ids in self._state.keys.values()
+            if key.is_all_that_reads and key.created_s + self._config.retain_keys_s <= now
+            for rollout_id in ids
+            if rollout_id in self._state.entries
+        ]
+        if ended := [one.id for one in old if one.state.is_ended and not one.is_acked]:
+            self.commit([Ack(ended)])
+        live = {one.id for one in old if not one.state.is_ended}
+        state = self._state
         state.entries = {
             rollout_id: entry
             for rollout_id, entry in state.entries.items()
@@ -134,7 +145,7 @@ class MemoryJournal:
         state.keys = {
             name: (key, ids)
             for name, (key, ids) in state.keys.items()
-            if key.created_s + self._config.retain_keys_s > now
+            if key.created_s + self._config.retain_keys_s > now or not live.isdisjoint(ids)
         }
         return False
 

@@ -56,7 +56,11 @@ class Compaction:
         old = self._now_s - self._config.retain_acked_s
         gone = [e for e in memory.entries.values() if e.acked_s is not None and e.acked_s <= old]
         old = self._now_s - self._config.retain_keys_s
-        names = [name for name, known in memory.keys.items() if known.key.created_s <= old]
+        names = [
+            name
+            for name, known in memory.keys.items()
+            if known.key.created_s <= old and not memory.has_unread(known)
+        ]
         gone, names = gone[:_NAMES], names[:_NAMES]
         if not gone and not names:
             return False

@@ -40,6 +40,12 @@ class RequestKey(Struct, frozen=True):
     body_digest: str
     created_s: float = 0.0
 
+    @property
+    def is_all_that_reads(self) -> bool:
+        """Whether its rollouts are read by sending the key again, as those of /v1 are: nobody
+        acknowledges them, so they are let go with the key."""
+        return self.route.startswith("/v1/")
+
 
 class Extra(Struct, kw_only=True, omit_defaults=True):
     """What only some rollouts record; as in `messages.RolloutTokens`, and only what is new.
@@ -179,7 +185,9 @@ class JournalStore(Protocol):
     read       live or ended, whole; None for what is unknown or acknowledged
     summary    acknowledged ones too, for `retain_acked_s`
     compact    forgets what was acknowledged long ago and expired keys, gives back free space;
-               does a part of it, and True says that more is left
+               does a part of it, and True says that more is left; acknowledges what has ended
+               under an expired key `is_all_that_reads`, and keeps such a key while one of its
+               rollouts is live
     check      what is wrong with it, one line each; [] is good
     """
 

@@ -1,6 +1,7 @@
 """What any journal answers: the one in a file, and the one in memory."""
 
 import pytest
+from msgspec.structs import replace
 
 from everstep.engine.config import JournalConfig
 from everstep.engine.errors import Conflict, IllegalState, JournalError, JournalFull
@@ -143,6 +144,31 @@ def test_keys_are_kept_for_their_time(journal, clock):
     clock.advance(2)
     assert not journal.recover().keys
     journal.commit([Accept([make_rollout("c")], KEY)])
+
+
+def test_what_only_its_key_reads_is_let_go_with_the_key(journal, clock):
+    """/v1 knows no acknowledgement; what is live is not touched, nor what /rollouts gives."""
+    chat = RequestKey("", "/v1/chat/completions", "k-1", "digest", created_s=1000.0)
+    journal.commit([Accept([make_rollout("c"), make_rollout("d")], chat)])
+    journal.commit([End(end(journal.read("a")))])
+    journal.commit([End(end(journal.read("c")))])
+    clock.advance(19)
+    journal.compact()
+    assert not journal.summary("c").is_acked
+    clock.advance(2)
+    journal.compact()
+    assert journal.summary("c").is_acked
+    assert not journal.summary("d").is_acked
+    assert not journal.summary("a").is_acked
+    journal.commit([End(end(journal.read("d")))])
+    journal.compact()
+    assert journal.summary("d").is_acked
+    clock.advance(11)
+    journal.compact()
+    assert journal.summary("c") is journal.summary("d") is None
+    assert journal.read("a") is not None
+    # the key is free: the journal takes it again, with another body
+    journal.commit([Accept([make_rollout("e")], replace(chat, body_digest="other"))])
 
 
 def test_the_number_of_submissions_never_falls(journal):
