@@ -116,6 +116,11 @@ class Patience:
         self._pause_s = FIRST_PAUSE_S
         self._has_answered = has_answered
 
+    def heard(self) -> None:
+        """A sign of life, if only a heartbeat: whoever is silent for long may go on for long."""
+        self._has_answered = True
+        self._since = None
+
     def succeeded(self) -> None:
         """Trouble that comes later is new trouble."""
         self._has_answered = True

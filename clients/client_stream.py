@@ -69,6 +69,7 @@ class StreamReader:
 
     def take(self, data: bytes) -> Iterator[StreamEvent]:
         """The events in these bytes, each token once. Raises what the server says of itself."""
+        self._patience.heard()
         for name, text in self._events.feed(data):
             if name == "error":
                 raise _error(text)

@@ -94,6 +94,11 @@ class RolloutManager:
         return self._core.info
 
     @property
+    def known_info(self) -> Ready:
+        """As `info`; while a core is started again, what the last one said."""
+        return self._core.known_info
+
+    @property
     def stats(self) -> Stats | None:
         """The core's latest."""
         return self._core.stats

@@ -145,7 +145,7 @@ class Generation:
         self.request = request
         self.model = service.model_name(request.model)
         self.rollouts = rollouts
-        self.info: Ready = service.manager.info
+        self.info: Ready = service.manager.known_info
         self.hides_output = hides_output
         self.is_replay = is_replay
         self._eos_ids = set(service.tokenizer.eos_ids if service.tokenizer else self.info.eos_ids)
@@ -167,7 +167,7 @@ class Generation:
         Raises InvalidRequest, KeyReused, and whatever the manager refuses with.
         """
         manager = service.manager
-        submissions = list(_submissions(request, prompts, sampling, manager.info))
+        submissions = list(_submissions(request, prompts, sampling, manager.known_info))
         is_replay = False
         rollouts: list[Rollout] = []
         if key is None:

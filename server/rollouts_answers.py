@@ -46,7 +46,7 @@ def answer_of(rollout: Rollout, manager: RolloutManager) -> RolloutAnswer:
         if lists := getattr(rollout, name):
             setattr(answer, name, [[(i, finite(lp)) for i, lp in pairs] for pairs in lists])
     if rollout.routing_ids:
-        answer.routing = routing_of(rollout, manager.info)
+        answer.routing = routing_of(rollout, manager.known_info)
     answer.usage = RolloutUsage(
         prompt_tokens=len(rollout.prompt_ids),
         completion_tokens=len(rollout.output_ids),

@@ -314,6 +314,24 @@ def test_a_stream_that_skips_or_repeats_is_refused():
             list(reader.take(wire(wrong)))
 
 
+def test_heartbeats_are_signs_of_life():
+    """A rollout that thinks for hours behind a proxy that cuts each connection is not given up."""
+    clock = FakeClock()
+    reader = StreamReader("ro-1", 0, patience(clock))
+    for _ in range(100):
+        reader.call()
+        clock.advance(15)
+        assert list(reader.take(b": keep-alive\n\n")) == []
+        clock.advance(50)
+        assert reader.pause_after(httpx.ReadError("cut")) <= flows.LONGEST_PAUSE_S
+    for _ in range(3):
+        clock.advance(39)
+        reader.pause_after(httpx.ConnectError("refused"))
+    clock.advance(39)
+    with pytest.raises(EngineUnavailable):
+        reader.pause_after(httpx.ConnectError("refused"))
+
+
 def test_an_error_event_is_raised_as_its_class():
     reader = StreamReader("ro-1", 0, patience())
     reader.call()

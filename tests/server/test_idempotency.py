@@ -220,6 +220,32 @@ async def test_openais_client_finds_the_same_answer(durable):
     assert len(durable.backend.adds) == 1
 
 
+async def test_a_core_that_is_started_again_is_a_delay(durable):
+    """Neither a new keyed request nor one that comes back sees an error."""
+    durable.backend.gate.clear()
+    first = asyncio.create_task(durable.keyed(CHAT, "a", messages=HI))
+    await settle()
+    may_start = asyncio.Event()
+    start = durable.backend.start
+
+    async def slowly():
+        await may_start.wait()
+        return await start()
+
+    durable.backend.start = slowly
+    durable.backend.die()
+    await settle()
+    again = asyncio.create_task(durable.keyed(CHAT, "a", messages=HI))
+    other = asyncio.create_task(durable.keyed(CHAT, "b", messages=HI))
+    await settle()
+    assert not any(task.done() for task in (first, again, other))
+    durable.backend.gate.set()
+    may_start.set()
+    answers = await asyncio.wait_for(asyncio.gather(first, again, other), 30)
+    assert [answer.status_code for answer in answers] == [200] * 3
+    assert answers[0].content == answers[1].content
+
+
 async def test_a_restarted_front_knows_its_keys_and_its_answers(anyio_backend):
     journal = KeptJournal()
     async with serve(journal=journal) as server:

@@ -13,7 +13,7 @@ from everstep.server.decoding import decode_own, fields_of
 from everstep.server.idempotency import request_key
 from everstep.server.json_values import MAX_METADATA_BYTES, MAX_METADATA_DEPTH, check_metadata
 from everstep.server.media import NotAcceptable, UnsupportedMedia, answer_media, body_media
-from everstep.server.rollouts_types import ForkRequest, SubmitRequest
+from everstep.server.rollouts_types import ForkRequest, Sampling, SubmitRequest
 
 
 def request(path: str = "/rollouts", **headers: str) -> Request:
@@ -140,6 +140,35 @@ def test_integer_keys_of_logit_bias_come_as_text_or_as_integers():
         body = {"sampling": {"logit_bias": {key: 1.5}}}
         found = decode_own(body, SubmitRequest, inner=("sampling",))
         assert found.sampling.logit_bias == {7: 1.5}
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=3) | st.floats(),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2)
+    ),
+    max_leaves=4,
+)
+names = st.sampled_from([*SubmitRequest.__struct_fields__, "n", "max_tokens", ""])
+sampling_names = st.sampled_from([*Sampling.__struct_fields__, "n", "record"])
+submissions = st.dictionaries(names, anything, max_size=4) | st.fixed_dictionaries(
+    {"sampling": st.dictionaries(sampling_names, anything, max_size=3)}
+)
+
+
+@given(submissions)
+def test_any_submission_is_a_request_or_a_400_that_names_a_field(body):
+    fault = None
+    try:
+        found = decode_own(body, SubmitRequest, inner=("sampling",))
+    except InvalidRequest as error:
+        fault = error
+    if fault is None:
+        assert isinstance(found, SubmitRequest)
+        return
+    assert "\n" not in str(fault)
+    assert fault.field is not None
+    assert fault.field.split(".")[0].split("[")[0] in [*body, fault.field]
 
 
 # --- metadata

@@ -7,6 +7,7 @@ import math
 import msgspec
 import pytest
 
+from everstep.engine.config import JournalConfig
 from everstep.engine.journal_memory import MemoryJournal
 from everstep.engine.rollout import Rollout
 from everstep.engine.trajectory import decode, encode, seal, unpack, unseal
@@ -424,6 +425,42 @@ async def test_a_failure_is_the_last_event_of_its_rollout(durable):
     assert len(joined(events)["output_ids"]) == 2
 
 
+async def test_a_server_that_goes_says_so_to_those_who_read(durable):
+    durable.backend.gate.clear()
+    [rollout_id] = await durable.submit(prompt="Hi")
+    stream = asyncio.create_task(durable.http.get(f"/rollouts/{rollout_id}/stream"))
+    poll = asyncio.create_task(durable.http.get(f"/rollouts/{rollout_id}", params={"wait": 60}))
+    await settle()
+    durable.manager.drain()
+    answer = await asyncio.wait_for(poll, 10)
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"] == "1"
+    body = (await asyncio.wait_for(stream, 10)).text
+    name, data = body.split("\n\n")[-2].split("\n")
+    assert name == "event: error"
+    assert json.loads(data.removeprefix("data: "))["error"]["code"] == "service_unavailable"
+
+
+async def test_a_full_journal_refuses_what_is_new_until_something_is_acknowledged(anyio_backend):
+    journal = MemoryJournal(JournalConfig(max_bytes=2**20))
+    async with serve(journal=journal) as server:
+        for _ in range(3):
+            ids = await server.submit(prompt="Hi", metadata="x" * 400_000)
+            await server.ended(ids[0])
+        refused = await server.keyed("/rollouts", "k", prompt="Hi")
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "journal_full"
+        assert int(refused.headers["retry-after"]) >= 1
+        chat = await server.keyed("/v1/completions", "k", prompt="Hi")
+        assert chat.status_code == 503
+        # nothing that it holds is lost, and what needs no journal goes on
+        listed = (await server.http.get("/rollouts")).json()["data"]
+        assert len(listed) == 3
+        assert (await server.post("/v1/completions", prompt="Hi")).status_code == 200
+        assert (await server.post("/rollouts/ack", ids=[ids[0]])).status_code == 200
+        assert (await server.keyed("/rollouts", "k", prompt="Hi")).status_code == 202
+
+
 # --- list
 
 
@@ -494,6 +531,7 @@ async def test_pause_and_resume_by_id_group_and_all(durable):
 
 async def test_cancel_keeps_the_tokens_and_is_idempotent(durable):
     durable.replies[:] = [TOKENIZER.encode("a")]
+    durable.backend.step_s = 0.005
     ids = await durable.submit(prompt="Hi", samples=2, sampling={"max_tokens": 400})
     await durable.http.get(f"/rollouts/{ids[0]}", params={"wait": 10, "after": 2})
     assert await control(durable, "cancel", ids[0]) == [ids[0]]

@@ -1,0 +1,105 @@
+"""`everstep serve` as a process with a journal in a file: killed in mid-stream, started again."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from everstep import Client
+from everstep.engine.rollout import Rollout
+
+SAMPLING = {"max_tokens": 400, "ignore_eos": True, "seed": 5, "temperature": 1.0}
+
+
+class Served:
+    """A server of the tiny checkpoint on a port and a journal of its own."""
+
+    def __init__(self, checkpoint: Path, folder: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        flags = ["--port", str(self.port), "--journal", str(folder / "journal.db")]
+        flags += ["--max-model-len", "1024", "--num-threads", "1"]
+        self._command = [sys.executable, "-m", "everstep", "serve", str(checkpoint), *flags]
+        self._log = folder / "log"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> str:
+        """The banner."""
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                self._command, stderr=log, cwd=Path(__file__).parents[2]
+            )
+        while "URL" not in (banner := self._log.read_text()):
+            assert self._process.poll() is None, banner
+            time.sleep(0.05)
+        return banner
+
+    def kill(self) -> None:
+        assert self._process is not None
+        os.kill(self._process.pid, signal.SIGKILL)
+        self._process.wait(30)
+
+    def stop(self) -> int:
+        assert self._process is not None
+        self._process.terminate()
+        return self._process.wait(60)
+
+
+@pytest.fixture
+def served(tiny_checkpoint: Path, tmp_path: Path):
+    server = Served(tiny_checkpoint, tmp_path)
+    try:
+        yield server
+    finally:
+        if server._process is not None:
+            server._process.kill()
+            server._process.wait(30)
+
+
+def columns(rollout: Rollout) -> tuple:
+    return rollout.output_ids, rollout.lp_sampled, rollout.lp_temp, rollout.kept_mass, rollout.text
+
+
+def test_a_stream_goes_on_through_kill_9_as_if_nothing_had_been(served):
+    served.start()
+    with Client(served.url) as client:
+        body = {"prompt_ids": [5, 6, 7], "sampling": SAMPLING, "metadata": {"k": [1, None]}}
+        # the same seed undisturbed, to compare with
+        [calm] = client.submit(**body).rollout_ids
+        calm_columns = columns(client.wait(calm))
+        sent = client.submit(**body, idempotency_key="k")
+        [rollout_id] = sent.rollout_ids
+        seen, was_killed = [], False
+        for event in client.stream(rollout_id):
+            seen.append(event)
+            if event.end >= 40 and not was_killed:
+                assert event.end < 400
+                served.kill()
+                was_killed = True
+                restart = threading.Thread(target=served.start)
+                restart.start()
+        restart.join()
+        rollout = client.wait(rollout_id)
+        assert [token for event in seen for token in event.output_ids] == rollout.output_ids
+        assert [v for event in seen for v in event.lp_sampled] == rollout.lp_sampled
+        assert "".join(event.text for event in seen) == rollout.text
+        assert columns(rollout) == calm_columns
+        assert rollout.metadata == {"k": [1, None]}
+        assert len(rollout.segments) == 2
+        assert client.submit(**body, idempotency_key="k") == sent
+        data = client.export(rollout_id)
+        client.ack([rollout_id, calm])
+        assert [one.is_acked for one in client.list()] == [True, True]
+    assert served.stop() == 0
+    banner = served.start()
+    assert re.search(r"journal .*0 rollouts go on", banner)
+    assert data.startswith(b"EVST")
+    assert served.stop() == 0
