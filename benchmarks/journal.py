@@ -1,6 +1,6 @@
 """What the journal costs: time per commit by durability level, bytes per token, time to recover.
 
-    python benchmarks/journal.py [--dir .] [--steps 300] [--recover 1000 10000 100000]
+    python benchmarks/journal.py [--dir .] [--steps 300] [--recover 1000 10000 100000] [--only PART]
 
 A step appends one token to each of 1, 8, 32 or 128 rollouts and commits. Levels are interleaved, in
 rounds; a figure is the median, and what 99 % stay below. `processor` is the time of this thread,
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from everstep.engine.config import JournalConfig
 from everstep.engine.journal import Journal
-from everstep.engine.journal_ops import Accept, Append, End, Grown, Origin
+from everstep.engine.journal_ops import Accept, Append, End, Grown, Op, Origin
 from everstep.engine.rollout import (
     SAMPLED,
     TRUNCATED_SUPPORT,
@@ -136,25 +136,29 @@ def recovery(folder: Path, num_rollouts: int, num_tokens: int = 64) -> None:
         journal.commit([Accept(some)])
         for start in range(0, num_tokens, 8):
             journal.commit([Append(ORIGIN, [tokens(r.id, start, 8) for r in some], 1.8e9)])
-        half = [journal.read(r.id) for r in some[::2][:1]]
-        assert half[0] is not None
-        for number, r in enumerate(some):
-            if number % 2 == 0:
-                for name in ("output_ids", "lp_sampled", "lp_temp", "kept_mass", "flags"):
-                    setattr(r, name, getattr(half[0], name))
-                r.versions, r.segments = half[0].versions, half[0].segments
-                journal.commit([End(ended(r))])
+        model = journal.read(some[0].id)
+        assert model is not None
+        endings: list[Op] = []
+        for r in some[::2]:
+            for name in ("output_ids", "lp_sampled", "lp_temp", "kept_mass", "flags"):
+                setattr(r, name, getattr(model, name))
+            r.versions, r.segments = model.versions, model.segments
+            endings.append(End(ended(r)))
+        journal.commit(endings)
     journal.close()
     gc.collect()
-    began = time.perf_counter()
+    times, cpu = [time.perf_counter()], [time.thread_time()]
     journal = Journal.open(path)
-    opened = time.perf_counter()
+    times.append(time.perf_counter())
+    cpu.append(time.thread_time())
     recovered = journal.recover()
-    done = time.perf_counter()
+    times.append(time.perf_counter())
+    cpu.append(time.thread_time())
     print(
-        f"  {num_rollouts:6d} rollouts, half live, {num_tokens} tokens each: open "
-        f"{opened - began:.2f} s, recover {done - opened:.2f} s ({len(recovered.live)} live), "
-        f"file {os.path.getsize(path) / 1e6:.1f} MB"
+        f"  {num_rollouts:6d} rollouts, half live, {num_tokens} tokens each: "
+        f"open {times[1] - times[0]:.2f} s (processor {cpu[1] - cpu[0]:.2f}), "
+        f"recover {times[2] - times[1]:.2f} s (processor {cpu[2] - cpu[1]:.2f}), "
+        f"{len(recovered.live)} live, file {os.path.getsize(path) / 1e6:.1f} MB"
     )
     journal.close()
 
@@ -164,18 +168,22 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, default=Path("."))
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--recover", type=int, nargs="*", default=[1000, 10_000, 100_000])
+    parser.add_argument("--only", choices=["commits", "sizes", "recovery"])
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix=".journal-", dir=args.dir))
     try:
         print(f"load {os.getloadavg()[0]:.1f}")
-        print("time of a commit")
-        for num_rollouts in (1, 8, 32, 128):
-            commits(folder, num_rollouts, args.steps)
-        print("bytes per output token")
-        sizes(folder)
-        print("recovery")
-        for num_rollouts in args.recover:
-            recovery(folder, num_rollouts)
+        if args.only in (None, "commits"):
+            print("time of a commit")
+            for num_rollouts in (1, 8, 32, 128):
+                commits(folder, num_rollouts, args.steps)
+        if args.only in (None, "sizes"):
+            print("bytes per output token")
+            sizes(folder)
+        if args.only in (None, "recovery"):
+            print("recovery")
+            for num_rollouts in args.recover:
+                recovery(folder, num_rollouts)
         print(f"load {os.getloadavg()[0]:.1f}")
     finally:
         shutil.rmtree(folder)
