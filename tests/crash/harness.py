@@ -46,12 +46,17 @@ FAILPOINTS = {
     "after_ack": 4,
     "before_pause": 2,
     "after_pause": 2,
-    "mid_recovery": 1,
-    "after_recovery": 1,
-    "before_compaction": 2,
-    "mid_compaction": 2,
-    "after_compaction": 2,
+    "before_resume": 2,
+    "after_resume": 2,
     "mid_transaction": 300,
+    "mid_recovery": 3,
+    "before_resubmission": 1,
+    "after_recovery": 1,
+    "before_compaction": 3,
+    "mid_compaction": 3,
+    "after_compaction": 3,
+    "before_step": 200,
+    "after_step": 200,
 }
 
 
@@ -102,7 +107,7 @@ class Server:
             command = [sys.executable, str(HERE / "launcher.py"), "--cold"]
             with self._log.open("ab") as log:
                 self._cold = subprocess.Popen(
-                    [*command, json.dumps({"faults": faults}), *self._arguments],
+                    [*command, json.dumps(faults), *self._arguments],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
@@ -232,7 +237,7 @@ class Nemesis:
 
     def start_server(self) -> None:
         """Half of the servers will die by themselves, at a point of their code."""
-        faults = list(self._given.fault)
+        faults = ["compact_often", *self._given.fault]
         if self._given.failpoints and self._rng.random() < 0.5:
             name = self._rng.choice(sorted(FAILPOINTS))
             passing = self._rng.randrange(1, FAILPOINTS[name] + 1)

@@ -9,7 +9,7 @@ of this folder that imports everstep.
       and says {"exited": N, "code": C} of those that ended. It has loaded everything once and
       forks, so that a restart costs a tenth of a second instead of the seconds that `import torch`
       takes: a thousand kills fit into minutes. The processes are real, and so is SIGKILL.
-    python launcher.py --cold '{"faults": […]}' serve …
+    python launcher.py --cold '["die:…"]' serve …
       the same, starting as a user's server does.
 """
 
@@ -178,20 +178,12 @@ def run_server(arguments: Sequence[str], faults: Sequence[str], log: str) -> Non
         os._exit(code)
 
 
-def run_cold(options: dict[str, Any], arguments: Sequence[str]) -> int:
-    """One server, started as a user's is; only the faults are ours."""
-    install(options.get("faults", []), "server")
-    if any(fault_place(fault) == "core" for fault in options.get("faults", [])):
-        raise SystemExit("a fault inside a core needs the forking launcher")
+def run_cold(faults: Sequence[str], arguments: Sequence[str]) -> int:
+    """One server, started as a user's is; faults of a core have no place here."""
+    install(faults, "server")
     from everstep.cli import run
 
     return run(list(arguments))
-
-
-def fault_place(fault: str) -> str:
-    from faults import PLACES
-
-    return PLACES[fault.split(":")[0]]
 
 
 def say(**fields: Any) -> None:
