@@ -1,10 +1,11 @@
-"""`everstep replay | capsule`: commands that let a user check what the engine promises."""
+"""`everstep replay | capsule | chaos`: commands that let a user check what the engine promises."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from .engine.errors import ConfigError
 from .flags import Settings, with_settings
 
 # without a name: its commands stand beside the others
@@ -67,3 +68,66 @@ def capsule(
         with_text=with_text,
         with_metadata=with_metadata,
     )
+
+
+@app.command()
+def chaos(
+    command: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[-- COMMAND]", help="Starts the server: everstep serve …"),
+    ] = None,
+    url: Annotated[
+        str | None, typer.Option(help="The server; default: the command's --port, or 8000.")
+    ] = None,
+    pid: Annotated[int | None, typer.Option(help="Its process, where the port does not say.")] = (
+        None
+    ),
+    kill: Annotated[str, typer.Option(help="core, server, or core,server.")] = "core",
+    every: Annotated[str, typer.Option(help="Mean time between kills.")] = "30s",
+    duration: Annotated[str, typer.Option(help="How long to kill.")] = "10m",
+    restart: Annotated[
+        str | None, typer.Option(help="Command that starts the server after it was killed.")
+    ] = None,
+    no_load: Annotated[
+        bool, typer.Option("--no-load", help="Submit nothing; only watch what is there.")
+    ] = False,
+    width: Annotated[int, typer.Option(min=1, help="Groups of two rollouts at once.")] = 8,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Length of each rollout.")] = 256,
+    kill_log: Annotated[Path, typer.Option(help="What was killed and when.")] = Path(
+        "chaos-kills.jsonl"
+    ),
+    seed: Annotated[int | None, typer.Option(help="Of the moments and victims.")] = None,
+) -> None:
+    """Kill the processes of a running server with SIGKILL, and certify that nothing was lost.
+
+    Its own rollouts are submitted, streamed through the kills, and compared to the bit; what the
+    server holds for others is watched. A run in which no kill hit the middle of a stream fails.
+
+    Exit code 0: the certificate holds; 1: it does not; 2: it could not be run.
+
+    [dim]everstep chaos --kill core --every 30s --duration 10m[/dim]   of the server on port 8000
+
+    [dim]everstep chaos --kill core,server --every 5s --duration 2m -- everstep serve ./tiny[/dim]
+    """
+    import shlex
+
+    from .chaos import Plan, run_chaos, seconds_of, url_of, victims_of
+
+    words = list(command or [])
+    if words and restart is not None:
+        raise ConfigError("--restart and -- COMMAND both start the server; give one")
+    plan = Plan(
+        url=url_of(url, words or shlex.split(restart or "")),
+        pid=pid,
+        victims=victims_of(kill),
+        every_s=seconds_of(every, "--every"),
+        duration_s=seconds_of(duration, "--duration"),
+        kill_log=kill_log,
+        command=tuple(words or shlex.split(restart or "")),
+        owns_server=bool(words),
+        has_load=not no_load,
+        width=width,
+        max_tokens=max_tokens,
+        seed=seed,
+    )
+    raise typer.Exit(run_chaos(plan))
