@@ -29,7 +29,7 @@ from history import read_records
 
 Record = dict[str, Any]
 TIMEOUT_S = 20.0
-RETRY_S = 0.02
+RETRY_S = 0.04
 VOCABULARY = 490
 
 
@@ -313,8 +313,10 @@ class Load:
     def _disturb(self, rollout_id: str, what: str, rng: random.Random) -> None:
         for call in (what,) if what == "cancel" else ("pause", "resume"):
             while True:
+                asked = time.monotonic_ns()
                 try:
                     self._api.call("POST", f"/rollouts/{rollout_id}/{call}", {})
+                    self._notebook.write("control", id=rollout_id, asked=asked, call=call)
                     break
                 except Unanswered:
                     time.sleep(RETRY_S)

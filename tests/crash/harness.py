@@ -31,7 +31,7 @@ from typing import Any
 HERE = Path(__file__).parent
 START_S = 60.0
 # rollouts end within seconds; a client that needs longer than this is waiting for something lost
-CLIENT_END_S = 120.0
+CLIENT_END_S = 60.0
 CORE_NAMES = ("everstep-core", "everstep.engine.core")
 
 # points where a server may be told to die, and how often each is passed: k is drawn below it
@@ -272,7 +272,9 @@ class Nemesis:
             time.sleep(0.005)
 
     def _strike(self, client: Client) -> None:
-        what = self._rng.choices(("server", "core", "both", "stop"), self._given.weights, k=1)[0]
+        what = self._rng.choices(
+            ("server", "core", "both", "stop", "client"), self._given.weights, k=1
+        )[0]
         core = self._server.core()
         if what in ("core", "both") and core is not None:
             self._kill(core, "core")
@@ -338,6 +340,7 @@ def harm(work: Path, model: Path, given: argparse.Namespace) -> float:
     """The run with the nemesis; returns its seconds."""
     port = free_port()
     server = Server(work, port, options(model, work / "journal.db", port), is_cold=given.cold)
+    client: Client | None = None
     nemesis = Nemesis(server, KillLog(work / "kills.jsonl"), given)
     began = time.monotonic()
     try:
@@ -359,9 +362,9 @@ def harm(work: Path, model: Path, given: argparse.Namespace) -> float:
             time.sleep(0.01)
         if client.code is None:
             print("the client waits for something that does not come", file=sys.stderr)
-        if client.code != 0:
-            client.kill()
     finally:
+        if client is not None and client.code is None:
+            client.kill()
         server.close()
     starts = sorted(server.start_seconds)
     if starts:
