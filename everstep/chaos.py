@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
@@ -20,7 +21,7 @@ from urllib.parse import urlsplit
 from msgspec import Struct
 
 from . import processes
-from .chaos_load import Load, Watch, summed, until_answers
+from .chaos_load import Load, Watch, summed, until_ready
 from .engine.errors import ConfigError, EngineUnavailable
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def url_of(url: str | None, command: Sequence[str]) -> str:
     """Where the server is: as said, else by the command's own --port."""
     if url is None:
         port = "8000"
-        for flag, value in zip(command, [*command[1:], ""], strict=True):
+        for flag, value in pairwise([*command, ""]):
             if flag == "--port":
                 port = value
             elif flag.startswith("--port="):
@@ -189,7 +190,7 @@ async def run(plan: Plan) -> Certificate:
         server.start()
     try:
         async with AsyncClient(plan.url, retry_s=START_S) as client:
-            await until_answers(client, START_S if plan.owns_server else 10.0)
+            await until_ready(plan.url, START_S if plan.owns_server else 10.0)
             return await Run(plan, server, client).run()
     finally:
         if plan.owns_server:
@@ -269,7 +270,7 @@ class Run:
         while True:
             pid = self._server.find(victim)
             if pid is not None and pid != killed:
-                await until_answers(self._client, START_S)
+                await until_ready(self._plan.url, START_S)
                 return time.monotonic() - began
             if self._server.has_given_up():
                 raise EngineUnavailable("the server ended by itself; its own log says why")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct, field
 
-from .engine.errors import EverstepError
+from .engine.errors import EngineUnavailable
 from .engine.rollout import Rollout, RolloutState
 
 if TYPE_CHECKING:
@@ -188,17 +188,25 @@ class Watch:
         )
 
 
-async def until_answers(client: "AsyncClient", timeout_s: float) -> float:
-    """Wait until the server lists rollouts again; returns the seconds. Raises EverstepError."""
+async def until_ready(url: str, timeout_s: float) -> float:
+    """Wait until the server has a core that takes work; returns the seconds.
+
+    Raises EngineUnavailable.
+    """
+    import httpx
+
     began = time.monotonic()
-    while True:
-        try:
-            async for _ in client.list(pool=POOL):
-                break
-            return time.monotonic() - began
-        except EverstepError:
+    async with httpx.AsyncClient() as http:
+        while True:
+            try:
+                answer = await http.get(f"{url}/ready", timeout=5.0)
+                if answer.status_code == 200:
+                    return time.monotonic() - began
+                said = f"{url}/ready says {answer.status_code}"
+            except httpx.TransportError as error:
+                said = f"no answer from {url}: {error or type(error).__name__}"
             if time.monotonic() - began > timeout_s:
-                raise
+                raise EngineUnavailable(said)
             await asyncio.sleep(0.05)
 
 

@@ -297,39 +297,51 @@ def note_resumed() -> None:
     wrap(Scheduler, "add", make)
 
 
-def resumed_rules(change: Callable[[Any, int], Any]) -> Patch:
-    """Change the sampling rule of rollouts that another core began."""
+def next_noise() -> None:
+    """A rollout that another core began draws with the counter of the token after."""
+    from everstep.engine import drawing
 
-    def patch() -> None:
-        from everstep.engine import runner
+    note_resumed()
+    drawn: list[Any] = []
 
-        note_resumed()
+    def make_method(inner: Callable[..., Any]) -> Callable[..., Any]:
+        def method(self: Any, logits: Any, rows: Any, places: Any) -> Any:
+            drawn[:] = rows
+            return inner(self, logits, rows, places)
 
-        def make(inner: Callable[..., Any]) -> Callable[..., Any]:
-            def rule_of(row: Any) -> Any:
-                rule = inner(row)
-                count = _RESUMED.get(row.rollout_id)
-                return rule if count is None else change(rule, count)
+        return method
 
-            return rule_of
+    def make_function(inner: Callable[..., Any]) -> Callable[..., Any]:
+        def draw(logits: Any, rules: Any, *, positions: list[int], **others: Any) -> Any:
+            moved = [
+                at + (row.rollout_id in _RESUMED) for at, row in zip(positions, drawn, strict=True)
+            ]
+            return inner(logits, rules, positions=moved, **others)
 
-        wrap(runner, "rule_of", make)
+        return draw
 
-    return patch
-
-
-def next_noise(rule: Any, _: int) -> Any:
-    import dataclasses
-
-    return dataclasses.replace(rule, position=rule.position + 1)
+    wrap(drawing.Drawer, "draw", make_method)
+    wrap(drawing, "draw", make_function)
 
 
-def shifted_border(rule: Any, count: int) -> Any:
-    """What was sampled before counts as prompt."""
-    import dataclasses
+def shifted_border() -> None:
+    """To penalties, what another core has sampled is prompt."""
+    import msgspec
 
-    prompt = [*rule.prompt_ids, *rule.output_ids[:count]]
-    return dataclasses.replace(rule, prompt_ids=prompt, output_ids=rule.output_ids[count:])
+    from everstep.engine import drawing
+
+    note_resumed()
+
+    def make(inner: Callable[..., Any]) -> Callable[..., Any]:
+        def rule(self: Any, row: Any) -> Any:
+            count = _RESUMED.get(row.rollout_id)
+            if count is not None:
+                row = msgspec.structs.replace(row, num_prompt=row.num_prompt + count)
+            return inner(self, row)
+
+        return rule
+
+    wrap(drawing.Drawer, "rule", make)
 
 
 def stale_prefixes() -> None:
@@ -361,12 +373,12 @@ BUGS: dict[str, tuple[str, Patch, str]] = {
     ),
     "rng_off_by_one": (
         "core",
-        resumed_rules(next_noise),
+        next_noise,
         "a resumed rollout draws the next token's noise",
     ),
     "penalties_shifted": (
         "core",
-        resumed_rules(shifted_border),
+        shifted_border,
         "after a resume what was sampled counts as prompt",
     ),
     "stop_state_lost": (

@@ -30,8 +30,6 @@ from typing import Any
 
 HERE = Path(__file__).parent
 START_S = 60.0
-# rollouts end within seconds; a client that needs longer than this is waiting for something lost
-CLIENT_END_S = 60.0
 CORE_NAMES = ("everstep-core", "everstep.engine.core")
 
 # points where a server may be told to die, and how often each is passed: k is drawn below it
@@ -260,7 +258,10 @@ class Nemesis:
 
     def _count(self) -> int:
         """Those that died at a failpoint have written it down themselves."""
-        return sum(1 for _ in self._log.path.open("rb")) if self._log.path.exists() else 0
+        if not self._log.path.exists():
+            return 0
+        lines = self._log.path.read_text().splitlines()
+        return sum(json.loads(line)["what"] != "stop" for line in lines)
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + START_S
@@ -355,7 +356,8 @@ def harm(work: Path, model: Path, given: argparse.Namespace) -> float:
         nemesis.run(client)
         took = time.monotonic() - began
         (work / "stop").touch()
-        deadline = time.monotonic() + CLIENT_END_S
+        # a client that needs longer is waiting for something that was lost
+        deadline = time.monotonic() + given.end
         while client.code is None and time.monotonic() < deadline:
             if not server.look() and server.pid is None:
                 server.start(list(given.fault))
@@ -375,7 +377,7 @@ def harm(work: Path, model: Path, given: argparse.Namespace) -> float:
     return took
 
 
-def calm(work: Path, model: Path, given: argparse.Namespace) -> None:
+def calm(work: Path, model: Path) -> None:
     """The same rollouts, undisturbed, in a journal of their own."""
     port = free_port()
     arguments = options(model, work / "unharmed.db", port)
@@ -414,6 +416,12 @@ def main() -> int:
     parser.add_argument("--cold", action="store_true", help="start servers as a user does")
     parser.add_argument("--no-failpoints", dest="failpoints", action="store_false")
     parser.add_argument("--fault", action="append", default=[], help="plant a bug (faults.py)")
+    parser.add_argument(
+        "--end", type=float, default=60.0, help="seconds given to the last rollouts"
+    )
+    parser.add_argument(
+        "--no-unharmed", dest="unharmed", action="store_false", help="leave out the undisturbed run"
+    )
     parser.add_argument("--judge", type=float, default=1.0, help="share of rollouts to recompute")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
@@ -421,17 +429,16 @@ def main() -> int:
     took = harm(given.work, model, given)
     checked = everstep("journal", "check", str(given.work / "journal.db"))
     print(f"everstep journal check: {(checked.stdout + checked.stderr).strip()}")
-    calm(given.work, model, given)
-    verdict = subprocess.run(
-        [
-            *(sys.executable, str(HERE / "checker.py"), "--model", str(model)),
-            *("--history", str(given.work / "history.jsonl")),
-            *("--unharmed", str(given.work / "unharmed.jsonl")),
-            *("--kills", str(given.work / "kills.jsonl"), "--judge", str(given.judge)),
-            *("--json", str(given.work / "report.json")),
-        ],
-        check=False,
-    )
+    command = [
+        *(sys.executable, str(HERE / "checker.py"), "--model", str(model)),
+        *("--history", str(given.work / "history.jsonl")),
+        *("--kills", str(given.work / "kills.jsonl"), "--judge", str(given.judge)),
+        *("--json", str(given.work / "report.json")),
+    ]
+    if given.unharmed:
+        calm(given.work, model)
+        command += ["--unharmed", str(given.work / "unharmed.jsonl")]
+    verdict = subprocess.run(command, check=False)
     print(f"{took:.0f} s under the nemesis")
     return verdict.returncode or checked.returncode
 
