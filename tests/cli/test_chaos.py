@@ -1,7 +1,6 @@
 """everstep chaos: what it refuses, what it would notice, and a run against a real server."""
 
 import asyncio
-import json
 import re
 import socket
 import subprocess
@@ -178,7 +177,7 @@ def test_a_server_that_chaos_owns_is_killed_and_certified(tiny_checkpoint, port,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-2] == "certificate: nothing lost, nothing twice"
-    kills = [json.loads(line) for line in (tmp_path / "chaos-kills.jsonl").open()]
+    kills = (tmp_path / "chaos-kills.jsonl").read_text().splitlines()
     killed = int(re.search(r"killed +(\d+)", done.stdout)[1])
     assert len(kills) >= killed > 0
     assert re.search(r"regenerated +[1-9]\d* tokens \(identical\)", done.stdout)
