@@ -70,11 +70,15 @@ def unknown_words(words: list[str]) -> list[str]:
     command = COMMANDS.get(name)
     if command is None:
         return words[:1] or ["(no command)"]
+    inner: list[str] = []
+    if "--" in rest:
+        # a command of ours that this one starts
+        rest, inner = rest[: rest.index("--")], rest[rest.index("--") + 2 :]
     known = {"--help"}
     for parameter in command.params:
         known |= set(parameter.opts) | set(parameter.secondary_opts)
     flags = [word.partition("=")[0] for word in rest if re.match(r"--?[a-zA-Z]", word)]
-    return [flag for flag in flags if flag not in known]
+    return [flag for flag in flags if flag not in known] + (unknown_words(inner) if inner else [])
 
 
 def test_every_command_line_names_a_command_and_its_flags() -> None:
@@ -85,6 +89,7 @@ def test_every_command_line_names_a_command_and_its_flags() -> None:
 
 def test_a_flag_that_does_not_exist_is_found() -> None:
     assert unknown_words(["chat", "--promt", "hi"]) == ["--promt"]
+    assert unknown_words(["chaos", "--", "everstep", "serve", "--prt", "1"]) == ["--prt"]
     assert unknown_words(["chatt"]) == ["chatt"]
     assert unknown_words(["bench", "offlin"]) == ["bench"]
     assert unknown_words(["bench", "serve", "--num-prompt", "3"]) == ["--num-prompt"]
