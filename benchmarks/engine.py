@@ -4,12 +4,15 @@
 
 whole  `Core.step` with n rollouts decoding: schedule, the forward pass, a drawn token with its
        logprobs for each, commit, and what is said to the front
-bare   the same forward pass in the same process, over n rows of its own KV at about the same
-       positions: inputs prepared before, the head's logits of every row included, and the check
-       that they are finite; no draw, no schedule, nothing from Python inside (`NativeStep.run`; at
-       the torch level the operations one by one)
-Interleaved step by step; medians. `read` is the bytes of weights and KV that a
-step must touch, over the time of the whole step, as a share of the read bandwidth measured here.
+bare   the forward pass of the step that just ran, once more: the same inputs, prepared already, over
+       the same KV, where it writes the same bits again. It includes the head's logits of every row
+       and the check that they are finite, and nothing else: no schedule, no draw, no Python inside
+       (`NativeStep.run`; at the torch level the operations one by one)
+
+Interleaved step by step; medians, `whole/bare` that of the pairs. `--clock cpu` (one thread only)
+counts CPU time: on a busy machine the one figure worth reading. `read` is the bytes of weights and
+KV that a step must touch, over the time of the whole step, as a share of the read bandwidth
+measured here.
 Peers are not in this script (issue 9's benchmarks/cpu.py is to have them).
 """
 
@@ -17,36 +20,35 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import msgspec
 import torch
 
 from everstep import kernels
 from everstep.engine.checkpoint import Checkpoint
 from everstep.engine.config import ModelConfig
-from everstep.engine.determinism import BLOCK, Laboratory, Trial
+from everstep.engine.determinism import Laboratory, Trial
 from everstep.engine.hub import resolve
 from everstep.engine.messages import Add
-from everstep.engine.model import KVStore
 from everstep.engine.plan import Row
 from everstep.engine.rollout import SamplingParams
-from everstep.engine.rotary import rotary_tables
 from everstep.engine.runner import ModelRunner
-from everstep.engine.step import ForwardPass, batch_of
 from everstep.engine.weights import Weights, load_weights
+from everstep.kernels import StepBatch, StepOutput
 
 STEPS = 20
 PROMPT = 128
 
 
-def read_bandwidth() -> float:
+def read_bandwidth(clock: Callable[[], float]) -> float:
     """Bytes per second of summing memory that no cache holds, with torch's threads."""
     x = torch.ones(64 * 2**20)
     times = []
     for _ in range(7):
-        started = time.perf_counter()
+        started = clock()
         x.sum()
-        times.append(time.perf_counter() - started)
+        times.append(clock() - started)
     return x.numel() * 4 / statistics.median(times)
 
 
@@ -71,43 +73,42 @@ def decoding(weights: Weights, count: int) -> Trial:
     return trial
 
 
-def bare_step(weights: Weights, count: int) -> Callable[[], object]:
-    """A forward pass with logits over `count` rows at the same context, nothing else."""
-    config = weights.config
-    position = PROMPT + STEPS // 2
-    blocks = -(-(PROMPT + STEPS) // BLOCK)
-    kv = KVStore.empty(config, (1 + count * blocks) * BLOCK, weights.dtype)
-    forward = ForwardPass(weights, kv, rotary_tables(config, PROMPT + STEPS), BLOCK)
-    rows = [
-        Row(
-            rollout_id=f"b{i}",
-            all_ids=[i % config.vocab_size] * (position + 1),
-            num_missing=1,
-            num_tokens=1,
-            block_table=list(range(1 + i * blocks, 1 + (i + 1) * blocks)),
-            num_prompt=PROMPT,
-            sampling=SamplingParams(),
-            seed=i,
-            banned_ids=[],
-        )
-        for i in range(count)
-    ]
-    batch, native = batch_of(rows, wants_routes=False), forward.native
+def bare_step(trial: Trial) -> Callable[[], object]:
+    """Runs the forward pass of the trial's last step again; spies on the steps to know it."""
+    assert isinstance(trial.core.runner, ModelRunner)
+    forward = trial.core.runner.forward
+    last: list[Callable[[], object]] = []
 
+    if (native := forward.native) is not None:
+        run = native.run
+
+        def spy(batch: StepBatch, *, threads: int) -> StepOutput:
+            last[:] = [lambda: run(batch, threads=threads)]
+            return run(batch, threads=threads)
+
+        native.run = spy  # type: ignore[method-assign]
+    else:
+        by_torch = forward.run
+
+        def spy_rows(rows: Sequence[Row], *, wants_routes: bool) -> StepOutput:
+            # rows are views of lists that go on growing
+            kept = [msgspec.structs.replace(row, all_ids=list(row.all_ids)) for row in rows]
+            last[:] = [lambda: by_torch(kept, wants_routes=wants_routes)]
+            return by_torch(rows, wants_routes=wants_routes)
+
+        forward.run = spy_rows  # type: ignore[method-assign]
+
+    @torch.inference_mode()
     def step() -> object:
-        with torch.inference_mode():
-            if native is None:
-                return forward.run(rows, wants_routes=False)
-            return native.run(batch, threads=torch.get_num_threads())
+        return last[0]()
 
-    step()
     return step
 
 
-def milliseconds(function: Callable[[], object]) -> float:
-    started = time.perf_counter()
+def milliseconds(function: Callable[[], object], clock: Callable[[], float]) -> float:
+    started = clock()
     function()
-    return (time.perf_counter() - started) * 1e3
+    return (clock() - started) * 1e3
 
 
 def weight_bytes(weights: Weights) -> int:
@@ -126,12 +127,16 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"])
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rollouts", default="1,8,32,128", help="how many decode at once")
+    parser.add_argument("--clock", default="wall", choices=["wall", "cpu"])
     options = parser.parse_args()
+    if options.clock == "cpu" and options.threads != 1:
+        parser.error("--clock cpu counts one thread: give --threads 1")
+    clock = time.perf_counter if options.clock == "wall" else time.thread_time
     torch.set_num_threads(options.threads)
     checkpoint = Checkpoint.open(resolve(options.model, lambda *_: None))
     config = ModelConfig(path=options.model, dtype=options.dtype)
     weights = load_weights(checkpoint, config, on_progress=lambda *_: None)
-    bandwidth = read_bandwidth()
+    bandwidth = read_bandwidth(clock)
     print(
         f"{options.model}, {kernels.level_name()}, torch {torch.__version__}, {options.threads} "
         f"threads, load {os.getloadavg()[0]:.1f}, read bandwidth {bandwidth / 1e9:.1f} GB/s, "
@@ -143,18 +148,19 @@ def main() -> None:
     per_token = 2 * weights.config.num_hidden_layers * weights.config.num_key_value_heads
     per_token *= weights.config.head_dim * weights.dtype.itemsize
     for count in map(int, options.rollouts.split(",")):
-        trial, bare = decoding(weights, count), bare_step(weights, count)
-        assert isinstance(trial.core.runner, ModelRunner)
+        trial = decoding(weights, count)
+        bare = bare_step(trial)
         whole_ms, bare_ms = [], []
         for _ in range(STEPS):
-            whole_ms.append(milliseconds(trial.step))
-            bare_ms.append(milliseconds(bare))
+            whole_ms.append(milliseconds(trial.step, clock))
+            bare_ms.append(milliseconds(bare, clock))
         whole, alone = statistics.median(whole_ms), statistics.median(bare_ms)
         touched = weight_bytes(weights) + count * per_token * (PROMPT + STEPS)
+        ratio = statistics.median(b / w for b, w in zip(bare_ms, whole_ms, strict=True))
         share = touched / (whole / 1e3) / bandwidth
         print(
             f"{count:>8} {whole:>9.1f} {alone:>8.1f} {count / whole * 1e3:>9.0f} "
-            f"{alone / whole:>10.0%} {share:>6.0%}"
+            f"{ratio:>10.0%} {share:>6.0%}"
         )
     print(f"load {os.getloadavg()[0]:.1f}")
 

@@ -40,7 +40,7 @@ class ModelRunner:
         self._store = KVStore.empty(weights.config, kv.num_blocks * kv.block_size, weights.dtype)
         table_dtype = weights.dtype if config.rope_tables == "model" else torch.float32
         tables = rotary_tables(weights.config, kv.max_model_len, table_dtype)
-        self._forward = ForwardPass(weights, self._store, tables, kv.block_size)
+        self.forward = ForwardPass(weights, self._store, tables, kv.block_size)
         self._drawer = Drawer()
         self._parked: dict[str, list[torch.Tensor]] = {}
 
@@ -127,7 +127,7 @@ class ModelRunner:
         draws = Draws(token_ids=[], lp_sampled=[], lp_temp=[], kept_mass=[], flags=[])
         if rows:
             wants_routes = any("routing" in row.sampling.record for row in rows)
-            out = self._forward.run(rows, wants_routes=wants_routes)
+            out = self.forward.run(rows, wants_routes=wants_routes)
             if out.bad_tokens:
                 self._name_bad_layers(rows, out.bad_tokens, outcomes, step)
             self._record(rows, out, outcomes, step)
@@ -147,7 +147,7 @@ class ModelRunner:
         A bad value stays in the residual stream to the end, so the last hidden state tells;
         only then the step is run again to find the layer.
         """
-        first_layer = self._forward.first_bad_layer(rows)
+        first_layer = self.forward.first_bad_layer(rows)
         is_bad, first = set(bad_tokens), 0
         for index, row in enumerate(rows):
             tokens = [t for t in range(first, first + row.num_tokens) if t in is_bad]
