@@ -104,6 +104,11 @@ def config() -> str:
                     "`$XDG_CACHE_HOME/everstep`, else `~/.cache/everstep`",
                 ),
                 ("`EVERSTEP_DEFAULT_WHEEL`", "the default model's wheel, where pip has no index"),
+                (
+                    "`EVERSTEP_BASE_URL`, `EVERSTEP_API_KEY`",
+                    "where `Client` and `AsyncClient` find the server; else `OPENAI_BASE_URL` "
+                    "with `OPENAI_API_KEY`, else port 8000 of this machine",
+                ),
                 ("`EVERSTEP_LOG`", "`json`: the server logs one JSON object per event"),
                 ("`HF_HOME`, `HF_HUB_OFFLINE`, `HF_TOKEN`", "as for every user of the hub"),
             ],

@@ -471,8 +471,6 @@ def test_a_call_without_a_server_goes_through_httpx_once_and_is_retried():
     http = httpx.Client(transport=httpx.MockTransport(handle))
     client = Client(URL, api_key="secret", http=http)
     client._patience = lambda: Patience(URL, 120.0, has_answered=True)  # type: ignore[method-assign]
-    monotone = flows.FIRST_PAUSE_S
-    assert monotone < 1
     assert client.submit("Hi", samples=2, tools=[]).rollout_ids == ["ro-1"]
     assert [str(request.url) for request in seen] == [f"{URL}/rollouts"] * 2
     assert seen[0].headers["authorization"] == "Bearer secret"
@@ -482,6 +480,35 @@ def test_a_call_without_a_server_goes_through_httpx_once_and_is_retried():
         "priority": 0,
         "tools": [],
     }
+
+
+def summaries(ids: range, cursor: str | None) -> httpx.Response:
+    fields = {"group_id": "g", "index": 0, "pool": "", "state": "finished", "created_s": 0.0}
+    fields |= {"ended_s": 1.0, "num_output_tokens": 1, "is_acked": False}
+    data = [{"id": f"ro-{i}", **fields} for i in ids]
+    return httpx.Response(200, json={"data": data, "next_cursor": cursor})
+
+
+def test_lists_are_read_page_by_page():
+    asked: list[dict[str, str]] = []
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        asked.append(dict(request.url.params))
+        return summaries(range(2), "2") if len(asked) % 2 else summaries(range(2, 3), None)
+
+    async def listed() -> list[str]:
+        http = httpx.AsyncClient(transport=httpx.MockTransport(handle))
+        async with http, AsyncClient(URL, http=http) as client:
+            return [one.id async for one in client.list(pool="p", state="finished")]
+
+    with (
+        httpx.Client(transport=httpx.MockTransport(handle)) as http,
+        Client(URL, http=http) as client,
+    ):
+        found = [one.id for one in client.list(pool="p", state="finished")]
+    assert found == asyncio.run(listed()) == ["ro-0", "ro-1", "ro-2"]
+    query = {"pool": "p", "state": "finished", "limit": "500"}
+    assert asked == [query, {**query, "cursor": "2"}] * 2
 
 
 def test_a_cancelled_wait_leaves_no_task_behind():
