@@ -1,7 +1,6 @@
 """`everstep serve` as a process with a journal in a file: killed in mid-stream, started again."""
 
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -15,7 +14,7 @@ import pytest
 from everstep import Client
 from everstep.engine.rollout import Rollout
 
-SAMPLING = {"max_tokens": 400, "ignore_eos": True, "seed": 5, "temperature": 1.0}
+SAMPLING = {"max_tokens": 250, "ignore_eos": True, "seed": 5, "temperature": 1.0}
 
 
 class Served:
@@ -81,7 +80,7 @@ def test_a_stream_goes_on_through_kill_9_as_if_nothing_had_been(served):
         for event in client.stream(rollout_id):
             seen.append(event)
             if event.end >= 40 and not was_killed:
-                assert event.end < 400
+                assert event.end < 250
                 served.kill()
                 was_killed = True
                 restart = threading.Thread(target=served.start)
@@ -95,11 +94,7 @@ def test_a_stream_goes_on_through_kill_9_as_if_nothing_had_been(served):
         assert rollout.metadata == {"k": [1, None]}
         assert len(rollout.segments) == 2
         assert client.submit(**body, idempotency_key="k") == sent
-        data = client.export(rollout_id)
+        assert client.export(rollout_id).startswith(b"EVST")
         client.ack([rollout_id, calm])
         assert [one.is_acked for one in client.list()] == [True, True]
-    assert served.stop() == 0
-    banner = served.start()
-    assert re.search(r"journal .*0 rollouts go on", banner)
-    assert data.startswith(b"EVST")
     assert served.stop() == 0
