@@ -1,0 +1,348 @@
+"""Exactness of durable rollouts over random histories: pauses, evictions, moves, forks, kills.
+
+Whatever happened to a rollout, it ends with the tokens, logprobs, records and text that it has when
+it runs alone. Before it ends, everybody sees a beginning of that, and nothing that the journal of
+its front does not hold.
+"""
+
+import asyncio
+from functools import partial
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from everstep.engine.config import BatchConfig, ResolvedKV
+from everstep.engine.errors import IllegalState, JournalFull, UnknownRollout
+from everstep.engine.intake import Submission
+from everstep.engine.journal_ops import RequestKey
+from everstep.engine.rollout import Rollout, RolloutState, SamplingParams
+from tests.engine.durable_world import EOS, STOPS, VOCAB, World, alone, fake_core, half_tokenizer
+from tests.fakes import fake_logprob, fake_routing
+from tests.strategies import MAX_MODEL_LEN, batches, caches
+
+prompts = st.builds(
+    lambda length, tail: [0, 1, 2, 0, 1, 2, 3][:length] + tail,
+    st.integers(1, 7),
+    st.lists(st.integers(0, VOCAB - 2), max_size=2),
+)
+samplings = st.builds(
+    SamplingParams,
+    stop=st.lists(st.sampled_from(STOPS), max_size=2, unique=True).map(tuple),
+    stop_token_ids=st.sampled_from([(), (), (5,), (9,)]),
+    include_stop_str_in_output=st.booleans(),
+    ignore_eos=st.booleans(),
+    min_tokens=st.sampled_from([0, 0, 2]),
+    seed=st.one_of(st.none(), st.integers(0, 3)),
+    prompt_logprobs=st.sampled_from([None, None, 1]),
+    record=st.sampled_from([(), ("lp_raw", "entropy"), ("routing", "kept_ids")]),
+)
+
+
+class DurableMachine(RuleBasedStateMachine):
+    """Two servers that exchange rollouts; each may lose its core, or die whole, at any moment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loop = asyncio.new_event_loop()
+        self.worlds: list[World] = []
+        # (world, id) → tokens that somebody has seen
+        self.seen: dict[tuple[int, str], list[int]] = {}
+        self.cancelled: set[str] = set()
+        self.acked: set[tuple[int, str]] = set()
+        self.promised: set[tuple[int, str]] = set()
+        self.keys: dict[tuple[int, str], list[str]] = {}
+        self.num_plain = 0
+
+    @initialize(kv=caches(), batch=batches)
+    def start(self, kv: ResolvedKV, batch: BatchConfig) -> None:
+        make = partial(fake_core, kv, batch)
+        self.worlds = [World(self.loop, make, half_tokenizer()) for _ in range(2)]
+
+    # --- choosing
+
+    def world(self, which: int) -> World:
+        return self.worlds[which]
+
+    def ids(self, which: int, share: float, count: int = 2) -> list[str]:
+        """Some of those that a world has accepted and not been told to forget."""
+        ids = [i for i in self.worlds[which].store.accepted if (which, i) not in self.acked]
+        return ids[int(share * len(ids)) :][:count]
+
+    def is_stalled(self, which: int) -> bool:
+        return self.worlds[which].journal.stalled is not None
+
+    # --- what a client does
+
+    @rule(
+        which=st.integers(0, 1),
+        prompt=prompts,
+        sampling=samplings,
+        max_tokens=st.integers(1, MAX_MODEL_LEN - 9),
+        samples=st.integers(1, 3),
+        priority=st.integers(0, 1),
+        name=st.sampled_from(["", "", "k1", "k2"]),
+        is_hasty=st.booleans(),
+    )
+    def accept(
+        self, which, prompt, sampling, max_tokens, samples, priority, name, is_hasty
+    ) -> None:
+        """is_hasty: the client does not wait for the answer, which may never come."""
+        params = SamplingParams(
+            **{f: getattr(sampling, f) for f in sampling.__struct_fields__}
+            | {"max_tokens": max(max_tokens, sampling.min_tokens)}
+        )
+        ask = Submission(prompt_ids=prompt, sampling=params, samples=samples, priority=priority)
+        key = RequestKey(holder="", route="/", key=name, body_digest="b") if name else None
+        manager = self.world(which).manager
+        if is_hasty:
+            self.world(which).begin(manager.accept(ask, key))
+            return
+        try:
+            answer = self.world(which).do(manager.accept(ask, key))
+        except JournalFull:
+            assert self.is_stalled(which)
+            return
+        known = self.keys.get((which, name))
+        if known is not None:
+            assert answer.is_replay
+            assert answer.rollout_ids == known
+            return
+        if name:
+            self.keys[which, name] = answer.rollout_ids
+        self.promised |= {(which, rollout_id) for rollout_id in answer.rollout_ids}
+
+    @rule(which=st.integers(0, 1), prompt=prompts, sampling=samplings)
+    def submit_plain(self, which, prompt, sampling) -> None:
+        self.num_plain += 1
+        ask = Submission(prompt_ids=prompt, sampling=sampling)
+        self.world(which).manager.submit(ask)
+        self.world(which).settle()
+
+    @rule(which=st.integers(0, 1), count=st.integers(1, 6), pumps=st.integers(0, 4))
+    def step(self, which, count, pumps) -> None:
+        self.world(which).step(count)
+        self.world(which).journal.pump(pumps)
+        self.world(which).settle()
+
+    @precondition(lambda self: not self.is_stalled(0) and not self.is_stalled(1))
+    @rule(which=st.integers(0, 1), share=st.floats(0, 1), what=st.sampled_from(["pause", "resume"]))
+    def pause_or_resume(self, which, share, what) -> None:
+        ids = self.ids(which, share)
+        manager = self.world(which).manager
+        if ids:
+            try:
+                self.world(which).do(getattr(manager, what)(ids))
+            except IllegalState:
+                states = [self.find(which, rollout_id).state for rollout_id in ids]
+                assert what == "resume"
+                assert any(state.is_ended for state in states)
+
+    @precondition(lambda self: not self.is_stalled(0))
+    @rule(is_resumed=st.booleans())
+    def pause_all(self, is_resumed) -> None:
+        world = self.world(0)
+        world.do(world.manager.pause())
+        world.step(2)
+        if is_resumed:
+            world.do(world.manager.resume())
+
+    @precondition(lambda self: not self.is_stalled(0) and not self.is_stalled(1))
+    @rule(which=st.integers(0, 1), share=st.floats(0, 1))
+    def cancel(self, which, share) -> None:
+        ids = self.ids(which, share, 1)
+        if ids:
+            if not self.find(which, ids[0]).state.is_ended:
+                self.cancelled.update(ids)
+            self.world(which).do(self.world(which).manager.cancel(ids))
+            assert self.find(which, ids[0]).state.is_ended
+
+    @precondition(lambda self: not self.is_stalled(0) and not self.is_stalled(1))
+    @rule(which=st.integers(0, 1), share=st.floats(0, 1))
+    def acknowledge(self, which, share) -> None:
+        for rollout_id in self.ids(which, share):
+            world = self.world(which)
+            if self.find(which, rollout_id).state.is_ended:
+                self.check_ended(self.find(which, rollout_id))
+                world.do(world.manager.acknowledge([rollout_id]))
+                self.acked.add((which, rollout_id))
+                with pytest.raises(UnknownRollout):
+                    world.do(world.manager.find(rollout_id))
+
+    @precondition(lambda self: not self.is_stalled(0) and not self.is_stalled(1))
+    @rule(
+        which=st.integers(0, 1),
+        share=st.floats(0, 1),
+        at=st.floats(0, 1),
+        samples=st.integers(1, 2),
+    )
+    def fork(self, which, share, at, samples) -> None:
+        for parent_id in self.ids(which, share, 1):
+            world = self.world(which)
+            parent = self.find(which, parent_id)
+            num = round(at * len(parent.output_ids))
+            answer = world.do(world.manager.fork(parent_id, num, samples=samples))
+            self.promised |= {(which, rollout_id) for rollout_id in answer.rollout_ids}
+
+    @precondition(lambda self: not self.is_stalled(0) and not self.is_stalled(1))
+    @rule(which=st.integers(0, 1), share=st.floats(0, 1))
+    def move(self, which, share) -> None:
+        """A copy goes on at the other one; the source stays."""
+        here, there = self.world(which), self.world(1 - which)
+        for rollout_id in self.ids(which, share, 1):
+            if rollout_id not in there.store.accepted:
+                trajectory = here.do(here.manager.export(rollout_id))
+                there.do(there.manager.import_(trajectory))
+                self.promised.add((1 - which, rollout_id))
+
+    @rule(which=st.integers(0, 1), share=st.floats(0, 1), after=st.floats(0, 1))
+    def read_on(self, which, share, after) -> None:
+        """A stream that begins somewhere gives what an uninterrupted one gave from there."""
+        for rollout_id in self.ids(which, share, 1):
+            rollout = self.find(which, rollout_id)
+            start = round(after * len(rollout.output_ids))
+
+            if start < len(rollout.output_ids) or rollout.state.is_ended:
+                delta = self.world(which).do(self.first_delta(which, rollout_id, start))
+                assert delta is not None
+                assert (delta.start, delta.end) == (start, len(delta.rollout.output_ids))
+                assert delta.rollout.text.endswith(delta.text)
+
+    async def first_delta(self, which: int, rollout_id: str, start: int) -> Any:
+        stream = self.world(which).manager.stream(rollout_id, after=start)
+        try:
+            return await anext(stream)
+        finally:
+            await stream.aclose()
+
+    # --- what the world does
+
+    @rule(which=st.integers(0, 1))
+    def kill_core(self, which) -> None:
+        self.world(which).kill_core()
+
+    @precondition(lambda self: not self.is_stalled(0) and not self.is_stalled(1))
+    @rule(which=st.integers(0, 1), num_untold=st.integers(0, 3))
+    def kill_front(self, which, num_untold) -> None:
+        self.world(which).kill_front(num_untold)
+
+    @rule(which=st.integers(0, 1))
+    def fill_or_empty_the_disk(self, which) -> None:
+        world = self.world(which)
+        world.journal.stall(None if self.is_stalled(which) else "no space left")
+        world.settle()
+
+    # --- what must hold
+
+    def find(self, which: int, rollout_id: str) -> Rollout:
+        found: Rollout = self.world(which).do(self.world(which).manager.find(rollout_id))
+        return found
+
+    @invariant()
+    def everybody_sees_a_beginning_that_is_in_the_journal(self) -> None:
+        for which, world in enumerate(self.worlds):
+            assert world.manager.is_healthy
+            assert world.manager.journal_trouble == world.journal.stalled
+            for growth in world.manager._holdings:
+                rollout = growth.rollout
+                assert (
+                    rollout.text
+                    == half_tokenizer().decode(rollout.output_ids)[: rollout.text_offset]
+                )
+                if not rollout.is_durable:
+                    continue
+                kept = world.store.read(rollout.id)
+                assert kept is not None
+                count = len(rollout.output_ids)
+                assert kept.output_ids[:count] == rollout.output_ids
+                assert kept.lp_sampled[:count] == rollout.lp_sampled
+                seen = self.seen.setdefault((which, rollout.id), [])
+                assert rollout.output_ids[: len(seen)] == seen, "what was seen has changed"
+                self.seen[which, rollout.id] = list(rollout.output_ids)
+
+    def expected(self, rollout: Rollout) -> Any:
+        kept: list[int] = []
+        first = rollout
+        if rollout.forked_from is not None:
+            # its own tokens stand for those that it took over; the parent was checked itself
+            kept = rollout.output_ids[: rollout.forked_from[1]]
+        return alone(first, kept)
+
+    def check_ended(self, rollout: Rollout) -> None:
+        ids, text, reason = self.expected(rollout)
+        if rollout.state is RolloutState.ABORTED:
+            assert rollout.id in self.cancelled
+            assert rollout.output_ids == ids[: len(rollout.output_ids)]
+        else:
+            assert rollout.state is RolloutState.FINISHED, rollout.finish_reason
+            assert (rollout.output_ids, rollout.finish_reason, rollout.text) == (ids, reason, text)
+        self.check_records(rollout)
+
+    def check_records(self, rollout: Rollout) -> None:
+        whole, num_prompt = rollout.prompt_ids + rollout.output_ids, len(rollout.prompt_ids)
+        num = len(rollout.output_ids)
+        logprobs = [fake_logprob(whole[: num_prompt + i + 1]) for i in range(num)]
+        assert rollout.lp_sampled == rollout.lp_temp == logprobs
+        assert rollout.versions == [1] * num
+        record = rollout.sampling.record
+        assert rollout.lp_raw == (logprobs if "lp_raw" in record else [])
+        assert rollout.kept_ids == (
+            [[i] for i in rollout.output_ids] if "kept_ids" in record else []
+        )
+        if num and rollout.sampling.prompt_logprobs is not None:
+            expected = [fake_logprob(whole[: i + 1]) for i in range(1, num_prompt)]
+            assert rollout.prompt_lp == [None, *expected]
+        if "routing" in record and rollout.state is RolloutState.FINISHED:
+            rows = range(len(whole) - 1)
+            assert rollout.routing_ids == b"".join(fake_routing(whole[: i + 1]) for i in rows)
+
+    def teardown(self) -> None:
+        try:
+            for which, world in enumerate(self.worlds):
+                self.finish(which, world)
+        finally:
+            for world in self.worlds:
+                world.close()
+            self.loop.close()
+
+    def finish(self, which: int, world: World) -> None:
+        """Undisturbed, all that was accepted ends, and its journal has it once."""
+        if world.journal.stalled is not None:
+            world.journal.stall(None)
+        world.do(world.manager.resume())
+        for _ in range(3000):
+            is_busy = world.step()
+            world.journal.pump()
+            world.settle()
+            if not is_busy and not world.manager.num_live:
+                break
+        assert not world.manager.num_live, "something never ended"
+        assert not world.store.recover().live
+        assert self.promised_in(which) <= set(world.store.accepted)
+        for rollout_id in world.store.accepted:
+            if (which, rollout_id) not in self.acked:
+                rollout = self.find(which, rollout_id)
+                self.check_ended(rollout)
+                seen = self.seen.get((which, rollout_id), [])
+                assert rollout.output_ids[: len(seen)] == seen
+        self.everybody_sees_a_beginning_that_is_in_the_journal()
+
+    def promised_in(self, which: int) -> set[str]:
+        return {rollout_id for other, rollout_id in self.promised if other == which}
+
+
+assert EOS < VOCAB
+
+DurableMachine.TestCase.settings = settings(
+    max_examples=60,
+    stateful_step_count=25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def test_every_history_gives_the_rollout_alone() -> None:
+    DurableMachine.TestCase().runTest()
