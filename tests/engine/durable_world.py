@@ -268,8 +268,10 @@ class World:
         loop: asyncio.AbstractEventLoop,
         make_core: Callable[[int], tuple[Core, Ready]],
         tokenizer: Tokenizer | None,
+        run_seed: int = 0,
     ) -> None:
         self.loop = loop
+        self._run_seed = run_seed
         self.store = Store()
         self._make_core = make_core
         self._tokenizer = tokenizer
@@ -283,7 +285,7 @@ class World:
         self.manager = RolloutManager(
             self.backend,
             self._tokenizer,
-            run_seed=5,
+            run_seed=self._run_seed,
             restarts=RestartConfig(attempts=None, first_delay_s=1e-4, max_delay_s=1e-4),
             journal=journal,
         )

@@ -59,7 +59,7 @@ class DurableMachine(RuleBasedStateMachine):
     @initialize(kv=caches(), batch=batches)
     def start(self, kv: ResolvedKV, batch: BatchConfig) -> None:
         make = partial(fake_core, kv, batch)
-        self.worlds = [World(self.loop, make, half_tokenizer()) for _ in range(2)]
+        self.worlds = [World(self.loop, make, half_tokenizer(), seed) for seed in range(2)]
 
     # --- choosing
 
@@ -83,8 +83,8 @@ class DurableMachine(RuleBasedStateMachine):
         max_tokens=st.integers(1, MAX_MODEL_LEN - 9),
         samples=st.integers(1, 3),
         priority=st.integers(0, 1),
-        name=st.sampled_from(["", "", "k1", "k2"]),
-        is_hasty=st.booleans(),
+        name=st.sampled_from(["", "k1", "k2"]),
+        is_hasty=st.sampled_from([False, False, True]),
     )
     def accept(
         self, which, prompt, sampling, max_tokens, samples, priority, name, is_hasty
@@ -226,7 +226,10 @@ class DurableMachine(RuleBasedStateMachine):
     @precondition(lambda self: not self.is_stalled(0) and not self.is_stalled(1))
     @rule(which=st.integers(0, 1), num_untold=st.integers(0, 3))
     def kill_front(self, which, num_untold) -> None:
-        self.world(which).kill_front(num_untold)
+        world = self.world(which)
+        world.kill_front(num_untold)
+        paused = [r.id for r in world.store.recover().live if r.state is RolloutState.PAUSED]
+        assert all(world.manager.get(i).state is RolloutState.PAUSED for i in paused)
 
     @rule(which=st.integers(0, 1))
     def fill_or_empty_the_disk(self, which) -> None:
@@ -320,6 +323,12 @@ class DurableMachine(RuleBasedStateMachine):
                 break
         assert not world.manager.num_live, "something never ended"
         assert not world.store.recover().live
+        derived = [
+            rollout.seed
+            for rollout in world.store.accepted.values()
+            if rollout.sampling.seed is None and rollout.forked_from is None
+        ]
+        assert len(set(derived)) == len(derived), "two rollouts share a seed"
         assert self.promised_in(which) <= set(world.store.accepted)
         for rollout_id in world.store.accepted:
             if (which, rollout_id) not in self.acked:
@@ -336,7 +345,7 @@ class DurableMachine(RuleBasedStateMachine):
 assert EOS < VOCAB
 
 DurableMachine.TestCase.settings = settings(
-    max_examples=60,
+    max_examples=50,
     stateful_step_count=25,
     deadline=None,
     derandomize=True,
