@@ -1,5 +1,6 @@
 """The rollouts that this process holds: the live ones, and ended ones that somebody may read."""
 
+import contextlib
 from collections.abc import Iterable, Iterator
 
 from .growth import Growth
@@ -68,10 +69,15 @@ class Holdings:
         self.is_all_paused &= not is_all
         self.paused.difference_update(growth.rollout.id for growth in growths)
 
-    def release(self, growth: Growth) -> None:
-        """A reader has left."""
-        growth.num_readers -= 1
-        self._let_go(growth)
+    @contextlib.contextmanager
+    def reading(self, growth: Growth) -> Iterator[None]:
+        """While somebody reads it, it is told of news, and stays."""
+        growth.num_readers += 1
+        try:
+            yield
+        finally:
+            growth.num_readers -= 1
+            self._let_go(growth)
 
     def forget(self, rollout_id: str) -> None:
         """Drop it if it has ended."""

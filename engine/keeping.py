@@ -102,12 +102,17 @@ class Keeper:
             rollouts = [growth.rollout for growth in growths]
             num_live = sum(growth.is_live for growth in growths)
             self._holdings.num_live += num_live
-            try:
-                await self.commit(ops.Accept(rollouts, key, self._number))
-            except BaseException:
-                self._holdings.num_live -= num_live
-                raise
-            on_accepted(growths)
+
+            def settled(future: "asyncio.Future[None]") -> None:
+                if future.cancelled() or future.exception() is not None:
+                    self._holdings.num_live -= num_live
+                else:
+                    on_accepted(growths)
+
+            future = self.journal.commit(ops.Accept(rollouts, key, self._number))
+            # a callback, so that it is held before anybody can read it from the journal
+            future.add_done_callback(settled)
+            await self._durable(future)
             return [rollout.id for rollout in rollouts]
 
         rollout_ids, is_replay = await self._whole(self.keys.once(key, once))
@@ -131,7 +136,9 @@ class Keeper:
 
     async def commit(self, op: ops.Op) -> None:
         """Return once it is durable, or raise why it is not; a caller that leaves stops nothing."""
-        future = self.journal.commit(op)
+        await self._durable(self.journal.commit(op))
+
+    async def _durable(self, future: "asyncio.Future[None]") -> None:
         try:
             await asyncio.shield(future)
         except JournalError as error:

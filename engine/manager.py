@@ -15,6 +15,7 @@ from .errors import (
     Draining,
     EngineDied,
     EngineUnavailable,
+    EverstepError,
     IllegalState,
     JournalError,
     Overloaded,
@@ -312,12 +313,9 @@ class RolloutManager:
         rollout that goes on elsewhere or later, Draining, EngineDied or JournalError.
         """
         growth = await self._growth(rollout_id)
-        growth.num_readers += 1
-        try:
-            async for delta in deltas(growth, after, self._tokenizer, self._news):
+        with self._holdings.reading(growth):
+            async for delta in deltas(growth, after, self._tokenizer, self._why_not_here):
                 yield delta
-        finally:
-            self._holdings.release(growth)
 
     async def wait(
         self, rollout_id: str, *, after: int | None = None, timeout_s: float | None = None
@@ -327,35 +325,32 @@ class RolloutManager:
         Raises as `stream` does.
         """
         growth = await self._growth(rollout_id)
-        growth.num_readers += 1
-        try:
-            await until(growth, after, timeout_s, self._news)
-        finally:
-            self._holdings.release(growth)
+        with self._holdings.reading(growth):
+            await until(growth, after, timeout_s, self._why_not_here)
         return growth.rollout
 
     async def _growth(self, rollout_id: str) -> Growth:
-        keeper = self._kept
-        growth = self._holdings.get(rollout_id)
+        keeper, growth = self._kept, self._holdings.get(rollout_id)
         if growth is not None:
             return growth
         if keeper is None:
             raise UnknownRollout(f"no rollout has the id {rollout_id!r}")
-        return Growth(await keeper.find(rollout_id), None)
+        found = await keeper.find(rollout_id)
+        # it may have come in meanwhile: then news come to that one
+        return self._holdings.get(rollout_id) or Growth(found, None)
 
-    async def _news(self, growth: Growth) -> None:
-        """Wait for news of a live one; raises if it will go on, but not here and now."""
-        if growth.rollout.is_durable and growth.is_live:
-            if self._is_draining:
-                raise Draining(
-                    "the server is shutting down; the rollout is in its journal and goes on when "
-                    "it is started again"
-                )
-            if self._core.failure is not None:
-                raise EngineDied(f"{self._core.failure}; the rollout stays in the journal")
-            if self._keeper is not None and self._keeper.failure is not None:
-                raise JournalError(self._keeper.failure)
-        await growth.news.wait()
+    def _why_not_here(self) -> EverstepError | None:
+        """Why durable rollouts, which live on, have no more news in this process."""
+        if self._is_draining:
+            return Draining(
+                "the server is shutting down; the rollout is in its journal and goes on when it "
+                "is started again"
+            )
+        if self._core.failure is not None:
+            return EngineDied(f"{self._core.failure}; the rollout stays in the journal")
+        if self._keeper is not None and self._keeper.failure is not None:
+            return JournalError(self._keeper.failure)
+        return None
 
     # --- control -----------------------------------------------------------------------
 
@@ -419,20 +414,17 @@ class RolloutManager:
 
     async def _named(self, ids: Sequence[str] | None, group: str | None) -> Growths:
         """The live ones that are meant; raises UnknownRollout where one was never here."""
-        keeper = self._kept
+        keeper, holdings = self._kept, self._holdings
         if group is not None:
-            found = [g for g in self._holdings.live() if g.rollout.group_id == group]
+            found = [g for g in holdings.live() if g.rollout.group_id == group]
             if not found and not (keeper and await keeper.has_group(group)):
                 raise UnknownRollout(f"no group has the id {group!r}")
             return found
-        if ids is None:
-            return self._holdings.live()
-        for rollout_id in ids:
-            if self._holdings.get(rollout_id) is None and not (
-                keeper and await keeper.is_known(rollout_id)
-            ):
+        for rollout_id in ids or ():
+            is_here = holdings.get(rollout_id) is not None
+            if not is_here and not (keeper and await keeper.is_known(rollout_id)):
                 raise UnknownRollout(f"no rollout has the id {rollout_id!r}")
-        return self._holdings.live(dict.fromkeys(ids))
+        return holdings.live(None if ids is None else dict.fromkeys(ids))
 
     def _on_journal(self) -> None:
         """Its journal has stalled, goes on, or has failed."""

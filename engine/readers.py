@@ -1,17 +1,17 @@
 """How a rollout is read while it grows: by deltas, or by waiting for its news."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 
 from msgspec import Struct
 
-from .errors import InvalidRequest
+from .errors import EverstepError, InvalidRequest
 from .growth import Growth, text_at
 from .rollout import Rollout
 from .tokenizer import Tokenizer
 
-WaitForNews = Callable[[Growth], Awaitable[None]]
-"""Returns when there may be news of a live one; raises if none will come here."""
+WhyNotHere = Callable[[], EverstepError | None]
+"""Why a durable rollout that is live has no more news in this process; None: it has."""
 
 
 class Delta(Struct):
@@ -29,11 +29,11 @@ class Delta(Struct):
 
 
 async def deltas(
-    growth: Growth, after: int, tokenizer: Tokenizer | None, wait_for_news: WaitForNews
+    growth: Growth, after: int, tokenizer: Tokenizer | None, why_not_here: WhyNotHere
 ) -> AsyncIterator[Delta]:
     """Deltas from token `after` on until the last.
 
-    Raises InvalidRequest where it ends before token `after`, and what `wait_for_news` raises.
+    Raises InvalidRequest where it ends before token `after`, and what `why_not_here` says.
     """
     rollout = growth.rollout
     while len(rollout.output_ids) < after:
@@ -42,7 +42,7 @@ async def deltas(
                 f"after: {rollout.id} ended with {len(rollout.output_ids)} tokens, got {after}",
                 field="after",
             )
-        await wait_for_news(growth)
+        await _news(growth, why_not_here)
     start, text = after, text_at(rollout, after, tokenizer) if after else 0
     while True:
         news = growth.news
@@ -55,16 +55,24 @@ async def deltas(
         if is_last:
             return
         if growth.news is news:
-            await wait_for_news(growth)
+            await _news(growth, why_not_here)
 
 
 async def until(
-    growth: Growth, after: int | None, timeout_s: float | None, wait_for_news: WaitForNews
+    growth: Growth, after: int | None, timeout_s: float | None, why_not_here: WhyNotHere
 ) -> None:
     """Return once it has ended, or has more than `after` tokens, or the time is up."""
     try:
         async with asyncio.timeout(timeout_s):
             while growth.is_live and (after is None or len(growth.rollout.output_ids) <= after):
-                await wait_for_news(growth)
+                await _news(growth, why_not_here)
     except TimeoutError:
         return
+
+
+async def _news(growth: Growth, why_not_here: WhyNotHere) -> None:
+    if growth.rollout.is_durable and growth.is_live:
+        error = why_not_here()
+        if error is not None:
+            raise error
+    await growth.news.wait()
