@@ -144,14 +144,14 @@ class HandJournal:
         self.stalled: str | None = None
         self.failure: str | None = None
         self.on_stall: Callable[[str | None], None] | None = None
-        self.pending: deque[tuple[Callable[[], Any], bool, asyncio.Future[Any]]] = deque()
+        self.pending: deque[tuple[Callable[[], Any], Op | None, asyncio.Future[Any]]] = deque()
 
     def commit(self, op: Op) -> asyncio.Future[None]:
         if self.stalled is not None and isinstance(op, Accept):
             future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             future.set_exception(JournalFull(self.stalled))
             return future
-        return self._put(lambda: self.store.commit([op]), True)
+        return self._put(lambda: self.store.commit([op]), op)
 
     async def recover(self) -> Any:
         return await self._call(self.store.recover)
@@ -166,17 +166,17 @@ class HandJournal:
         return await self._call(lambda: self.store.list(query))
 
     async def flush(self) -> None:
-        await self._put(lambda: None, True)
+        await self._put(lambda: None)
 
     async def close(self) -> None:
         self.pump()
 
     async def _call(self, call: Callable[[], Any]) -> Any:
-        return call() if self.stalled is not None else await self._put(call, False)
+        return call() if self.stalled is not None else await self._put(call)
 
-    def _put(self, call: Callable[[], Any], is_write: bool) -> asyncio.Future[Any]:
+    def _put(self, call: Callable[[], Any], op: Op | None = None) -> asyncio.Future[Any]:
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self.pending.append((call, is_write, future))
+        self.pending.append((call, op, future))
         return future
 
     def pump(self, count: int = 1_000_000, *, is_told: bool = True) -> None:
@@ -194,7 +194,16 @@ class HandJournal:
                     future.set_result(result)
 
     def stall(self, reason: str | None) -> None:
+        """The disk is full: what is new is refused, all else waits, calls are answered."""
         self.stalled = reason
+        waiting, self.pending = self.pending, deque()
+        for call, op, future in waiting:
+            if reason is None or (op is not None and not isinstance(op, Accept)):
+                self.pending.append((call, op, future))
+            elif op is None:
+                future.set_result(call())
+            else:
+                future.set_exception(JournalFull(reason))
         if self.on_stall is not None:
             self.on_stall(reason)
 
