@@ -155,7 +155,7 @@ def chat(
 
 @app.command()
 @with_settings(
-    ("engine", "openai.served_model_name", "skip_tokenizer_init"),
+    ("engine", "openai.served_model_name", "journal.path", "skip_tokenizer_init"),
     positional_model=False,
     sampling=SamplingParams(),
 )
@@ -183,6 +183,9 @@ def batch(
     `line-N`. A bad line, and the second line with an id that was taken, become error records
     and stop nothing. Without a seed a line draws from --seed (0) and its id: the same answers,
     interrupted or not.
+
+    OUT.journal (--journal names another file, or off) holds what is half done: after a kill each
+    line goes on at its last token. It is removed when every line has its record.
 
     Exit code 0: every line is answered; 1: some are error records; 2: the run could not go on;
     130: interrupted.

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import sys
 import typing
 from collections.abc import Iterator, Sequence
@@ -14,10 +15,14 @@ from .progress import BatchProgress, Stages, duration
 from .server.config import ServeConfig
 
 if TYPE_CHECKING:
-    from .clients.batch import Counts
-    from .clients.batch_output import BatchOutput
     from .clients.llm import LLM
     from .flags import Settings
+    from .server.batch_output import BatchOutput
+    from .server.batch_run import Counts
+
+
+# one batch has the journal beside its output for itself
+BATCH_SCOPE = "batch"
 
 
 @contextlib.contextmanager
@@ -45,9 +50,10 @@ def run_batch(
     return_token_ids: bool,
 ) -> int:
     """Run a batch to its end; returns the number of error records in the output."""
-    from .clients.batch import check_paths
-    from .clients.batch_lines import Defaults
-    from .clients.batch_output import BatchOutput
+    from .server.batch_lines import Defaults
+    from .server.batch_output import BatchOutput
+    from .server.batch_run import check_paths
+    from .server.state import remove_batch_journal
 
     check_paths(source, target)
     defaults = Defaults(
@@ -62,6 +68,7 @@ def run_batch(
             sys.stderr.write(f"retrying {dropped} lines whose record was an error\n")
         with contextlib.closing(BatchProgress()) as progress:
             counts = asyncio.run(_batch(config, source, output, defaults, progress))
+        remove_batch_journal(config.journal, target)
     except KeyboardInterrupt:
         sys.stderr.write(f"interrupted; the same command goes on ({len(output.ids)} lines done)\n")
         raise
@@ -80,13 +87,18 @@ async def _batch(
 ) -> "Counts":
     import msgspec
 
-    from .clients.batch import WINDOW, BatchRun
     from .engine.hub import resolve
     from .engine.manager import RolloutManager
     from .engine.messages import Loading
+    from .engine.metrics import Registry
     from .engine.native import ThreadBackend
     from .engine.tokenizer import Tokenizer
+    from .server.batch_records import parsed_answer
+    from .server.batch_run import WINDOW, BatchRun
+    from .server.state import open_batch_journal
 
+    metrics = Registry()
+    journal = open_batch_journal(config.journal, output.path, metrics)
     with Stages() as stages:
         folder = resolve(config.engine.model.path, stages)
         tokenizer = None if config.skip_tokenizer_init else Tokenizer.from_folder(folder)
@@ -97,7 +109,13 @@ async def _batch(
 
         engine = msgspec.structs.replace(config.engine, model=model)
         manager = RolloutManager(
-            ThreadBackend(engine, on_loading=on_loading), tokenizer, run_seed=defaults.run_seed
+            ThreadBackend(engine, on_loading=on_loading),
+            tokenizer,
+            run_seed=defaults.run_seed,
+            journal=journal,
+            # as long as the file: a line that was begun is found again
+            retain_keys_s=math.inf,
+            metrics=metrics,
         )
         try:
             await manager.start()
@@ -111,43 +129,14 @@ async def _batch(
             source,
             output,
             defaults=defaults,
-            read_answer=_read_answer,
+            read_answer=parsed_answer,
             window=WINDOW * config.engine.batch.max_num_seqs,
+            scope=None if journal is None else BATCH_SCOPE,
             on_counts=progress,
         )
         return await run.run()
     finally:
         await manager.close()
-
-
-def _read_answer(prompt: str, text: str, has_tools: bool) -> Any:
-    """As the server reads an output: reasoning apart, tool calls parsed."""
-    from msgspec import UNSET
-
-    from .clients.batch_records import Message, id_of
-    from .server.parsers import (
-        OutputParser,
-        ReasoningParser,
-        ToolParser,
-        parse_output,
-        starts_in_reasoning,
-    )
-
-    reasoning = ReasoningParser(is_open=starts_in_reasoning(prompt))
-    parsed = parse_output(text, OutputParser(reasoning, ToolParser() if has_tools else None))
-    calls = [
-        {
-            "id": f"call_{id_of(f'{prompt}{text}{call.index}')}",
-            "type": "function",
-            "function": {"name": call.name, "arguments": call.arguments},
-        }
-        for call in parsed.calls
-    ]
-    return Message(
-        content=parsed.content if parsed.content or not calls else None,
-        reasoning_content=parsed.reasoning or UNSET,
-        tool_calls=calls or UNSET,
-    )
 
 
 def _show_batch(counts: "Counts", output: "BatchOutput") -> None:

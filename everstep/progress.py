@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
-    from .clients.batch import Counts
+    from .server.batch_run import Counts
 
 LINE_EVERY_S = 10.0
 # a hair below 5 %, so that rounding does not skip a line

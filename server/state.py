@@ -1,7 +1,10 @@
-"""Where a server keeps what outlives it: the journal of its durable rollouts."""
+"""Where servers and batches keep what outlives them: journals of rollouts, files."""
 
+import math
 import os
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from ..engine.config import JournalConfig
 from ..engine.errors import ConfigError
@@ -27,6 +30,44 @@ def journal_path(config: JournalConfig, port: int) -> Path | None:
     if config.path is not None:
         return None if config.path == OFF else Path(config.path).expanduser()
     return state_folder() / f"journal-{port}.db" if port else None
+
+
+def files_folder(config: JournalConfig, port: int) -> Path | None:
+    """Where /v1/files are kept: beside the journal; None without one."""
+    path = journal_path(config, port)
+    return None if path is None else path.with_name(f"{path.stem}-files")
+
+
+def batch_journal_path(config: JournalConfig, output: Path) -> Path | None:
+    """The journal of `everstep batch`: beside its output unless it is named; None: none."""
+    if config.path is not None:
+        return None if config.path == OFF else Path(config.path).expanduser()
+    return output.with_name(f"{output.name}.journal")
+
+
+def open_batch_journal(
+    config: JournalConfig, output: Path, metrics: Registry
+) -> JournalThread | None:
+    """The journal of a batch on its thread. Raises JournalError.
+
+    Nothing is synced: what a power loss takes of it is generated again, to the same bits.
+    """
+    path = batch_journal_path(config, output)
+    if path is None:
+        return None
+    settings = replace(config, durability="process", retain_keys_s=math.inf)
+    return JournalThread(Journal.open(path, settings), metrics=metrics)
+
+
+def remove_batch_journal(config: JournalConfig, output: Path) -> None:
+    """Every line has its record: a journal that nobody named has done its work.
+
+    The caller holds the lock of `output`, so nobody else can have it open.
+    """
+    path = batch_journal_path(config, output)
+    if path is not None and config.path is None:
+        for suffix in ("-lock", "-wal", "-shm", ""):
+            Path(f"{path}{suffix}").unlink(missing_ok=True)
 
 
 def open_journal(config: JournalConfig, port: int, metrics: Registry) -> JournalThread | None:

@@ -60,8 +60,11 @@ def test_a_batch_killed_twice_gives_the_bytes_of_one_that_was_not(
         process.kill()
         process.communicate()
     assert killed.read_bytes().count(b"\n") < COUNT
+    journal = tmp_path / "killed.journal"
+    assert journal.exists()
     assert run(arguments(source, killed, tiny_checkpoint)) == 1
     assert sorted(killed.read_bytes().splitlines()) == sorted(whole.read_bytes().splitlines())
+    assert not list(tmp_path.glob("killed.journal*"))
     # nothing is left to do, and nothing changes
     before = killed.read_bytes()
     assert run(arguments(source, killed, tiny_checkpoint)) == 1

@@ -16,9 +16,9 @@ import pytest
 
 from everstep import cli
 from everstep.cli import run
-from everstep.clients.batch import Counts
 from everstep.engine.messages import Stats
 from everstep.progress import BatchProgress, Stages, duration
+from everstep.server.batch_run import Counts
 from everstep.server.launch import StatusLine
 from tests.fakes import FakeClock
 

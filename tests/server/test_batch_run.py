@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from everstep.clients.batch import BatchRun, Counts, check_paths
-from everstep.clients.batch_lines import Defaults
-from everstep.clients.batch_output import BatchOutput, IdSet
 from everstep.engine.config import RestartConfig
 from everstep.engine.errors import ConfigError, EngineUnavailable
 from everstep.engine.manager import RolloutManager
 from everstep.engine.rollout import SamplingParams
+from everstep.server.batch_lines import Defaults
+from everstep.server.batch_output import BatchOutput, IdSet
+from everstep.server.batch_run import BatchRun, Counts, check_paths
 
-from .fake_backend import FakeBackend, token_of
+from .batch_backend import FakeBackend, token_of
 
 DEFAULTS = Defaults(sampling=SamplingParams(max_tokens=4))
 
@@ -270,7 +270,7 @@ def growth_bytes(tmp_path: Path, few: int, many: int) -> int:
 import resource, sys
 from pathlib import Path
 sys.path.append({str(Path(__file__).parents[2])!r})
-from tests.clients.test_batch import run
+from tests.server.test_batch_run import run
 def peak(source):
     for _ in range(2):
         counts = run(Path(source), Path(source + ".out"), window=64)

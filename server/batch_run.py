@@ -2,6 +2,7 @@
 
 The input is read as a stream and a bounded window of it is in flight, so memory does not grow
 with the file. Exactly one record per custom_id; a line that cannot be run gets an error record.
+Over a journal (`scope`) a line goes on at the token where a kill found it.
 
 Ids: `custom_id` (a plain line may say `id`), else `line-N`. The second line with an id that was
 taken is an error, recorded as `line-N` of its own number.
@@ -11,17 +12,17 @@ import asyncio
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from msgspec import Struct
 
 from ..engine.errors import ConfigError, EverstepError, InvalidRequest
-from ..engine.intake import Submission
 from ..engine.manager import RolloutManager
-from ..engine.rollout import Rollout, RolloutState
+from ..engine.rollout import RolloutState
 from ..engine.tokenizer import Tokenizer
+from .batch_jobs import Jobs
 from .batch_lines import Defaults, Job, explicit_id, job_of, parse_line
 from .batch_output import BatchOutput, IdSet
 from .batch_records import ReadAnswer, Recorder, plain_answer, refusal
@@ -80,7 +81,10 @@ class Line(Struct, frozen=True):
 
 
 class BatchRun:
-    """One pass over the input. `output` is open and locked; it stays open."""
+    """One pass over the input. `output` is open and locked; it stays open.
+
+    scope  names the batch in the manager's journal; None: nothing is journaled
+    """
 
     def __init__(
         self,
@@ -92,10 +96,13 @@ class BatchRun:
         defaults: Defaults,
         read_answer: ReadAnswer = plain_answer,
         window: int = WINDOW * 128,
+        scope: str | None = None,
+        priority: int = 0,
         on_counts: OnCounts = _ignore,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._manager = manager
+        self._jobs = Jobs(manager, scope, priority=priority)
         self._tokenizer = tokenizer
         self._source = source
         self._output = output
@@ -125,6 +132,8 @@ class BatchRun:
                 ticker = asyncio.create_task(self._tick(started))
                 try:
                     await self._pass(source)
+                    self._output.sync()
+                    await self._jobs.finish()
                 finally:
                     ticker.cancel()
                     await self._stop()
@@ -204,41 +213,35 @@ class BatchRun:
     async def _start(self, line: Line, job: Job) -> None:
         while self._in_flight and self._num_rollouts + job.num_rollouts > self._window:
             await self._reap()
-        rollouts: list[Rollout] = []
-        try:
-            for index, prompt in enumerate(job.prompts):
-                rollouts += self._manager.submit(
-                    Submission(prompt_ids=prompt, sampling=job.sampling_of(index), samples=job.n)
-                )
-        except InvalidRequest:
-            self._release(rollouts)
-            raise
         self._num_rollouts += job.num_rollouts
-        task = asyncio.create_task(self._finish(line, job, rollouts))
+        task = asyncio.create_task(self._finish(line, job))
         task.add_done_callback(self._done.put_nowait)
         self._in_flight[task] = job
 
-    async def _finish(self, line: Line, job: Job, rollouts: Sequence[Rollout]) -> None:
-        """Wait for a job and write its record."""
+    async def _finish(self, line: Line, job: Job) -> None:
+        """Run a job and write its record."""
         try:
-            for rollout in rollouts:
-                await self._manager.wait(rollout.id)
-            if not self._manager.is_healthy:
-                _ = self._manager.info  # raises, with the reason: no record for what may go on
-            failed = [r for r in rollouts if r.state != RolloutState.FINISHED]
-            if failed:
-                reason = failed[0].finish_reason
-                detail = (reason.detail or reason.type) if reason else "it ended without a reason"
-                self._write_error(line, job.custom_id, EverstepError(detail))
-                return
+            rollouts = await self._jobs.run(job)
+        except InvalidRequest as error:
+            self._write_error(line, job.custom_id, error)
+            return
+        if not self._manager.is_healthy:
+            _ = self._manager.info  # raises, with the reason: no record for what may go on
+        failed = [r for r in rollouts if r.state != RolloutState.FINISHED]
+        if failed:
+            reason = failed[0].finish_reason
+            detail = (reason.detail or reason.type) if reason else "it ended without a reason"
+            self._write_error(line, job.custom_id, EverstepError(detail))
+        else:
             self._output.append(self._recorder.answer(job, rollouts))
             self._output.ids.add(job.custom_id)
             self.counts.num_answered += 1
             self.counts.bytes_done += line.num_bytes
             self.counts.prompt_tokens += sum(len(prompt) for prompt in job.prompts)
             self.counts.output_tokens += sum(len(r.output_ids) for r in rollouts)
-        finally:
-            self._release(rollouts)
+        self._jobs.wrote(rollouts)
+        if self._output.is_synced:
+            await self._jobs.acknowledge()
 
     def _write_error(self, line: Line, custom_id: str, error: EverstepError) -> None:
         self._output.append(refusal(custom_id, error, line.number))
@@ -246,10 +249,6 @@ class BatchRun:
         self._output.num_errors += 1
         self.counts.num_errors += 1
         self.counts.bytes_done += line.num_bytes
-
-    def _release(self, rollouts: Sequence[Rollout]) -> None:
-        ids = [rollout.id for rollout in rollouts]
-        self._manager.drop(ids)
 
     async def _reap(self) -> None:
         """Wait until one job has its record."""

@@ -106,6 +106,8 @@ class BatchOutput:
         """Error records among them."""
         self.fingerprint: str | None = None
         """Of the first answered record: what it was made with."""
+        self.is_synced = True
+        """Whether every record is on the disk."""
         self._clock = clock
         self._synced_s = clock()
         self._fd = _open_locked(path)
@@ -126,12 +128,14 @@ class BatchOutput:
             os.ftruncate(self._fd, self._size)
             raise _translated(error, self.path) from None
         self._size += written
+        self.is_synced = False
         if self._clock() - self._synced_s >= SYNC_EVERY_S:
             self.sync()
 
     def sync(self) -> None:
         os.fsync(self._fd)
         self._synced_s = self._clock()
+        self.is_synced = True
 
     def close(self) -> None:
         """Sync, and give the lock back."""

@@ -15,6 +15,7 @@ from ..engine.errors import EverstepError, InvalidRequest
 from ..engine.rollout import Rollout
 from ..engine.tokenizer import Tokenizer
 from .batch_lines import Job
+from .parsers import OutputParser, ReasoningParser, ToolParser, parse_output, starts_in_reasoning
 
 
 class Message(Struct, kw_only=True):
@@ -189,3 +190,22 @@ def id_of(custom_id: str) -> str:
 def plain_answer(_prompt: str, text: str, _has_tools: bool) -> Message:
     """The whole output as content."""
     return Message(content=text)
+
+
+def parsed_answer(prompt: str, text: str, has_tools: bool) -> Message:
+    """As the server reads an output: reasoning apart, tool calls parsed."""
+    reasoning = ReasoningParser(is_open=starts_in_reasoning(prompt))
+    parsed = parse_output(text, OutputParser(reasoning, ToolParser() if has_tools else None))
+    calls = [
+        {
+            "id": f"call_{id_of(f'{prompt}{text}{call.index}')}",
+            "type": "function",
+            "function": {"name": call.name, "arguments": call.arguments},
+        }
+        for call in parsed.calls
+    ]
+    return Message(
+        content=parsed.content if parsed.content or not calls else None,
+        reasoning_content=parsed.reasoning or UNSET,
+        tool_calls=calls or UNSET,
+    )
