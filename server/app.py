@@ -22,6 +22,8 @@ from ..engine import log
 from ..engine.errors import EverstepError
 from ..engine.manager import RolloutManager
 from ..engine.tokenizer import Tokenizer
+from .batch_queue import BatchQueue
+from .batches import BatchesFace
 from .config import ServeConfig
 from .generation import Service
 from .http import error_body, error_response, json_response
@@ -37,14 +39,21 @@ _CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
 def create_app(
-    manager: RolloutManager, tokenizer: Tokenizer | None, config: ServeConfig
+    manager: RolloutManager,
+    tokenizer: Tokenizer | None,
+    config: ServeConfig,
+    batches: BatchQueue | None = None,
 ) -> Starlette:
-    """tokenizer None: token ids in and out only. Raises ConfigError (`ServeConfig.check`)."""
+    """tokenizer None: token ids in and out only. batches None: /v1/batches refuses.
+
+    Raises ConfigError (`ServeConfig.check`).
+    """
     config.check()
     service = Service(manager, tokenizer, config, created=int(time.time()))
     return Starlette(
         routes=[
             *OpenAIFace(service).routes(),
+            *BatchesFace(batches, max_body_bytes=config.http.max_body_bytes).routes(),
             *RolloutsFace(service).routes(),
             *Operations(service).routes(),
         ],

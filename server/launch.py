@@ -30,8 +30,9 @@ from ..engine.metrics import Registry
 from ..engine.native import ProcessBackend
 from ..engine.tokenizer import Tokenizer
 from .app import create_app
+from .batch_queue import BatchQueue
 from .config import HttpConfig, ServeConfig
-from .state import journal_path, open_journal
+from .state import files_folder, journal_path, open_journal
 
 STATUS_EVERY_S = 10.0
 POLL_S = 0.5
@@ -92,7 +93,12 @@ def serve(
             allow_other_weights=config.journal.other_weights == "continue",
             metrics=metrics,
         )
-        server = Server(config, backend, manager, tokenizer, listener, on_serving, grace_s)
+        kept = files_folder(config.journal, config.http.port)
+        batches = None
+        if kept is not None:
+            batches = BatchQueue(manager, tokenizer, kept, model_names=config.model_names)
+            batches.open()
+        server = Server(config, backend, manager, batches, tokenizer, listener, on_serving, grace_s)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(server.run())
 
@@ -140,6 +146,7 @@ class Server:
         config: ServeConfig,
         backend: ProcessBackend,
         manager: RolloutManager,
+        batches: BatchQueue | None,
         tokenizer: Tokenizer | None,
         listener: socket.socket,
         on_serving: OnServing,
@@ -152,9 +159,10 @@ class Server:
         self._grace_s = grace_s
         self._deadline: asyncio.Task[None] | None = None
         self._manager = manager
+        self._batches = batches
         self._http = _Uvicorn(
             uvicorn.Config(
-                create_app(self._manager, tokenizer, config),
+                create_app(manager, tokenizer, config, batches),
                 log_config=None,
                 access_log=False,
                 lifespan="off",
@@ -173,6 +181,8 @@ class Server:
             await asyncio.wait([serving, starting], return_when=asyncio.FIRST_COMPLETED)
             if starting.done():
                 starting.result()  # raises what the core could not do
+                if self._batches is not None:
+                    self._batches.start()
                 self._on_serving(self._banner())
                 await self._watch(serving)
         finally:
@@ -183,6 +193,8 @@ class Server:
             if self._deadline is not None:
                 self._deadline.cancel()
                 await asyncio.gather(self._deadline, return_exceptions=True)
+            if self._batches is not None:
+                await self._batches.close()
             await self._manager.close()
         if starting.cancelled() or self._manager.is_healthy:
             log.event("server.stopped")
