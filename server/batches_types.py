@@ -5,6 +5,7 @@ Times are unix seconds. A batch's struct is also what is kept of it on the disk.
 
 from typing import Annotated, Any, Literal
 
+import msgspec
 from msgspec import Meta, Struct
 
 Purpose = Literal["batch", "batch_output"]
@@ -77,7 +78,7 @@ class Batch(Struct, kw_only=True):
     expired_at: int | None = None
     cancelling_at: int | None = None
     cancelled_at: int | None = None
-    request_counts: RequestCounts = RequestCounts()
+    request_counts: RequestCounts = msgspec.field(default_factory=RequestCounts)
     metadata: dict[str, Any] | None = None
 
 
