@@ -33,8 +33,10 @@ from everstep.engine.messages import Stats
 from everstep.engine.metrics import Registry
 from everstep.engine.rollout import SamplingParams
 from everstep.server import rollouts_types
+from everstep.server.batch_queue import UnknownBatch
 from everstep.server.config import ServeConfig
 from everstep.server.decoding import accepted
+from everstep.server.file_store import FilesUnusable, UnknownFile
 from everstep.server.http import BodyTooLarge
 from everstep.server.idempotency import MAX_KEY_CHARS
 from everstep.server.media import UnsupportedMedia
@@ -300,7 +302,15 @@ def errors() -> str:
 def _tree(kind: type[EverstepError], depth: int) -> Iterator[tuple[int, type[EverstepError]]]:
     yield depth, kind
     # by module, for tests may define errors of their own
-    shown = (EverstepError, BodyTooLarge, RolloutFailed, UnsupportedMedia)
+    shown = (
+        EverstepError,
+        BodyTooLarge,
+        FilesUnusable,
+        RolloutFailed,
+        UnknownBatch,
+        UnknownFile,
+        UnsupportedMedia,
+    )
     homes = {one.__module__ for one in shown}
     children = [child for child in kind.__subclasses__() if child.__module__ in homes]
     for child in sorted(children, key=lambda c: (c.__module__, c.status, c.__name__)):
