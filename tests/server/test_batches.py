@@ -96,7 +96,7 @@ async def records(client: openai.AsyncOpenAI, file_id: str) -> dict[str, Any]:
 
 
 async def test_a_batch_from_upload_to_download(tmp_path: Path) -> None:
-    async with serve(tmp_path, MemoryJournal()) as (client, queue, _):
+    async with serve(tmp_path, MemoryJournal()) as (client, _, _):
         data = jsonl(line("a", seed=3), line("b", temperature=-1), line("c", n=2))
         batch = await start(client, data, metadata={"run": "7"})
         assert (batch.status, batch.endpoint, batch.metadata) == ("validating", URL, {"run": "7"})
@@ -224,7 +224,7 @@ async def test_an_idempotency_key_makes_one_batch(tmp_path: Path) -> None:
         file = await client.files.create(file=("in", jsonl(line("a"))), purpose="batch")
         options = {"input_file_id": file.id, "endpoint": URL, "completion_window": "24h"}
         first = await client.batches.create(**options, extra_headers=headers)
-    async with serve(tmp_path, journal) as (client, queue, _):
+    async with serve(tmp_path, journal) as (client, _, _):
         again = await client.batches.create(**options, extra_headers=headers)
         assert again.id == first.id
         with pytest.raises(openai.ConflictError, match="another body"):
