@@ -39,7 +39,8 @@ MIN_POLL_S = 1.0
 READ_TIMEOUT_S = 60.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 2.0
 # answers of proxies whose server is away for a moment
-_GATEWAY = frozenset({502, 504})
+_AWAY = frozenset({502, 503, 504})
+_FOREIGN = "unexpected_answer"
 _MSGPACK = "application/msgpack"
 _encode = msgspec.json.Encoder().encode
 
@@ -153,7 +154,7 @@ class Patience:
 
 def _may_pass(error: EverstepError) -> bool:
     """Whether the same request may succeed later."""
-    return error.retryable or error.status == 503 or error.status in _GATEWAY
+    return error.retryable or (error.code == _FOREIGN and error.status in _AWAY)
 
 
 def _retry_after_s(trouble: object) -> float:
@@ -176,7 +177,7 @@ def error_of(response: httpx.Response) -> EverstepError:
     except msgspec.MsgspecError:
         words = response.text[:200].strip() or response.reason_phrase
         error = EverstepError(f"HTTP {response.status_code}: {words}")
-        error.code, error.status = "unexpected_answer", response.status_code
+        error.code, error.status = _FOREIGN, response.status_code
         return error
     error = error_from(body.code, body.message, body.param)
     error.status = response.status_code

@@ -168,6 +168,15 @@ def test_the_front_imports_no_torch():
     assert run(code) == "False"
 
 
+def test_the_clients_of_a_server_need_only_httpx_and_msgspec():
+    code = (
+        "import sys; from everstep import AsyncClient, Client; "
+        "print([m for m in ('torch', 'numpy', 'starlette', 'uvicorn', 'apsw', 'zmq', 'tokenizers') "
+        "if m in sys.modules])"
+    )
+    assert run(code) == "[]"
+
+
 def test_the_kernels_import_alone():
     code = (
         "import sys; import everstep.kernels; "

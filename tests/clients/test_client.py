@@ -155,7 +155,13 @@ def test_what_passes_is_tried_again_with_the_same_key():
 
 @pytest.mark.parametrize(
     "error",
-    [InvalidRequest("bad"), UnknownRollout("no"), KeyReused("used"), EverstepError("bug")],
+    [
+        InvalidRequest("bad"),
+        UnknownRollout("no"),
+        KeyReused("used"),
+        EverstepError("bug"),
+        JournalError("this server keeps no journal"),
+    ],
 )
 def test_what_cannot_pass_is_raised_at_once(error):
     with pytest.raises(type(error)):
