@@ -352,6 +352,8 @@ def rollouts_api() -> str:
         "was recorded); as JSON it is the `RolloutAnswer` below.\n"
         "An export is `application/octet-stream` by default, a sealed `Trajectory` that knows when "
         "it was cut or altered; `Accept` gives it as msgpack or JSON, and import takes all three.\n"
+        "No logprob is ever null or NaN: an alternative of probability 0 stands at -9999.0 in JSON, "
+        "and only the first token of a prompt, which nothing precedes, has none.\n"
         "A field or a query that is not known is 400, and the message names the nearest one.\n"
         "A field that is null is absent. Errors have the shape of "
         "[every error](errors.md), always as JSON.",

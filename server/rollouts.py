@@ -153,6 +153,9 @@ class RolloutsFace:
                 f"after must be at most {num_tokens}, the tokens that it has, got {after}",
                 field="after",
             )
+        if http.method == "HEAD":
+            # it has no end to wait for
+            return Response(media_type="text/event-stream")
         return EventStream(
             self._events(rollout.id, after),
             headers={},

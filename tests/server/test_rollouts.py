@@ -415,6 +415,16 @@ async def test_a_reader_that_leaves_ends_nothing(durable):
     assert (await durable.ended(rollout_id))["finish_reason"] == {"type": "length"}
 
 
+async def test_a_head_of_a_stream_does_not_wait_for_its_end(durable):
+    durable.backend.gate.clear()
+    [rollout_id] = await durable.submit(prompt="Hi")
+    asked = durable.http.head(f"/rollouts/{rollout_id}/stream")
+    response = await asyncio.wait_for(asked, 10)
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/event-stream")
+    assert (await durable.http.head(f"/rollouts/{UNKNOWN}/stream")).status_code == 404
+
+
 async def test_a_failure_is_the_last_event_of_its_rollout(durable):
     durable.reply("hello world because")
     durable.backend.fail_at = (2, "nonfinite: step 12, layer 3")
