@@ -88,6 +88,7 @@ def one_bit_per_byte(size, seed):
     return [(offset, rng.choice(BITS)) for offset in range(size)]
 
 
+@pytest.mark.timeout(1200)
 def test_every_flipped_byte_is_found_or_harmless(small):
     files, model = small
     counts = sweep(files, w.PATH, one_bit_per_byte(len(files[w.PATH]), 1), [model])

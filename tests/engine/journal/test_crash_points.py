@@ -40,6 +40,7 @@ def judge(tally):
     assert not tally.violations, "\n".join(tally.violations[:20])
 
 
+@pytest.mark.timeout(1200)
 def test_every_workload_of_up_to_two_operations(prefaced, monkeypatch):
     tally = run_all(list(w.workloads([1, 2])), prefaced, monkeypatch)
     judge(tally)
@@ -47,6 +48,7 @@ def test_every_workload_of_up_to_two_operations(prefaced, monkeypatch):
     assert tally.num_crashes > 8_000
 
 
+@pytest.mark.timeout(1200)
 def test_some_workloads_of_three_and_four(prefaced, monkeypatch):
     chosen = random.Random(7).sample(list(w.workloads([3, 4])), 30)
     judge(run_all(chosen, prefaced, monkeypatch))

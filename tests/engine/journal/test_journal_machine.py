@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 from hypothesis import event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -160,5 +161,5 @@ class JournalMachine(RuleBasedStateMachine):
             self.file.close()
 
 
-TestJournalMachine = JournalMachine.TestCase
+TestJournalMachine = pytest.mark.timeout(1200)(JournalMachine.TestCase)
 TestJournalMachine.settings = settings(max_examples=80, stateful_step_count=25, deadline=None)
