@@ -8,10 +8,13 @@
 //     head    3g     3g+1   3g+2   3g     3g+1   3g+2
 //
 // Keys are taken in blocks of 64 positions from position 0, brought into two layouts of 32-bit
-// words (a float32, or a pair of bf16):
+// words (a float32, or a pair of bf16 where the level multiplies pairs):
 //
 //     keys    [word of D][64 positions]       word w: elements 2w, 2w+1 of one key (bf16)
 //     values  [step][D]                       step s: keys 2s, 2s+1 of one element (bf16)
+//
+// Where it does not, a bf16 becomes a float32 here, once, and the two of a pair change places: the
+// odd one is added first.
 //
 // Order of summation, which fixes the bits of a row:
 //     score   one chain over D: in a bf16 pair the odd element first (as vdpbf16ps has it)
@@ -21,7 +24,6 @@
 // A row stops at its own position in each of them, so nothing depends on the tile, on other rows,
 // on the schedule or on where its blocks lie, and later slots may hold anything.
 
-#include <atomic>
 #include <type_traits>
 #include <vector>
 
@@ -37,8 +39,10 @@ struct Work;  // names the scratch memory
 
 constexpr int kKeyBlock = 64;
 // accumulators of a product must fit the registers of the level
-constexpr int kMaxRows = kParts == 1 ? 6 : 3;
-constexpr int kMaxCols = kParts == 1 ? 4 : (kParts == 2 ? 2 : 1);
+constexpr int kMaxRows = kParts <= 2 ? 6 : 3;
+constexpr int max_cols(int rows) {
+    return kParts == 1 ? 4 : kParts > 2 ? 1 : rows == 1 ? 4 : rows <= 3 ? 2 : 1;
+}
 // rows of a tile: enough to pay for the layouts, few enough for their scores to stay in L2
 constexpr int64_t kTileRows = 64;
 constexpr int64_t kMinTileRows = 16;
@@ -135,8 +139,37 @@ EVERSTEP_INLINE void with_rows(int64_t n, F f) {
 
 // -- layouts
 
+// words of a row of `dim` elements
+template <class T>
+constexpr int64_t words_of(int64_t dim) {
+    return (dim + kPair<T> - 1) / kPair<T> * (kPair<T> / kPerWord<T>);
+}
+
+// a word as it lies in memory, a pair of bf16, to the words of the layout, `stride` apart
+template <class T>
+EVERSTEP_INLINE void put_words(uint32_t word, uint32_t* to, int64_t stride) {
+    if constexpr (kPerWord<T> == kPair<T>) {
+        to[0] = word;
+    } else {
+        to[0] = word & 0xffff0000u;
+        to[stride] = word << 16;
+    }
+}
+
+template <class T>
+void lay_query(const T* query, int64_t dim, uint32_t* to) {
+    constexpr int64_t step = kPair<T> / kPerWord<T>;
+    for (int64_t d = 0; d < dim; d += kPair<T>, to += step) {
+        uint32_t word = 0;
+        std::memcpy(&word, query + d, sizeof(T) * (size_t)std::min<int64_t>(kPair<T>, dim - d));
+        put_words<T>(word, to, 1);
+    }
+}
+
 #if defined(__AVX512F__)
-// sixteen words of sixteen rows, rows becoming columns
+// kBatch words of sixteen rows, rows becoming columns
+constexpr int64_t kBatch = 16;
+template <class T>
 EVERSTEP_INLINE void transpose_words(const char* const* rows, int64_t offset, uint32_t* to) {
     for (int quad = 0; quad < 4; ++quad) {
         __m512i x[4];
@@ -160,27 +193,64 @@ EVERSTEP_INLINE void transpose_words(const char* const* rows, int64_t offset, ui
         _mm512_storeu_si512(at + 3 * kKeyBlock, _mm512_unpackhi_epi64(b, d));
     }
 }
+#elif defined(__AVX2__)
+constexpr int64_t kBatch = 8;
+template <class T>
+EVERSTEP_INLINE void transpose_words(const char* const* rows, int64_t offset, uint32_t* to) {
+    constexpr int64_t step = kPair<T> / kPerWord<T>;
+    for (int half = 0; half < 2; ++half, rows += 8, to += 8) {
+        __m256i x[4], y[4];
+        for (int j = 0; j < 4; ++j) {
+            // rows j and j+4: four words each, the first and the second four
+            auto four = [&](int row, int64_t at) {
+                return _mm_loadu_si128((const __m128i*)(rows[row] + offset + at));
+            };
+            x[j] = _mm256_inserti128_si256(_mm256_castsi128_si256(four(j, 0)), four(j + 4, 0), 1);
+            y[j] = _mm256_inserti128_si256(_mm256_castsi128_si256(four(j, 16)), four(j + 4, 16), 1);
+        }
+        auto put = [&](int word, __m256i row) {
+            auto* at = reinterpret_cast<__m256i*>(to + word * step * kKeyBlock);
+            if constexpr (step == 1) {
+                _mm256_storeu_si256(at, row);
+            } else {
+                _mm256_storeu_si256(at, _mm256_and_si256(row, _mm256_set1_epi32(-0x10000)));
+                _mm256_storeu_si256(at + kKeyBlock / 8, _mm256_slli_epi32(row, 16));
+            }
+        };
+        auto four_rows = [&](const __m256i* z, int word) {
+            __m256i a = _mm256_unpacklo_epi32(z[0], z[1]), b = _mm256_unpackhi_epi32(z[0], z[1]);
+            __m256i c = _mm256_unpacklo_epi32(z[2], z[3]), d = _mm256_unpackhi_epi32(z[2], z[3]);
+            put(word, _mm256_unpacklo_epi64(a, c));
+            put(word + 1, _mm256_unpackhi_epi64(a, c));
+            put(word + 2, _mm256_unpacklo_epi64(b, d));
+            put(word + 3, _mm256_unpackhi_epi64(b, d));
+        };
+        four_rows(x, 0);
+        four_rows(y, 4);
+    }
+}
 #endif
 
 // keys [position][D] → [word][64 positions]; positions up to the next multiple of 16 are filled
 template <class T>
 void lay_keys(const T* const* keys, int64_t count, int64_t dim, uint32_t* to) {
-    const int64_t full = dim / kPerWord<T>, width = (dim + kPerWord<T> - 1) / kPerWord<T>;
+    constexpr int64_t step = kPair<T> / kPerWord<T> * kKeyBlock;
+    const int64_t full = dim / kPair<T>, words = (dim + kPair<T> - 1) / kPair<T>;
     for (int64_t first = 0; first < count; first += kLanes) {
         // what is missing repeats the last key: its score is never used
         const char* rows[kLanes];
         for (int i = 0; i < kLanes; ++i)
             rows[i] = (const char*)keys[std::min<int64_t>(first + i, count - 1)];
         int64_t w = 0;
-#if defined(__AVX512F__)
-        for (; w + kLanes <= full; w += kLanes)
-            transpose_words(rows, w * 4, to + w * kKeyBlock + first);
+#if defined(__AVX2__)
+        for (; w + kBatch <= full; w += kBatch)
+            transpose_words<T>(rows, w * 4, to + w * step + first);
 #endif
-        for (; w < width; ++w)
+        for (; w < words; ++w)
             for (int i = 0; i < kLanes; ++i) {
                 uint32_t word = 0;
                 std::memcpy(&word, rows[i] + w * 4, w < full ? 4 : 2);
-                to[w * kKeyBlock + first + i] = word;
+                put_words<T>(word, to + w * step + first + i, kKeyBlock);
             }
     }
 }
@@ -194,6 +264,7 @@ void lay_values(const float* const* values, int64_t count, int64_t dim, int64_t 
     }
 }
 
+#if defined(__AVX512BF16__)
 void lay_values(const bf16* const* values, int64_t count, int64_t dim, int64_t pitch,
                 uint32_t* to) {
     for (int64_t s = 0; s < count; s += 2, to += pitch) {
@@ -207,25 +278,65 @@ void lay_values(const bf16* const* values, int64_t count, int64_t dim, int64_t p
         std::fill(to + dim, to + pitch, 0u);
     }
 }
+#else
+void lay_values(const bf16* const* values, int64_t count, int64_t dim, int64_t pitch,
+                uint32_t* to) {
+    for (int64_t s = 0; s < round_up(count, 2); ++s, to += pitch) {
+        const int64_t position = s ^ 1;
+        auto* row = (float*)to;
+        for (int64_t d = 0; d < pitch; d += kLanes)
+            store(row + d, position < count ? load_left(values[position] + d, dim - d) : zero());
+    }
+}
+#endif
 
 // -- one work item
 
+// lanes 2i and 2i+1 change places
+EVERSTEP_INLINE Vec swap_pairs(Vec x) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    return each([&](int i) { return (Native)_mm256_permute_ps((__m256)x.part[i], 0xb1); });
+#else
+    float lanes[kLanes], swapped[kLanes];
+    store(lanes, x);
+    for (int i = 0; i < kLanes; ++i) swapped[i] = lanes[i ^ 1];
+    return load(swapped);
+#endif
+}
+
 // what a row adds after its tile stopped together: its own last positions of the block
 template <class T>
-void finish_row(const uint32_t* values, int64_t pitch, const uint32_t* weights, int64_t steps,
+void finish_row(const uint32_t* values, int64_t pitch, const uint32_t* weights, int64_t from,
                 int64_t keys, float* part) {
+    constexpr int64_t step = kPair<T> / kPerWord<T>;
+    const int64_t whole = keys / kPair<T> * step;
     for (int64_t c = 0; c < pitch; c += kLanes) {
         Vec acc = load(part + c);
-        int64_t s = steps;
-        for (; (s + 1) * kPerWord<T> <= keys; ++s)
-            acc = add_product<T>(acc, set_words(weights[s]), load_words(values + s * pitch + c));
-        if (s * kPerWord<T> < keys) {
-            // half a pair: the second key is beyond the row's position
-            const Words value = load_words(values + s * pitch + c) & 0xFFFFu;
-            acc = add_product<T>(acc, set_words(weights[s] & 0xFFFFu), value);
+        const uint32_t* column = values + c;
+        for (int64_t s = from; s < whole; ++s)
+            acc = add_product<T>(acc, set_words(weights[s]), load_words(column + s * pitch));
+        // half a pair: the second key is beyond the row's position
+        if (keys % kPair<T> != 0) {
+            if constexpr (step == 1) {
+                const Words value = load_words(column + whole * pitch) & 0xFFFFu;
+                acc = add_product<T>(acc, set_words(weights[whole] & 0xFFFFu), value);
+            } else {
+                acc = add_product<T>(acc, set_words(0), set_words(0));
+                acc = add_product<T>(acc, set_words(weights[whole + 1]),
+                                     load_words(column + (whole + 1) * pitch));
+            }
         }
         store(part + c, acc);
     }
+}
+
+// weights 16j..16j+15 as words, T(x), from the beginning of their row on
+template <class T>
+EVERSTEP_INLINE void store_shares(float* row, int64_t j, Vec x) {
+    if constexpr (kPerWord<T> == kPair<T>)
+        store_share((T*)row + j * kLanes, x);
+    else
+        store(row + j * kLanes, swap_pairs(round_bf16(x)));
 }
 
 // scores of positions 0..last → weights T(softmax), packed as words from the row's beginning
@@ -243,11 +354,7 @@ void soften(float* row, int64_t last) {
         store(row + j * kLanes, e);
     }
     const Vec share = set(1.0f / sum_lanes(total));
-    T* weights = (T*)row;
-    for (int64_t j = 0; j < vectors; ++j) {
-        Vec e = load(row + j * kLanes);
-        store_share(weights + j * kLanes, e * share);
-    }
+    for (int64_t j = 0; j < vectors; ++j) store_shares<T>(row, j, load(row + j * kLanes) * share);
 }
 
 struct Item {
@@ -293,7 +400,7 @@ void attend(const Task& task, const Item& item) {
     const int64_t keys = start + item.count;
     const int64_t blocks = (keys + kKeyBlock - 1) / kKeyBlock;
     const int64_t stride = blocks * kKeyBlock;
-    const int64_t width = (dim + kPerWord<T> - 1) / kPerWord<T>;
+    const int64_t width = words_of<T>(dim);
     const int64_t pitch = (dim + kLanes - 1) / kLanes * kLanes;
 
     const int64_t layout = kKeyBlock * std::max(width, pitch);
@@ -307,8 +414,7 @@ void attend(const Task& task, const Item& item) {
     for (int64_t r = 0; r < rows; ++r) {
         const int64_t head = item.kv_head * group + r % group;
         const T* q = (const T*)task.q + (first_row + r / group) * task.q_stride + head * dim;
-        queries[r * width + width - 1] = 0;
-        std::memcpy(queries + r * width, q, (size_t)dim * sizeof(T));
+        lay_query(q, dim, queries + r * width);
     }
     // the first row that reaches a position
     auto first_at = [&](int64_t position) {
@@ -339,8 +445,9 @@ void attend(const Task& task, const Item& item) {
             with_rows(std::min<int64_t>(kMaxRows, rows - r), [&](auto n) {
                 float* to = scores + r * stride + from;
                 int64_t c = 0;
-                for (; c + kMaxCols <= columns; c += kMaxCols)
-                    score_tile<T, n(), kMaxCols>(laid + c * kLanes, queries + r * width, width,
+                constexpr int kCols = max_cols(n());
+                for (; c + kCols <= columns; c += kCols)
+                    score_tile<T, n(), kCols>(laid + c * kLanes, queries + r * width, width,
                                                  task.scale, to + c * kLanes, stride);
                 for (; c < columns; ++c)
                     score_tile<T, n(), 1>(laid + c * kLanes, queries + r * width, width, task.scale,
@@ -361,18 +468,20 @@ void attend(const Task& task, const Item& item) {
                 return std::min<int64_t>(kKeyBlock, start + row / group + 1 - from);
             };
             // the tile's rows together as far as its first row goes, then each alone
-            const int64_t steps = reached(r) / kPerWord<T>;
+            const int64_t pairs = reached(r) / kPair<T>;
+            const int64_t steps = pairs * (kPair<T> / kPerWord<T>);
             with_rows(n, [&](auto n) {
                 int64_t c = 0;
-                for (; c + kMaxCols * kLanes <= pitch; c += kMaxCols * kLanes)
-                    value_tile<T, n(), kMaxCols>(laid + c, pitch, weights + r * stride, stride,
+                constexpr int kCols = max_cols(n());
+                for (; c + kCols * kLanes <= pitch; c += kCols * kLanes)
+                    value_tile<T, n(), kCols>(laid + c, pitch, weights + r * stride, stride,
                                                  steps, parts + c);
                 for (; c < pitch; c += kLanes)
                     value_tile<T, n(), 1>(laid + c, pitch, weights + r * stride, stride, steps,
                                           parts + c);
             });
             for (int64_t i = 0; i < n; ++i) {
-                if (steps * kPerWord<T> < reached(r + i))
+                if (pairs * kPair<T> < reached(r + i))
                     finish_row<T>(laid, pitch, weights + (r + i) * stride, steps, reached(r + i),
                                   parts + i * pitch);
                 float* total = totals + (r + i) * pitch;
@@ -410,18 +519,13 @@ void attend_all(const Task& task, int64_t count, int threads) {
     }
     const int64_t items = begin[count];
     const int64_t* border = begin.data();
-    std::atomic<int64_t> taken{0};
-    const int workers = static_cast<int>(std::min<int64_t>(threads, items));
-    // each thread takes the next item: they differ in size
-    parallel(workers, workers, [&](int64_t) {
-        for (int64_t n; (n = taken.fetch_add(1, std::memory_order_relaxed)) < items;) {
-            const int64_t i = std::upper_bound(border, border + count + 1, n) - border - 1;
-            const int64_t tiles = (border[i + 1] - border[i]) / task.kv_heads;
-            const int64_t inside = n - border[i], tokens = tile_tokens(task, i);
-            const int64_t first = (tiles - 1 - inside % tiles) * tokens;
-            const int64_t left = task.length[i] - first;
-            attend<T>(task, {i, inside / tiles, first, std::min(tokens, left)});
-        }
+    parallel(items, threads, [&](int64_t n) {
+        const int64_t i = std::upper_bound(border, border + count + 1, n) - border - 1;
+        const int64_t tiles = (border[i + 1] - border[i]) / task.kv_heads;
+        const int64_t inside = n - border[i], tokens = tile_tokens(task, i);
+        const int64_t first = (tiles - 1 - inside % tiles) * tokens;
+        const int64_t left = task.length[i] - first;
+        attend<T>(task, {i, inside / tiles, first, std::min(tokens, left)});
     });
 }
 

@@ -67,58 +67,43 @@ EVERSTEP_INLINE void store_share(bf16* to, Vec x) {
 #endif
 }
 
-// -- words of 32 bits: a float32, or two bf16 (the even element in the lower half)
+// -- words of 32 bits: a float32; of bf16 two (the even element in the lower half) where the level
+// multiplies pairs, else one as a float32
 
-struct Words {
-    NativeInt part[kParts];
-};
+using Words = Vec;
 
+// elements whose products are added together, in an order of their own, and how many are a word
 template <class T>
-constexpr int kPerWord = 4 / static_cast<int>(sizeof(T));
+constexpr int kPair = 4 / static_cast<int>(sizeof(T));
+#if defined(__AVX512BF16__)
+template <class T>
+constexpr int kPerWord = kPair<T>;
+#else
+template <class T>
+constexpr int kPerWord = 1;
+#endif
 
 EVERSTEP_INLINE Words load_words(const std::uint32_t* from) {
-    Words out;
-    std::memcpy(&out, from, sizeof out);
-    return out;
+    return load(reinterpret_cast<const float*>(from));
 }
 
 EVERSTEP_INLINE Words set_words(std::uint32_t word) {
-    Words out;
-    for (int i = 0; i < kParts; ++i) out.part[i] = static_cast<std::int32_t>(word) + NativeInt{};
-    return out;
+    return each([&](int) { return as_float(static_cast<std::int32_t>(word) + NativeInt{}); });
 }
 
 EVERSTEP_INLINE Words operator&(Words a, std::uint32_t mask) {
-    for (int i = 0; i < kParts; ++i) a.part[i] &= static_cast<std::int32_t>(mask);
-    return a;
-}
-
-EVERSTEP_INLINE Vec even_of(Words a) {
-    return each([&](int i) { return as_float(a.part[i] << 16); });
-}
-
-EVERSTEP_INLINE Vec odd_of(Words a) {
-    return each([&](int i) { return as_float(a.part[i] & ~0xffff); });
+    return each([&](int i) { return as_float(as_int(a.part[i]) & static_cast<std::int32_t>(mask)); });
 }
 
 // acc + a·b per lane; of two bf16 the odd product is added first (as vdpbf16ps has it)
 template <class T>
-EVERSTEP_INLINE Vec add_product(Vec acc, Words a, Words b);
-
-template <>
-EVERSTEP_INLINE Vec add_product<float>(Vec acc, Words a, Words b) {
-    return each(
-        [&](int i) { return fma(as_float(a.part[i]), as_float(b.part[i]), acc.part[i]); });
-}
-
-template <>
-EVERSTEP_INLINE Vec add_product<bf16>(Vec acc, Words a, Words b) {
+EVERSTEP_INLINE Vec add_product(Vec acc, Words a, Words b) {
 #if defined(__AVX512BF16__)
-    return Vec{{(Native)_mm512_dpbf16_ps((__m512)acc.part[0], (__m512bh)a.part[0],
-                                         (__m512bh)b.part[0])}};
-#else
-    return fma(even_of(a), even_of(b), fma(odd_of(a), odd_of(b), acc));
+    if constexpr (kPerWord<T> == 2)
+        return Vec{{(Native)_mm512_dpbf16_ps((__m512)acc.part[0], (__m512bh)a.part[0],
+                                             (__m512bh)b.part[0])}};
 #endif
+    return fma(a, b, acc);
 }
 
 }  // namespace everstep
