@@ -196,6 +196,11 @@ EVERSTEP_INLINE Vec load(const bf16* from) {
 #if defined(__AVX512F__)
     const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
     return Vec{{(Native)_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))}};
+#elif defined(__AVX2__)
+    return each([&](int i) {
+        const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from) + i);
+        return (Native)_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16);
+    });
 #else
     float lanes[kLanes];
     for (int i = 0; i < kLanes; ++i) lanes[i] = to_float(from[i]);
@@ -215,6 +220,11 @@ EVERSTEP_INLINE void store(bf16* to, Vec x) {
 #if defined(__AVX512F__)
     const __m512i high = _mm512_srli_epi32(_mm512_castps_si512((__m512)rounded.part[0]), 16);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(high));
+#elif defined(__AVX2__)
+    const __m256i low = _mm256_srli_epi32((__m256i)rounded.part[0], 16);
+    const __m256i high = _mm256_srli_epi32((__m256i)rounded.part[1], 16);
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xd8);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), words);
 #else
     std::uint32_t lanes[kLanes];
     std::memcpy(lanes, &rounded, sizeof lanes);

@@ -164,7 +164,9 @@ def test_fp8_has_the_bits_of_its_expanded_weight(library, rows, n, k, dtype, kin
 
 
 @pytest.mark.parametrize("kind", FP8)
-@pytest.mark.parametrize("scale", [1.0, 2.0**-40, 0.3e-5, 7.77e5, 1e25, 3e33])
+@pytest.mark.parametrize(
+    "scale", [1.0, -0.7, 2.0**-40, 0.3e-5, 7.77e5, 1e25, 3e33, 1.1e-31, 3e-37, 1e-41, 0.0]
+)
 def test_every_fp8_code_is_decoded(library, kind, scale):
     codes = torch.arange(256).to(torch.uint8)
     codes = codes.where(codes & 0x7F != 0x7F, 0).view(torch.float8_e4m3fn)
