@@ -158,6 +158,8 @@ def check_identity(path: str, application_id: int, schema: int) -> None:
             f"journal {path}: not a journal (SQLite application id {application_id:#x}, "
             f"expected {APPLICATION_ID:#x}); it is left as it is"
         )
+    if schema < 1:
+        raise JournalDamaged(f"journal {path}: damaged: its schema number is {schema}")
     if schema > SCHEMA:
         raise JournalError(
             f"journal {path}: schema {schema}, this version of everstep knows {SCHEMA}; "

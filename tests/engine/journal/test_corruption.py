@@ -95,6 +95,12 @@ def test_every_flipped_byte_is_found_or_harmless(small):
     assert counts["found"] > len(files[w.PATH]) // 3
 
 
+def test_every_bit_of_the_header_is_found_or_harmless(small):
+    """Schema numbers below zero were met with a traceback."""
+    files, model = small
+    sweep(files, w.PATH, [(at, bits) for at in range(100) for bits in (*BITS, 255)], [model])
+
+
 def test_a_flip_in_the_wal_of_a_killed_process_is_found_or_ends_the_log_there(unfinished):
     files, models = unfinished
     name = f"{w.PATH}-wal"
