@@ -275,8 +275,8 @@ def check_kills(history: History, kills: Iterable[Record], report: Report) -> No
             if first is not None and last is not None:
                 spans.append((first, min(closed, last)))
     for kill in kills:
-        if kill["what"] == "stop":
-            counts["stops (SIGSTOP)"] += 1
+        if kill["what"] in ("stop", "full"):
+            counts["stops (SIGSTOP)" if kill["what"] == "stop" else "times the disk was full"] += 1
             continue
         counts["kills"] += 1
         counts[f"kills of a {kill['what']}"] += 1

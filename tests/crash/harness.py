@@ -18,6 +18,7 @@ import json
 import os
 import random
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -30,12 +31,13 @@ from typing import Any
 
 HERE = Path(__file__).parent
 START_S = 60.0
+VICTIMS = ("server", "core", "client")
 CORE_NAMES = ("everstep-core", "everstep.engine.core")
 
 # points where a server may be told to die, and how often each is passed: k is drawn below it
 FAILPOINTS = {
-    "before_accept": 6,
-    "after_accept": 6,
+    "before_accept": 3,
+    "after_accept": 3,
     "before_append": 200,
     "after_append": 200,
     "before_end": 8,
@@ -202,6 +204,32 @@ def find_core(server: int) -> int | None:
     return found
 
 
+class SmallDisk:
+    """A file system of a few MiB for the journal, which can be filled up. Needs root."""
+
+    def __init__(self, folder: Path, megabytes: int) -> None:
+        self.folder = folder
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "crash", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"--disk: a small file system cannot be had: {done.stderr.strip()}")
+
+    def fill(self) -> None:
+        """To the last byte."""
+        with (self.folder / "ballast").open("ab", buffering=0) as file:
+            for size in (65536, 4096, 512, 1):
+                with contextlib.suppress(OSError):
+                    while file.write(bytes(size)):
+                        pass
+
+    def free(self) -> None:
+        (self.folder / "ballast").unlink(missing_ok=True)
+
+    def close(self) -> None:
+        subprocess.run(["umount", str(self.folder)], check=True)
+
+
 class Client:
     """The client under the nemesis; a killed one takes up its history where it stood."""
 
@@ -229,8 +257,10 @@ class Client:
 class Nemesis:
     """What happens to the processes, from one random generator."""
 
-    def __init__(self, server: Server, log: KillLog, given: argparse.Namespace) -> None:
-        self._server, self._log, self._given = server, log, given
+    def __init__(
+        self, server: Server, log: KillLog, disk: SmallDisk | None, given: argparse.Namespace
+    ) -> None:
+        self._server, self._log, self._disk, self._given = server, log, disk, given
         self._rng = random.Random(given.seed)
 
     def start_server(self) -> None:
@@ -261,7 +291,7 @@ class Nemesis:
         if not self._log.path.exists():
             return 0
         lines = self._log.path.read_text().splitlines()
-        return sum(json.loads(line)["what"] != "stop" for line in lines)
+        return sum(json.loads(line)["what"] in VICTIMS for line in lines)
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + START_S
@@ -286,10 +316,21 @@ class Nemesis:
                 time.sleep(0.001)
         if what == "stop":
             self._freeze(self._rng.choice((core, self._server.pid)))
+        if self._disk is not None and self._rng.random() < 0.3:
+            self._fill(self._disk)
         if what == "client":
             self._log.write(what="client", how="random", pid=client.pid)
             client.kill()
             client.start()
+
+    def _fill(self, disk: SmallDisk) -> None:
+        """The disk is full for a while; half of the servers die while it is."""
+        disk.fill()
+        self._log.write(what="full", how="random")
+        time.sleep(self._rng.uniform(0.3, 1.5))
+        if self._server.pid is not None and self._rng.random() < 0.5:
+            self._kill(self._server.pid, "server")
+        disk.free()
 
     def _kill(self, pid: int, what: str) -> None:
         self._log.write(what=what, how="random", pid=pid)
@@ -337,12 +378,18 @@ def client_command(url: str, history: Path, *more: str) -> list[str]:
     ]
 
 
+def journal_of(work: Path, given: argparse.Namespace) -> Path:
+    return (work / "disk" if given.disk else work) / "journal.db"
+
+
 def harm(work: Path, model: Path, given: argparse.Namespace) -> float:
     """The run with the nemesis; returns its seconds."""
     port = free_port()
-    server = Server(work, port, options(model, work / "journal.db", port), is_cold=given.cold)
+    disk = SmallDisk(work / "disk", given.disk) if given.disk else None
+    journal = journal_of(work, given)
+    server = Server(work, port, options(model, journal, port), is_cold=given.cold)
     client: Client | None = None
-    nemesis = Nemesis(server, KillLog(work / "kills.jsonl"), given)
+    nemesis = Nemesis(server, KillLog(work / "kills.jsonl"), disk, given)
     began = time.monotonic()
     try:
         nemesis.start_server()
@@ -368,6 +415,9 @@ def harm(work: Path, model: Path, given: argparse.Namespace) -> float:
         if client is not None and client.code is None:
             client.kill()
         server.close()
+        if disk is not None:
+            shutil.copy(journal, work / "journal.db")
+            disk.close()
     starts = sorted(server.start_seconds)
     if starts:
         print(
@@ -421,6 +471,9 @@ def main() -> int:
     )
     parser.add_argument(
         "--no-unharmed", dest="unharmed", action="store_false", help="leave out the undisturbed run"
+    )
+    parser.add_argument(
+        "--disk", type=int, metavar="MIB", help="journal on a small disk, full now and then (root)"
     )
     parser.add_argument("--judge", type=float, default=1.0, help="share of rollouts to recompute")
     given = parser.parse_args()

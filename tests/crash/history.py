@@ -13,7 +13,7 @@ History records, one JSON object a line, `at` = when it was written:
     hello    a client began, perhaps after its predecessor was killed
     done     the client ended by itself
 
-Kill records: at, what (server | core | client | stop), how (random | failpoint name), pid.
+Kill records: at, what (server | core | client | stop | full), how (random | failpoint name), pid.
 
 """
 

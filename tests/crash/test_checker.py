@@ -334,7 +334,9 @@ def test_each_way_of_being_wrong_is_named(tmp_path, good, model, name) -> None:
     expected, change = WRONG[name]
     parts = own(good)
     change(*parts)
-    faults = verdict(tmp_path, parts, model).faults
+    # the definition takes a while: only where it is what finds the fault
+    needs_model = expected.startswith("I4: ro-00 (seed") or "text" in expected
+    faults = verdict(tmp_path, parts, model if needs_model else None).faults
     assert any(fault.startswith(expected) for fault in faults), faults
 
 
@@ -355,6 +357,21 @@ def test_the_programs_import_nothing_of_everstep() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_every_point_and_every_bug_has_its_place_in_the_code() -> None:
+    """A patch whose target was renamed would make a server fail, or test nothing."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
+        "from faults import BUGS, PLACES, POINTS, plant\n"
+        "from harness import FAILPOINTS\n"
+        "assert FAILPOINTS.keys() <= POINTS.keys()\n"
+        "for point in POINTS: plant(f'die:{point}:1:/dev/null', PLACES[point])\n"
+        "for bug, (place, _, _) in BUGS.items(): plant(f'bug:{bug}', place)\n"
+        "plant('compact_often', 'server')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_checker_ends_with_a_verdict_and_an_exit_code(tmp_path, good, model) -> None:

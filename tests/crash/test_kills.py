@@ -7,6 +7,7 @@ CI runs some dozens of kills. By hand, on an idle machine about one a second:
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,14 @@ def test_nothing_is_lost_under_dozens_of_kills(tmp_path: Path) -> None:
 def test_servers_that_start_as_a_users_do(tmp_path: Path) -> None:
     counts = check_run(tmp_path, "--kills", 25, "--seconds", 400, "--every", 3, "--cold")
     assert counts["kills in mid-stream"] > 0
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="a small file system can be mounted by root only")
+def test_a_disk_that_is_full_now_and_then(tmp_path: Path) -> None:
+    counts = check_run(tmp_path, "--kills", 60, "--seconds", 300, "--disk", 8, "--judge", 0.3)
+    assert counts["times the disk was full"] > 0
 
 
 @pytest.mark.timeout(14400)
