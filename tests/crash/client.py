@@ -294,6 +294,8 @@ class Load:
         events = self._api.events(f"/rollouts/{rollout_id}/stream?after={after}")
         try:
             for event in events:
+                if "error" in event:
+                    raise Unanswered(f"in mid-stream: {event['error']}")
                 self._notebook.write(
                     "saw",
                     id=rollout_id,

@@ -282,7 +282,8 @@ class Nemesis:
             while self._server.look() and time.monotonic() < deadline:
                 time.sleep(0.005)
             if client.code is not None:
-                raise SystemExit(f"the client ended with {client.code}")
+                # the checker will say that it did not come to its end
+                return
             if self._server.pid is not None:
                 self._strike(client)
 
