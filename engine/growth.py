@@ -277,8 +277,8 @@ class Growth:
         if tail and isinstance(reason.matched, int):
             skip = final.sampling.skip_special_tokens
             whole = self._tokenizer.decode(final.output_ids, skip_special_tokens=skip)
-            if not whole.startswith(final.text + tail):
-                tail = ""
+            while not whole.startswith(final.text + tail):
+                tail = tail[:-1]
         final.text += tail
         final.text_offset = len(final.text)
 

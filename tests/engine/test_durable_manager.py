@@ -21,12 +21,14 @@ from everstep.engine.errors import (
     KeyReused,
     UnknownRollout,
 )
+from everstep.engine.growth import Growth
 from everstep.engine.intake import Submission
 from everstep.engine.journal_memory import MemoryJournal
-from everstep.engine.journal_ops import Accept, Query, RequestKey
+from everstep.engine.journal_ops import Accept, Origin, Query, RequestKey
 from everstep.engine.journal_thread import JournalThread
 from everstep.engine.manager import RolloutManager
-from everstep.engine.rollout import RolloutState, SamplingParams
+from everstep.engine.messages import RolloutTokens
+from everstep.engine.rollout import FinishReason, Rollout, RolloutState, SamplingParams
 from tests.engine.inline_backend import InlineBackend
 from tests.engine.small_tokenizer import small_tokenizer
 from tests.fakes import generate_alone
@@ -726,3 +728,51 @@ def test_without_a_journal_durable_calls_say_how_to_get_one():
         await manager.close()
 
     run(body)
+
+
+def test_a_silent_stop_token_takes_no_held_text_with_it():
+    """Held back are the beginning of a stop string and half a character: only the half goes."""
+
+    async def body(world):
+        tokenizer = world.tokenizer
+        half, rest = (tokenizer.token_id(char) for char in ("Ã", "©"))
+        [a, b] = tokenizer.encode("ab")
+        prompts = {(a, b, half, rest): "ab", (b, a, half, rest): "ba"}
+        for ids, text in prompts.items():
+            rollout = await seeded(world, list(ids), stop=(text + "x",), stop_token_ids=(rest,))
+            assert rollout.output_ids == list(ids)
+            assert rollout.text == text
+
+    run(body, tokenizer=small_tokenizer())
+
+
+async def seeded(world, ids, **sampling):
+    """What becomes of a rollout that draws these tokens."""
+    growth = Growth(
+        Rollout(
+            id="r",
+            group_id="g",
+            prompt_ids=[1],
+            sampling=SamplingParams(**sampling),
+            seed=0,
+            max_tokens=9,
+        ),
+        world.tokenizer,
+    )
+    info = await InlineBackend().start()
+    for start, token in enumerate(ids):
+        finish = FinishReason("stop", token) if token in sampling["stop_token_ids"] else None
+        tokens = RolloutTokens(
+            rollout_id="r",
+            start=start,
+            ids=[token],
+            lp_sampled=[0.0],
+            lp_temp=[0.0],
+            kept_mass=[1.0],
+            flags=[1],
+            finish=finish,
+        )
+        news = growth.prepare(tokens, Origin(1, "v1", "fake", "core-1"), info)
+        growth.apply()
+    growth.end(growth.conclude(RolloutState.FINISHED, news.finish))
+    return growth.rollout
