@@ -49,6 +49,7 @@ class Growth:
     __slots__ = (
         "_ahead",
         "_detokenizer",
+        "_moves",
         "_num_ids",
         "_num_prompt_lp",
         "_num_routed_bytes",
@@ -68,6 +69,8 @@ class Growth:
         self._tokenizer = tokenizer
         self._detokenizer = detokenizer_of(rollout, tokenizer)
         self._ahead: deque[News] = deque()
+        self._moves: list[RolloutState] = []
+        """States that follow on the news ahead."""
         self._origin: Origin | None = None
         """Of the segment that is open, where this process opened it."""
         # of the rollout and of what is prepared
@@ -94,8 +97,13 @@ class Growth:
             self.news = asyncio.Event()
 
     def move(self, state: RolloutState) -> None:
-        """The scheduler, or a new core, has it in another state."""
-        if self.rollout.state != state:
+        """The scheduler, or a new core, has it in another state.
+
+        Readers see it once they see what was sampled before: a paused rollout does not grow.
+        """
+        if self._ahead:
+            self._moves.append(state)
+        elif self.rollout.state != state:
             self.rollout.num_preemptions += state == RolloutState.PREEMPTED
             self.rollout.move(state)
 
@@ -139,6 +147,10 @@ class Growth:
         _write(self.rollout, news)
         if news.grown.ids:
             self._origin = news.origin
+        if not self._ahead:
+            moves, self._moves = self._moves, []
+            for state in moves:
+                self.move(state)
 
     def take_plain(self, row: PlainToken, origin: Origin) -> bool:
         """Prepare, apply and publish at once one token, the common case; False, and nothing done,
@@ -189,6 +201,7 @@ class Growth:
             for name in final.__struct_fields__:
                 setattr(self.rollout, name, getattr(final, name))
             self._ahead.clear()
+        self._moves.clear()
         self.publish()
 
     def rebuild(self, stop_ids: Iterable[int]) -> FinishReason | None:
