@@ -1,12 +1,13 @@
 """Attention over the paged cache: the C++ kernel, the torch kernel and torch's SDPA.
 
     python benchmarks/attention.py [--heads 9 3 64] [--threads 2] [--dtype bfloat16] [--quick]
+                                   [--clock cpu]
 
 Microseconds per token and layer; decode also in bytes of keys and values read per second, as a
 share of the read bandwidth measured in the same run. Each call takes another layer's cache, so
 that no side reads from a warm one; sides take turns, medians are printed with the load beside
 them. SDPA reads dense keys and values, laid out for it in advance: no paging, and no promise
-about bits.
+about bits. `--clock cpu` (one thread only) counts CPU time, for a busy machine.
 """
 
 import argparse
@@ -30,31 +31,36 @@ TORCH_LIMIT = 2**30
 Shape = tuple[int, int, int]
 
 
-def seconds(call: Callable[[int], object], turn: int) -> float:
-    start = time.perf_counter()
+Clock = Callable[[], float]
+
+
+def seconds(call: Callable[[int], object], turn: int, clock: Clock) -> float:
+    start = clock()
     call(turn)
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def medians(calls: dict[str, Callable[[int], object]], budget: float) -> dict[str, float]:
+def medians(
+    calls: dict[str, Callable[[int], object]], budget: float, clock: Clock
+) -> dict[str, float]:
     """Median seconds of each call; the calls take turns until the budget is spent."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for name, call in calls.items():
-        seconds(call, 0)
-        taken[name].append(seconds(call, 1))
+        seconds(call, 0, clock)
+        taken[name].append(seconds(call, 1, clock))
     end = time.perf_counter() + budget
     turn = 2
     while time.perf_counter() < end or turn < 5:
         for name, call in calls.items():
-            taken[name].append(seconds(call, turn))
+            taken[name].append(seconds(call, turn, clock))
         turn += 1
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
-def read_bandwidth() -> float:
+def read_bandwidth(clock: Clock) -> float:
     """Bytes per second of a sum over memory that no cache holds."""
     x = torch.ones(2**26)
-    return x.numel() * 4 / statistics.median(seconds(lambda _: x.sum(), 0) for _ in range(7))
+    return x.numel() * 4 / statistics.median(seconds(lambda _: x.sum(), 0, clock) for _ in range(7))
 
 
 def sides(
@@ -103,7 +109,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--quick", action="store_true", help="a few cells, short medians")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     options = parser.parse_args()
+    if options.clock == "cpu" and options.threads != 1:
+        parser.error("--clock cpu counts this thread alone: use --threads 1")
+    clock = time.thread_time if options.clock == "cpu" else time.perf_counter
     torch.set_num_threads(options.threads)
     library = native.library()
     if library is None:
@@ -114,13 +124,13 @@ def main() -> None:
         getattr(torch, options.dtype),
     )
     budget = 0.3 if options.quick else 2.0
-    bandwidth = read_bandwidth()
+    bandwidth = read_bandwidth(clock)
     print(f"level {native.level().name}, torch {torch.__version__}, {options.threads} threads")
     print(f"heads {heads}, {options.dtype}; reads {bandwidth / 1e9:.1f} GB/s")
     print(f"{'µs per token':<22}{'ours':>10}{'torch':>10}{'sdpa':>10}")
     for batch in (1, 32) if options.quick else (1, 8, 32, 128):
         for context in (128, 512, 2048):
-            found = medians(sides(ops, heads, dtype, batch, context, 1), budget)
+            found = medians(sides(ops, heads, dtype, batch, context, 1), budget, clock)
             size = 2 * batch * context * heads[1] * heads[2] * dtype.itemsize
             speed = size / found["ours"]
             report(
@@ -128,7 +138,7 @@ def main() -> None:
                 f"{speed / 1e9:5.1f} GB/s = {speed / bandwidth:4.0%}",
             )  # fmt: skip
     for context in (512, 2048):
-        found = medians(sides(ops, heads, dtype, 1, context, context), budget)
+        found = medians(sides(ops, heads, dtype, 1, context, context), budget, clock)
         products = 2 * context * (context + 1) * heads[0] * heads[2]
         report(f"prefill {context}", found, context, f"{products / found['ours'] / 1e9:5.0f} GF/s")
 
