@@ -14,6 +14,8 @@ from msgspec import Meta, Struct
 # threads of its own, which do both (kernels/cpu/pool.cpp).
 PATIENCE = {"OMP_WAIT_POLICY": "PASSIVE"}
 
+OnPause = Literal["keep", "park", "drop"]
+
 
 class ModelConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which weights, and in which numbers they are run."""
@@ -60,6 +62,13 @@ class KVConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             description="host memory for the KV of paused and preempted rollouts; 0 = recompute",
         ),
     ] = 256 * 2**20
+    on_pause: Annotated[
+        OnPause,
+        Meta(
+            description="KV of a paused rollout: keep until memory is short, park in host memory "
+            "at once (drop where that is full), or drop at once and recompute"
+        ),
+    ] = "keep"
 
 
 class BatchConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -141,3 +150,4 @@ class ResolvedKV(Struct, frozen=True, kw_only=True):
     max_model_len: int
     prefix_caching: bool
     num_parking_blocks: int
+    on_pause: OnPause = "keep"

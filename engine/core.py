@@ -199,6 +199,7 @@ def resolve_kv(config: EngineConfig, ring: "RingConfig", itemsize: int) -> Resol
         max_model_len=length,
         prefix_caching=config.kv.prefix_caching,
         num_parking_blocks=config.kv.parking_bytes // (token_bytes * size),
+        on_pause=config.kv.on_pause,
     )
 
 

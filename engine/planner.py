@@ -8,6 +8,7 @@ every rollout ends.
 """
 
 from .admission import LiveRollout
+from .config import OnPause
 from .decoding import Batch, row_of
 from .kv_cache import NO_MATCH, KVCacheManager, Match
 from .messages import Stats
@@ -57,7 +58,14 @@ class Planner:
     """Writes places (through the roster), tables (through the KV manager) and counters."""
 
     def __init__(
-        self, roster: Roster, kv: KVCacheManager, stats: Stats, *, budget: int, max_num_seqs: int
+        self,
+        roster: Roster,
+        kv: KVCacheManager,
+        stats: Stats,
+        *,
+        budget: int,
+        max_num_seqs: int,
+        on_pause: OnPause,
     ) -> None:
         self._roster = roster
         self._kv = kv
@@ -65,12 +73,15 @@ class Planner:
         self._budget = budget
         # no more running than tokens in a step: all of them decode, or a chunk gets a token
         self._max_running = min(max_num_seqs, budget)
+        self._on_pause = on_pause
         self._draft = Draft(0)
         self._num_admissions = 0
 
     def make(self) -> Draft:
         """The next step. Where nothing unpaused is live it is empty, else it has rows."""
         draft = self._draft = Draft(self._budget)
+        if self._on_pause != "keep":
+            self._take_from_paused()
         for rollout in self._plan_decodes():
             self._admit_waiting(above=rollout.add.priority)
             if rollout.state == "running" and draft.budget > 0:
@@ -275,6 +286,15 @@ class Planner:
             return False
         self._take_kv(min(holders, key=lambda r: (r.state != "paused", importance(r))))
         return True
+
+    def _take_from_paused(self) -> None:
+        """Those that were paused since the last step give up their blocks, needed or not."""
+        for rollout in [r for r in self._roster.holders if r.state == "paused"]:
+            if self._on_pause == "park":
+                self._take_kv(rollout)
+            else:
+                self._kv.drop(rollout.kv)
+                self._roster.holders.pop(rollout)
 
     def _take_kv(self, rollout: LiveRollout) -> None:
         park = self._kv.park(rollout.kv)

@@ -53,6 +53,7 @@ class Scheduler:
             self._stats,
             budget=batch.max_num_batched_tokens,
             max_num_seqs=batch.max_num_seqs,
+            on_pause=kv.on_pause,
         )
         self._is_pausing_adds = False
         self._num_adds = self._num_drawn = 0

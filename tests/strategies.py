@@ -46,6 +46,7 @@ def caches(draw: st.DrawFn) -> ResolvedKV:
         max_model_len=MAX_MODEL_LEN,
         prefix_caching=draw(st.integers(0, 4)) > 0,
         num_parking_blocks=draw(st.sampled_from([0, 3, least, 4 * least])),
+        on_pause=draw(st.sampled_from(["keep", "keep", "park", "drop"])),
     )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
-from everstep.engine.config import BatchConfig, ResolvedKV
+from everstep.engine.config import BatchConfig, OnPause, ResolvedKV
 from everstep.engine.messages import Add, FromCore
 from everstep.engine.plan import Row, StepPlan
 from everstep.engine.rollout import Rollout, RolloutState, SamplingParams
@@ -21,6 +21,7 @@ def make_kv(
     max_model_len: int = 64,
     prefix_caching: bool = True,
     num_parking_blocks: int = 0,
+    on_pause: OnPause = "keep",
 ) -> ResolvedKV:
     return ResolvedKV(
         block_size=block_size,
@@ -28,6 +29,7 @@ def make_kv(
         max_model_len=max_model_len,
         prefix_caching=prefix_caching,
         num_parking_blocks=num_parking_blocks,
+        on_pause=on_pause,
     )
 
 

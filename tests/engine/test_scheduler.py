@@ -644,3 +644,26 @@ def test_runner_that_draws_too_few_is_caught():
     result.rows = {0: RowResult()}
     with pytest.raises(AssertionError, match="a draw is missing"):
         arena.scheduler.commit(plan, result)
+
+
+@pytest.mark.parametrize(
+    ("on_pause", "room", "kind", "num_held"),
+    [
+        ("keep", 8, "kept", 2),
+        ("park", 8, "host", 0),
+        ("park", 1, "recomputed", 0),
+        ("drop", 8, "recomputed", 0),
+    ],
+)
+def test_what_becomes_of_paused_kv_is_a_setting(on_pause, room, kind, num_held):
+    kv = make_kv(prefix_caching=False, num_parking_blocks=room, on_pause=on_pause)
+    arena = Arena(kv, make_batch())
+    first = arena.ask([1] * 5, max_tokens=12)
+    arena.step(2)
+    # a pause that comes while a row is in flight
+    arena.step(in_flight=lambda: arena.scheduler.pause([first]))
+    arena.step(in_flight=lambda: None)
+    assert arena.scheduler.stats().num_blocks_used == num_held
+    arena.scheduler.resume([first])
+    arena.finish()
+    assert arena.scheduler.stats().kv_resume_total[kind] == 1
