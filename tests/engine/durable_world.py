@@ -29,6 +29,8 @@ from everstep.engine.scheduler import Scheduler
 from everstep.engine.tokenizer import Tokenizer
 from tests.fakes import FakeRunner, draw
 
+MakeCore = Callable[[int], tuple[Core, Ready]]
+
 # bytes of é and € apart, words that overlap, an end mark: halves and stop strings are frequent
 PIECES = (b"a", b"b", b"ab", b"ba", b"\xc3", b"\xa9", b"\xe2", b"\x82", b"\xac", b" c", b"aba")
 EOS = len(PIECES)
@@ -211,7 +213,7 @@ class HandJournal:
 class HandBackend:
     """A core that makes a step when it is told to."""
 
-    def __init__(self, make_core: Callable[[int], tuple[Core, Ready]]) -> None:
+    def __init__(self, make_core: MakeCore) -> None:
         self._make_core = make_core
         self.core: Core | None = None
         self.starts = 0
@@ -275,7 +277,7 @@ class World:
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
-        make_core: Callable[[int], tuple[Core, Ready]],
+        make_core: MakeCore,
         tokenizer: Tokenizer | None,
         run_seed: int = 0,
     ) -> None:

@@ -7,19 +7,39 @@ its front does not hold.
 
 import asyncio
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import hypothesis.strategies as st
+import msgspec
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from everstep.engine.config import BatchConfig, ResolvedKV
+from everstep import kernels
+from everstep.engine.checkpoint import Checkpoint
+from everstep.engine.config import BatchConfig, ModelConfig, ResolvedKV
+from everstep.engine.core import Core
+from everstep.engine.determinism import Laboratory, Outcome
 from everstep.engine.errors import IllegalState, JournalFull, UnknownRollout
 from everstep.engine.intake import Submission
 from everstep.engine.journal_ops import RequestKey
+from everstep.engine.messages import Add, Ready
 from everstep.engine.rollout import Rollout, RolloutState, SamplingParams
-from tests.engine.durable_world import EOS, STOPS, VOCAB, World, alone, fake_core, half_tokenizer
+from everstep.engine.runner import ModelRunner
+from everstep.engine.scheduler import Scheduler
+from everstep.engine.tokenizer import Tokenizer
+from everstep.engine.weights import Weights
+from tests.engine.durable_world import (
+    STOPS,
+    VOCAB,
+    MakeCore,
+    World,
+    alone,
+    fake_core,
+    half_tokenizer,
+)
+from tests.engine.test_exactness_machine import LEVELS, weights_of
 from tests.fakes import fake_logprob, fake_routing
 from tests.strategies import MAX_MODEL_LEN, batches, caches
 
@@ -37,6 +57,10 @@ samplings = st.builds(
     include_stop_str_in_output=st.booleans(),
     ignore_eos=st.booleans(),
     min_tokens=st.sampled_from([0, 0, 2]),
+    temperature=st.sampled_from([1.0, 0.0, 0.8]),
+    top_p=st.sampled_from([1.0, 0.7]),
+    repetition_penalty=st.sampled_from([1.0, 1.3]),
+    frequency_penalty=st.sampled_from([0.0, 0.5]),
     seed=st.sampled_from([None, None, None, 1, 2]),
     prompt_logprobs=st.sampled_from([None, None, 1]),
     record=st.sampled_from([(), ("lp_raw", "entropy"), ("routing", "kept_ids")]),
@@ -60,8 +84,11 @@ class DurableMachine(RuleBasedStateMachine):
     @initialize(kv=caches(), batch=batches)
     def start(self, kv: ResolvedKV, batch: BatchConfig) -> None:
         self.loop = asyncio.new_event_loop()
-        make = partial(fake_core, kv, batch)
-        self.worlds = [World(self.loop, make, half_tokenizer(), seed) for seed in range(2)]
+        self.open_worlds(partial(fake_core, kv, batch), half_tokenizer())
+
+    def open_worlds(self, make_core: MakeCore, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.worlds = [World(self.loop, make_core, tokenizer, seed) for seed in range(2)]
 
     # --- choosing
 
@@ -264,10 +291,8 @@ class DurableMachine(RuleBasedStateMachine):
             assert world.manager.journal_trouble == world.journal.stalled
             for growth in world.manager._holdings:
                 rollout = growth.rollout
-                assert (
-                    rollout.text
-                    == half_tokenizer().decode(rollout.output_ids)[: rollout.text_offset]
-                )
+                whole = self.tokenizer.decode(rollout.output_ids)
+                assert rollout.text == whole[: rollout.text_offset]
                 if not rollout.is_durable:
                     continue
                 kept = world.store.read(rollout.id)
@@ -357,7 +382,80 @@ class DurableMachine(RuleBasedStateMachine):
         return {rollout_id for other, rollout_id in self.promised if other == which}
 
 
-assert EOS < VOCAB
+class RealMachine(DurableMachine):
+    """The same over the real runner and its arithmetic, on a tiny checkpoint."""
+
+    weights: ClassVar[Weights]
+    folder: ClassVar[Path]
+
+    @initialize(kv=caches(), batch=batches)
+    def start(self, kv: ResolvedKV, batch: BatchConfig) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.open_worlds(partial(self.core, kv, batch), Tokenizer.from_folder(self.folder))
+
+    def core(self, kv: ResolvedKV, batch: BatchConfig, number: int) -> tuple[Core, Ready]:
+        _, fake = fake_core(kv, batch, number)
+        scheduler = Scheduler(kv, batch)
+        scheduler.set_version(self.weights.digest)
+        runner = ModelRunner(self.weights, kv, ModelConfig())
+        config = Checkpoint.open(self.folder).config
+        ready = msgspec.structs.replace(
+            fake,
+            vocab_size=config.vocab_size,
+            version=self.weights.version,
+            digest=self.weights.digest,
+            numerics=runner.numerics,
+            eos_ids=list(config.eos_token_ids),
+            num_moe_layers=self.weights.num_moe_layers,
+            num_experts=config.num_experts,
+            num_experts_per_tok=config.num_experts_per_tok,
+        )
+        return Core(scheduler, runner), ready
+
+    def check_ended(self, rollout: Rollout) -> None:
+        found, whole = rollout.output_ids, self.alone(rollout)
+        num, text = len(found), self.tokenizer.decode(found)
+        start = num - len(whole.ids[: num - self.num_kept(rollout)])
+        assert found[start:] == whole.ids[: num - start]
+        for name in ("lp_sampled", "lp_temp", "kept_mass"):
+            assert getattr(rollout, name)[start:] == getattr(whole, name)[: num - start]
+        assert rollout.text == text[: rollout.text_offset]
+        reason = rollout.finish_reason
+        assert reason is not None
+        if rollout.state is RolloutState.ABORTED:
+            assert rollout.id in self.cancelled
+        elif isinstance(reason.matched, str):
+            assert reason.matched in text
+            assert reason.matched not in self.tokenizer.decode(found[: max(num - 1, 0)])
+        else:
+            assert num == start + len(whole.ids)
+
+    def num_kept(self, rollout: Rollout) -> int:
+        return 0 if rollout.forked_from is None else rollout.forked_from[1]
+
+    def alone(self, rollout: Rollout) -> Outcome:
+        """A fresh core without a cache, and nobody else; stop strings are unknown to it."""
+        kept = rollout.output_ids[: self.num_kept(rollout)]
+        core = self.worlds[0].manager._core
+        stop_ids = core.stop_ids(rollout)
+        if len(kept) == rollout.max_tokens or (kept and kept[-1] in stop_ids):
+            return Outcome()
+        trial = Laboratory(self.weights, max_len=64).trial(cache=False)
+        trial.add(
+            Add(
+                rollout_id="alone",
+                prompt_ids=rollout.prompt_ids,
+                output_ids=kept,
+                sampling=rollout.sampling,
+                seed=rollout.seed,
+                max_tokens=rollout.max_tokens,
+                stop_ids=sorted(stop_ids),
+                banned_ids=sorted(stop_ids | set(core.eos_ids)),
+            )
+        )
+        trial.run()
+        return trial.outcomes["alone"]
+
 
 DurableMachine.TestCase.settings = settings(
     max_examples=50,
@@ -370,3 +468,18 @@ DurableMachine.TestCase.settings = settings(
 
 def test_every_history_gives_the_rollout_alone() -> None:
     DurableMachine.TestCase().runTest()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_history_gives_the_bits_of_the_rollout_alone(tiny_checkpoint, dtype) -> None:
+    held = {"weights": weights_of(tiny_checkpoint, dtype), "folder": tiny_checkpoint}
+    machine = type("Machine", (RealMachine,), held)
+    machine.TestCase.settings = settings(
+        max_examples=60,
+        stateful_step_count=25,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    with kernels.use_level(LEVELS[0]):
+        machine.TestCase().runTest()
