@@ -34,10 +34,11 @@ import torch
 from gemm import multiply_limit, read_limit
 from peers import models
 from peers.cells import (
-    BF16_SIDES,
+    SIDES,
     Cell,
     Measured,
     Results,
+    default_sides,
     full_plan,
     groups,
     load_results,
@@ -184,15 +185,19 @@ class Bench:
         return self.drivers[side]
 
     def _start(self, side: str) -> Driver:
+        name, _, dtype = side.partition("-")
         python, script = {
             "everstep": (Path(sys.executable), "drive_everstep.py"),
             "vllm": (self.places.vllm, "drive_vllm.py"),
             "llama.cpp": (Path(sys.executable), "drive_llama.py"),
             "transformers": (self.places.transformers, "drive_transformers.py"),
-        }[side]
+        }[name]
         if not python.exists():
             raise SideFailed(f"not installed in {self.places.root} (install-peers)")
-        environment = {"BENCH_LLAMA_BIN": str(self.places.llama_bin)}
+        environment = {
+            "BENCH_LLAMA_BIN": str(self.places.llama_bin),
+            "BENCH_DTYPE": "float32" if dtype else "bfloat16",
+        }
         log = self.out / "logs" / f"{side}.log"
         return Driver(side, python, script, environment, log)
 
@@ -243,7 +248,7 @@ def commit() -> str:
 def show(found: Measured) -> None:
     """A line per cell as it is done."""
     words = []
-    for side in found.cell.sides:
+    for side in found.sides:
         rate = found.rate(side)
         if rate is not None:
             words.append(f"{side} {rate:.1f}")
@@ -298,7 +303,7 @@ def main() -> None:
     measure.add_argument("--models", type=Path, help="where models are made; default: PEERS/models")
     measure.add_argument("--quick", action="store_true", help="small cells, three rounds, limits")
     measure.add_argument("--only", action="append", default=[], metavar="PATTERN")
-    measure.add_argument("--sides", nargs="+", default=list(BF16_SIDES), choices=BF16_SIDES)
+    measure.add_argument("--sides", nargs="+", choices=SIDES)
     measure.add_argument("--rounds", type=int)
     measure.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     measure.add_argument("--run-limit", type=float, help="seconds; a slower run is not made")
@@ -318,6 +323,7 @@ def main() -> None:
         threads = len(os.sched_getaffinity(0))
         write_report(load_results(options.out / "results.json", machine(), threads), options.out)
         return
+    options.sides = options.sides or default_sides(native.machine_flags())
     options.rounds = options.rounds or (3 if options.quick else 5)
     options.run_limit = options.run_limit or (30.0 if options.quick else 600.0)
     options.cell_limit = options.cell_limit or (60.0 if options.quick else float("inf"))

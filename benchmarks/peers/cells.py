@@ -9,7 +9,7 @@ from msgspec import Struct
 
 from .models import SIZES
 
-BF16_SIDES = ("everstep", "vllm", "llama.cpp", "transformers")
+SIDES = ("everstep", "vllm", "vllm-f32", "llama.cpp", "transformers", "transformers-f32")
 QUANT_SIDES = ("everstep", "llama.cpp")
 
 
@@ -28,7 +28,8 @@ class Cell(Struct, frozen=True):
 
     @property
     def sides(self) -> tuple[str, ...]:
-        return BF16_SIDES if self.weights == "bf16" else QUANT_SIDES
+        """Who can run it; -f32 keeps its weights in float32."""
+        return SIDES if self.weights == "bf16" else QUANT_SIDES
 
     @property
     def is_prefill(self) -> bool:
@@ -67,6 +68,11 @@ class Measured(Struct):
     failed: dict[str, str] = {}
     said: dict[str, dict[str, str]] = {}
 
+    @property
+    def sides(self) -> list[str]:
+        """Who was asked, in the order of SIDES."""
+        return [s for s in SIDES if s in self.seconds or s in self.failed]
+
     def rate(self, side: str) -> float | None:
         """Tokens/s, by the median."""
         taken = self.seconds.get(side)
@@ -80,6 +86,19 @@ class Results(Struct):
     exactness: dict[str, dict[int, dict[str, dict[str, float]]]] = {}
     """By model; what exactness.measure found."""
     exactness_load: float = 0.0
+
+
+def default_sides(flags: Iterable[str]) -> list[str]:
+    """For a processor with these features (names of /proc/cpuinfo; none: unknown).
+
+    Without instructions for bf16 torch multiplies it many times slower than float32: the peers that
+    rest on torch then run in float32, which is the best that they have there.
+    """
+    known = set(flags)
+    has_bf16 = not known or bool(known & {"avx512_bf16", "amx_bf16"})
+    if has_bf16:
+        return [s for s in SIDES if not s.endswith("-f32")]
+    return ["everstep", "vllm-f32", "llama.cpp", "transformers-f32"]
 
 
 def full_plan() -> list[Cell]:

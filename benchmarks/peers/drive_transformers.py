@@ -13,13 +13,13 @@ class Transformers:
 
         torch.set_num_threads(threads)
         self.torch = torch
-        dtype = os.environ.get("BENCH_DTYPE", "bfloat16")
+        dtype = os.environ["BENCH_DTYPE"]
         self.model = transformers.AutoModelForCausalLM.from_pretrained(
             model, dtype=getattr(torch, dtype)
         ).eval()
         return {
             "version": f"{transformers.__version__}, torch {torch.__version__}",
-            "path": "generate on one static batch",
+            "path": f"generate on one static batch, {dtype}",
         }
 
     def generate(self, prompts: list[list[int]], new_tokens: int, seed: int) -> int:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from .cells import BF16_SIDES, Cell, Measured, Results, groups, operations, read_bytes
+from .cells import SIDES, Cell, Measured, Results, groups, operations, read_bytes
 from .models import PEER_OF
 
 NAMES = {"bf16": "bf16", "8bit": "8-bit weights: ours FP8 (128 × 128 blocks), llama.cpp Q8_0"}
@@ -28,7 +28,7 @@ def markdown(results: Results, exactness: dict[str, str]) -> str:
 
 
 def _table(found: Sequence[Measured]) -> str:
-    sides = found[0].cell.sides
+    sides = [side for side in SIDES if any(side in m.sides for m in found)]
     header = ["tokens/s", *sides, "ours / best peer", "read", "arithmetic", "rounds", "load"]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for m in found:
@@ -55,7 +55,7 @@ def _rate(m: Measured, side: str) -> str:
 
 def _ratio(m: Measured) -> str:
     ours = m.rate("everstep")
-    peers = [rate for side in m.cell.sides[1:] if (rate := m.rate(side)) is not None]
+    peers = [r for s in m.sides if s != "everstep" and (r := m.rate(s)) is not None]
     return f"{ours / max(peers):.2f}" if ours and peers else "–"
 
 
@@ -80,7 +80,7 @@ def _decode_alone(found: Sequence[Measured]) -> list[str]:
         if m.cell.is_prefill or first is None:
             continue
         rates = []
-        for side in m.cell.sides:
+        for side in m.sides:
             whole, prefill = m.rate(side), first.rate(side)
             if whole is None or prefill is None:
                 continue
@@ -97,7 +97,7 @@ def _footnotes(found: Sequence[Measured]) -> list[str]:
     last = found[-1]
     said = [
         f"{side}: {words['version']}, {words['path']}"
-        for side in last.cell.sides
+        for side in last.sides
         if (words := last.said.get(side))
     ]
     reads = sorted(m.read_gb_s for m in found)
@@ -132,9 +132,9 @@ def plot(results: Results, path: Path) -> bool:
     figure, axes = plt.subplots(
         1, len(chosen), figsize=(4.2 * len(chosen), 3.6), squeeze=False, sharey=True
     )
-    colours = dict(zip(BF16_SIDES, ("C3", "C0", "C2", "C7"), strict=True))
+    colours = dict(zip(SIDES, ("C3", "C0", "C9", "C2", "C7", "C5"), strict=True))
     for axis, ((model, weights), found) in zip(axes[0], chosen.items(), strict=True):
-        for side in found[0].cell.sides:
+        for side in found[0].sides:
             points = [(m.cell.concurrent, m.rate(side)) for m in found]
             known = [(n, rate) for n, rate in points if rate is not None]
             if known:

@@ -150,7 +150,7 @@ def test_tables_say_rates_ratios_and_who_failed(tmp_path: Path) -> None:
     first = measured(Cell("default", "bf16", 8, 1920, 1), everstep=6.0)
     results = Results("box", 2, {m.cell.id: m for m in (first, whole)})
     text = report.markdown(results, {"default": "TABLE"})
-    assert "| 8 at once, context 1920 | 102 | – | 51 | – | 2.00 |" in text
+    assert "| 8 at once, context 1920 | 102 | – | 51 | 2.00 |" in text
     assert "| prefill 8 × 1920 | 2560 |" in text
     # 8 × 127 tokens in 10 − 6 seconds
     assert "tokens/s: everstep 254." in text
@@ -228,6 +228,27 @@ def test_a_run_takes_turns_resumes_and_goes_on_without_a_side(
     limited = cpu.Bench(options(tmp_path, run_limit=0.001))
     limited.run([slow])
     assert "--run-limit" in limited.results.cells[slow.id].failed["everstep"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "torch_side"),
+    [
+        ({"avx2"}, "vllm-f32"),
+        ({"avx2", "avx512_bf16"}, "vllm"),
+        ({"amx_bf16"}, "vllm"),
+        ((), "vllm"),
+    ],
+)
+def test_peers_on_torch_run_in_what_is_fast_for_them(flags: set[str], torch_side: str) -> None:
+    sides = cells.default_sides(flags)
+    assert torch_side in sides
+    assert {side.partition("-")[0] for side in sides} == {
+        "everstep",
+        "vllm",
+        "llama.cpp",
+        "transformers",
+    }
+    assert len(sides) == 4
 
 
 def test_the_plans_have_what_the_issue_asks_for() -> None:
