@@ -192,7 +192,8 @@ class Bench:
             "llama.cpp": (Path(sys.executable), "drive_llama.py"),
             "transformers": (self.places.transformers, "drive_transformers.py"),
         }[name]
-        if not python.exists():
+        needed = self.places.llama_bin / "llama-server" if name == "llama.cpp" else python
+        if not needed.exists():
             raise SideFailed(f"not installed in {self.places.root} (install-peers)")
         environment = {
             "BENCH_LLAMA_BIN": str(self.places.llama_bin),
@@ -289,9 +290,14 @@ def run(options: argparse.Namespace) -> None:
     print(bench.out)
 
 
+def _stop(*_: object) -> None:
+    """The sides' processes end with this one; a second signal must not cut that short."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(143)
+
+
 def main() -> None:
-    # so that the sides' processes end with this one
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, _stop)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     peers = commands.add_parser("install-peers", help="virtual environments and builds, from PyPI")

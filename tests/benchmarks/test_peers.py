@@ -230,6 +230,16 @@ def test_a_run_takes_turns_resumes_and_goes_on_without_a_side(
     assert "--run-limit" in limited.results.cells[slow.id].failed["everstep"]
 
 
+def test_a_peer_that_is_not_installed_is_said_and_nothing_is_made_for_it(tmp_path: Path) -> None:
+    cell = Cell("default", "bf16", 1, 4, 8)
+    bench = cpu.Bench(options(tmp_path, sides=["vllm", "llama.cpp", "transformers-f32"], rounds=1))
+    bench.run([cell])
+    failed = bench.results.cells[cell.id].failed
+    assert len(failed) == 3
+    assert all("not installed in" in why for why in failed.values())
+    assert list((tmp_path / "peers" / "models").iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("flags", "torch_side"),
     [
