@@ -352,7 +352,7 @@ def test_a_stop_string_that_was_passed_over_is_named(tmp_path, good, model) -> N
 
 def test_the_programs_import_nothing_of_everstep() -> None:
     code = (
-        f"import sys; sys.path.insert(0, {str(HERE)!r}); import checker, client, harness, history; "
+        f"import sys; sys.path.insert(0, {str(HERE)!r}); import checker, client, harness, history, victims; "
         "print([m for m in sys.modules if m.split('.')[0] in ('everstep', 'torch', 'msgspec')])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
