@@ -142,6 +142,7 @@ SAMPLINGS: list[Record] = [
     {"min_p": 0.05, "temperature": 1.5, "logit_bias": {"7": 2.5, "9": -4.0}, "min_tokens": 30},
     # a stop string over many tokens: what was matched so far must survive
     {"logit_bias": {"97": 9.0, "98": 9.0}, "stop": ["aabbabab"], "ignore_eos": True},
+    {"logit_bias": {"97": 9.0, "98": 9.0}, "stop": ["abbab"], "ignore_eos": True},
     # half a character at the end of any token
     {"logit_bias": {str(b): 7.0 for b in (0xC3, 0xA4, 0xE2, 0x82, 0xAC)}, "ignore_eos": True},
 ]
