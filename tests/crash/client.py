@@ -246,6 +246,10 @@ class Load:
             if rollout["state"] in ("finished", "aborted", "failed"):
                 break
             num = len(rollout["output_ids"])
+            if rollout["state"] == "paused":
+                # by an earlier life of this client, which was killed before it could resume it
+                self._control(rollout_id, "resume")
+                continue
             if disturb and num >= at_token:
                 self._disturb(rollout_id, disturb, rng)
                 disturb = None
@@ -314,23 +318,27 @@ class Load:
             self._notebook.write("close", id=rollout_id, stream=name)
 
     def _disturb(self, rollout_id: str, what: str, rng: random.Random) -> None:
-        for call in (what,) if what == "cancel" else ("pause", "resume"):
-            while True:
-                asked = time.monotonic_ns()
-                try:
-                    self._api.call("POST", f"/rollouts/{rollout_id}/{call}", {})
-                    self._notebook.write("control", id=rollout_id, asked=asked, call=call)
-                    break
-                except Unanswered:
-                    time.sleep(RETRY_S)
-                except Refused as error:
-                    if error.status == 409:
-                        break  # it has ended meanwhile
+        self._control(rollout_id, what)
+        if what == "pause":
+            # long enough that some are killed while they are paused
+            time.sleep(rng.choice((0.0, 0.1, 1.0)))
+            self._get(rollout_id, wait_s=0, after=0)
+            self._control(rollout_id, "resume")
+
+    def _control(self, rollout_id: str, what: str) -> None:
+        while True:
+            asked = time.monotonic_ns()
+            try:
+                self._api.call("POST", f"/rollouts/{rollout_id}/{what}", {})
+            except Unanswered:
+                time.sleep(RETRY_S)
+            except Refused as error:
+                if error.status != 409:
                     raise
-            if call == "pause":
-                # long enough that some are killed while they are paused
-                time.sleep(rng.choice((0.0, 0.1, 1.0)))
-                self._get(rollout_id, wait_s=0, after=0)
+                return  # it has ended meanwhile
+            else:
+                self._notebook.write("control", id=rollout_id, asked=asked, call=what)
+                return
 
     def _acknowledge(self, ids: list[str]) -> None:
         while True:
