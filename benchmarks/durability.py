@@ -3,7 +3,7 @@
     python benchmarks/durability.py [--rollouts 8 32] [--tokens 64] [--rounds 5] [--dir .]
 
 One engine process for each level (none, process, accepts, power), all on the default model, used
-in turn, in rounds: the same prompts, EOS ignored, temperature 1. Tokens are counted when their
+in turn, in rounds: the same prompts of 64 tokens (8 for pauses), EOS ignored, temperature 1. Tokens are counted when their
 reader sees them, hence journaled. Figures are medians over rounds; a ratio is the median of the
 rounds' own ratios. Pause: from the call to its return and until no token comes any more; resume:
 from the call to the first new token.
@@ -34,11 +34,13 @@ LEVELS = ("none", "process", "accepts", "power")
 NUM_PROMPT = 64
 
 
-def submissions(count: int, num_tokens: int, seed: int) -> list[Submission]:
+def submissions(
+    count: int, num_tokens: int, seed: int, num_prompt: int = NUM_PROMPT
+) -> list[Submission]:
     """One of each prompt, so that nothing is shared."""
     return [
         Submission(
-            prompt_ids=[(seed * 7919 + i * 31 + t * 7) % 40_000 for t in range(NUM_PROMPT)],
+            prompt_ids=[(seed * 7919 + i * 31 + t * 7) % 40_000 for t in range(num_prompt)],
             sampling=SamplingParams(max_tokens=num_tokens, ignore_eos=True, seed=seed * 1000 + i),
         )
         for i in range(count)
@@ -84,7 +86,7 @@ async def paused(
     manager: RolloutManager, level: str, count: int, seed: int
 ) -> tuple[float, float, float]:
     """Seconds: until pause returns, until nothing comes any more, from resume to a new token."""
-    ids = await begin(manager, level, submissions(count, 200, seed))
+    ids = await begin(manager, level, submissions(count, 200, seed, num_prompt=8))
     rollouts = [await manager.find(i) for i in ids]
     while sum(len(r.output_ids) for r in rollouts) < 2 * count:
         await asyncio.sleep(0.005)
