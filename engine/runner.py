@@ -38,6 +38,7 @@ class ModelRunner:
         self.weights = weights
         self._kv = kv
         self._store = KVStore.empty(weights.config, kv.num_blocks * kv.block_size, weights.dtype)
+        self._rope_tables = config.rope_tables
         table_dtype = weights.dtype if config.rope_tables == "model" else torch.float32
         tables = rotary_tables(weights.config, kv.max_model_len, table_dtype)
         self.forward = ForwardPass(weights, self._store, tables, kv.block_size)
@@ -53,7 +54,10 @@ class ModelRunner:
         else:
             torch_part = f"everstep-{KERNELS_VERSION}"
         dtype = str(self.weights.dtype).removeprefix("torch.")
-        return "/".join(["cpu", torch_part, level, dtype, self.weights.formats])
+        parts = ["cpu", torch_part, level, dtype, self.weights.formats]
+        if self._rope_tables != "float32":
+            parts.append(f"rope-{self._rope_tables}")
+        return "/".join(parts)
 
     @property
     def kernels(self) -> dict[str, str]:

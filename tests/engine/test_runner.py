@@ -12,6 +12,7 @@ from everstep import kernels
 from everstep.engine import teacher
 from everstep.engine.checkpoint import Checkpoint
 from everstep.engine.config import EngineConfig, KVConfig, ModelConfig
+from everstep.engine.core import build
 from everstep.engine.determinism import Laboratory
 from everstep.engine.intake import Submission
 from everstep.engine.manager import RolloutManager
@@ -240,3 +241,20 @@ def replace_id(add: Add, rollout_id: str, prompt: list[int]) -> Add:
         seed=add.seed,
         max_tokens=add.max_tokens,
     )
+
+
+def test_the_numerics_id_tells_rotary_tables_apart(tiny_checkpoint):
+    ids = set()
+    for rope_tables in ("float32", "model"):
+        config = EngineConfig(
+            model=ModelConfig(
+                path=str(tiny_checkpoint),
+                dtype="bfloat16",
+                max_model_len=64,
+                rope_tables=rope_tables,
+            ),
+            kv=KVConfig(num_blocks=16),
+        )
+        _, ready = build(config, lambda _: None)
+        ids.add(ready.numerics)
+    assert len(ids) == 2
