@@ -166,7 +166,7 @@ def port() -> int:
 def test_a_server_that_chaos_owns_is_killed_and_certified(tiny_checkpoint, port, tmp_path) -> None:
     serve = [str(Path(sys.executable).with_name("everstep")), "serve", str(tiny_checkpoint)]
     options = ["--port", str(port), "--journal", str(tmp_path / "run.db"), "--num-threads", "1"]
-    chaos = ["chaos", "--kill", "core,server", "--every", "1s", "--duration", "8s", "--seed", "4"]
+    chaos = ["chaos", "--kill", "core,server", "--every", "2s", "--duration", "12s", "--seed", "4"]
     done = subprocess.run(
         [serve[0], *chaos, "--width", "3", "--max-tokens", "400", "--", *serve, *options],
         cwd=tmp_path,

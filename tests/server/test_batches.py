@@ -152,10 +152,14 @@ async def test_cancel_keeps_what_is_answered_and_ends_the_rest(tmp_path: Path) -
     journal = MemoryJournal()
     async with serve(tmp_path, journal) as (client, _, backend):
         short = [line(f"s{i}", max_tokens=1) for i in range(3)]
+        # long enough to be running when the others have their records
         batch = await start(client, jsonl(*short, line("long", max_tokens=60)))
         while backend.num_steps < 20:
             await asyncio.sleep(0.001)
         backend.gate.clear()
+        file = tmp_path / f"{batch.id}.records"
+        while file.read_bytes().count(b"\n") < len(short):
+            await asyncio.sleep(0.001)
         first = await client.batches.cancel(batch.id)
         assert first.status == "cancelling"
         batch = await ended(client, batch.id)
