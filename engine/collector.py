@@ -154,8 +154,7 @@ class Collector:
 
     def stop_ids(self, rollout: Rollout) -> set[int]:
         """Ids that end it."""
-        sampling = rollout.sampling
-        return {*sampling.stop_token_ids, *(() if sampling.ignore_eos else self.eos_ids)}
+        return rollout.sampling.ending_ids(self.eos_ids)
 
     def _add(self, growth: Growth) -> Add:
         rollout = growth.rollout

@@ -271,8 +271,7 @@ class Growth:
                 extra.prompt_top.insert(0, [])
             self._num_prompt_lp += len(extra.prompt_lp)
         if tokens.routing_ids:
-            width = info.num_moe_layers * info.num_experts_per_tok
-            width *= 1 if info.num_experts <= 256 else 2
+            width, _ = info.routing_widths
             skip = self._num_routed_bytes - tokens.routing_start * width
             size = len(tokens.routing_weights) // len(tokens.routing_ids)
             extra.routing_ids = tokens.routing_ids[skip:]

@@ -134,7 +134,7 @@ def load_memory(db: apsw.Connection) -> Memory:
     for values in rows_of(db, "keys"):
         number, key, rollout_ids = key_of(values)
         found.tables["keys"].add(values[-1])
-        memory.keys[key.holder, key.route, key.key] = KnownKey(number, key, rollout_ids, values[-1])
+        memory.keys[key.name] = KnownKey(number, key, rollout_ids, values[-1])
     _load_tokens(db, memory, found)
     for name, tally in memory.books.tables.items():
         if tally != found.tables[name]:
@@ -255,7 +255,7 @@ class Draft:
             self._remember(op.key, [rollout.id for rollout in op.rollouts])
 
     def _remember(self, key: RequestKey, rollout_ids: list[str]) -> None:
-        name = (key.holder, key.route, key.key)
+        name = key.name
         known = self._keys.get(name) or self._memory.keys.get(name)
         if known is not None:
             if known.key.created_s + self._config.retain_keys_s > self._now_s:

@@ -207,7 +207,7 @@ class MemoryJournal:
             _put(draft, _Entry(summary, b""), rollout)
         if op.key is not None:
             key = op.key
-            name = (key.holder, key.route, key.key)
+            name = key.name
             known = draft.keys.get(name)
             if known and known[0].created_s + self._config.retain_keys_s > self._clock():
                 raise Conflict(f"the Idempotency-Key {key.key!r} is in the journal already")

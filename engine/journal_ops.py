@@ -41,6 +41,11 @@ class RequestKey(Struct, frozen=True):
     created_s: float = 0.0
 
     @property
+    def name(self) -> tuple[str, str, str]:
+        """What it is found by: the key in its scope."""
+        return self.holder, self.route, self.key
+
+    @property
     def is_all_that_reads(self) -> bool:
         """Whether its rollouts are read by sending the key again, as those of /v1 are: nobody
         acknowledges them, so they are let go with the key."""

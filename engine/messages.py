@@ -98,6 +98,17 @@ class Ready(Struct, tag="ready", kw_only=True):
     kernels: dict[str, str] = {}
     """Operation → what was picked and why, for `doctor`."""
 
+    @property
+    def routing_id_bytes(self) -> int:
+        """Of one expert id in recorded routing: uint8, or uint16 beyond 256 experts."""
+        return 1 if self.num_experts <= 256 else 2
+
+    @property
+    def routing_widths(self) -> tuple[int, int]:
+        """Bytes of a position's expert ids, and of their float32 weights."""
+        choices = self.num_moe_layers * self.num_experts_per_tok
+        return choices * self.routing_id_bytes, choices * 4
+
 
 class RolloutTokens(Struct, kw_only=True, omit_defaults=True):
     """New output tokens of one rollout, aligned lists; `start` is the index of the first.

@@ -102,7 +102,7 @@ async def replay_span(
 ) -> Outcome:
     """Generate a span again and compare. Raises EngineDied."""
     sampling = rollout.sampling
-    stop_ids = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else eos_ids)}
+    stop_ids = sampling.ending_ids(eos_ids)
     name = f"replay-{span.start}"
     backend.send(
         [
@@ -212,13 +212,9 @@ def _routing_difference(
     rollout: Rollout, span: Span, computed: Computed, ready: Ready
 ) -> list[Difference]:
     """Rows of the span: those whose logits its tokens were drawn from, and the prompt's first."""
-    choices = ready.num_moe_layers * ready.num_experts_per_tok
     num_prompt = len(rollout.prompt_ids)
-    for name, width in (
-        ("routing_ids", 1 if ready.num_experts <= 256 else 2),
-        ("routing_weights", 4),
-    ):
-        size = choices * width
+    names = ("routing_ids", "routing_weights")
+    for name, size in zip(names, ready.routing_widths, strict=True):
         left, right = bytes(getattr(rollout, name)), getattr(computed, name)
         first = 0 if span.start == 0 else num_prompt + span.start - 1
         for row in range(first, num_prompt + span.end - 1 if left else first):

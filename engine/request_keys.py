@@ -29,7 +29,7 @@ class RequestKeys:
         for key, rollout_ids in sorted(keys, key=lambda item: item[0].created_s):
             done: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()
             done.set_result(rollout_ids)
-            self._known[_name(key)] = (key, done)
+            self._known[key.name] = (key, done)
 
     async def once(self, key: RequestKey | None, make: Make) -> tuple[list[str], bool]:
         """(rollout ids, whether they were there already). `make` gets the key to be journaled.
@@ -40,15 +40,11 @@ class RequestKeys:
         if key is None:
             return await make(None), False
         self._expire()
-        name = _name(key)
+        name = key.name
         known = self._known.get(name)
         if known is not None:
             first, done = known
-            if first.body_digest != key.body_digest:
-                raise KeyReused(
-                    f"the Idempotency-Key {key.key!r} was used before on {key.route} with another "
-                    "body; repeat that body, or take a new key"
-                )
+            check_same_body(key, first.body_digest)
             return await asyncio.shield(done), True
         key = replace(key, created_s=self._clock())
         done = asyncio.get_running_loop().create_future()
@@ -77,5 +73,10 @@ class RequestKeys:
             del self._known[name]
 
 
-def _name(key: RequestKey) -> tuple[str, str, str]:
-    return key.holder, key.route, key.key
+def check_same_body(key: RequestKey, first_digest: str | None) -> None:
+    """Raise KeyReused unless it comes with the body that it was first used with."""
+    if first_digest != key.body_digest:
+        raise KeyReused(
+            f"the Idempotency-Key {key.key!r} was used before on {key.route} with another "
+            "body; repeat that body, or take a new key"
+        )

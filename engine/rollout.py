@@ -5,7 +5,7 @@ An OpenAI choice, a batch line and an RL sample are each one `Rollout`. Only the
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
@@ -104,6 +104,10 @@ class SamplingParams(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     logprobs_mode: LogprobsMode = "raw"
     """Which distribution the alternatives show: T = 1 without processors, tempered, or sampled from."""
     record: tuple[Record, ...] = ()
+
+    def ending_ids(self, eos_ids: Iterable[int]) -> set[int]:
+        """Ids that end a rollout, where `eos_ids` are the model's."""
+        return {*self.stop_token_ids, *(() if self.ignore_eos else eos_ids)}
 
     def check(self, *, vocab_size: int) -> Self:
         """Return self, or raise InvalidRequest naming the field and the accepted values.

@@ -93,16 +93,10 @@ def _cut(parent: Rollout, at: int, info: Ready) -> dict[str, object]:
     fields["prompt_lp"] = list(parent.prompt_lp) if is_begun else []
     fields["prompt_top"] = list(parent.prompt_top) if is_begun else []
     num_rows = len(parent.prompt_ids) + at - 1 if is_begun else 0
-    width, weights = routing_widths(info)
+    width, weights = info.routing_widths
     fields["routing_ids"] = parent.routing_ids[: num_rows * width]
     fields["routing_weights"] = parent.routing_weights[: num_rows * weights]
     return fields
-
-
-def routing_widths(info: Ready) -> tuple[int, int]:
-    """Bytes of a position's expert ids, and of their weights."""
-    choices = info.num_moe_layers * info.num_experts_per_tok
-    return choices * (1 if info.num_experts <= 256 else 2), choices * 4
 
 
 def export_of(rollout: Rollout, info: Ready, tokenizer: Tokenizer | None) -> Trajectory:
@@ -130,7 +124,7 @@ def imported(
             f"{info.digest[:12]}; set allow_other_weights to go on with these"
         )
     check_here(rollout, info)
-    width, weights = routing_widths(info)
+    width, weights = info.routing_widths
     num_rows, rest = divmod(len(rollout.routing_ids), max(width, 1))
     most = len(rollout.prompt_ids) + len(rollout.output_ids)
     if rest or num_rows > most or len(rollout.routing_weights) != num_rows * weights:

@@ -2,14 +2,11 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import msgspec
 
 from ..engine.errors import EverstepError, InvalidRequest
-from .batch_lines import explicit_id, parse_line
-from .batch_output import IdSet
-from .batch_run import MAX_LINE_BYTES, read_lines
+from .batch_lines import explicit_id
+from .batch_output import IdSet, decode_record
+from .batch_run import Line, read_lines
 from .batches_types import BatchError
 
 MAX_ERRORS = 100
@@ -21,11 +18,11 @@ def check_lines(source: Path, endpoint: str) -> tuple[int, list[BatchError]]:
     seen, total = IdSet(), 0
     with open(source, "rb", buffering=1 << 20) as lines:
         for line in read_lines(lines):
-            if not line.raw.strip() and line.num_bytes <= MAX_LINE_BYTES:
+            if line.is_blank:
                 continue
             total += 1
             try:
-                _check_line(line.raw, endpoint, seen)
+                _check_line(line, endpoint, seen)
             except InvalidRequest as error:
                 errors.append(error_of(error, line.number))
             if len(errors) == MAX_ERRORS:
@@ -35,10 +32,8 @@ def check_lines(source: Path, endpoint: str) -> tuple[int, list[BatchError]]:
     return total, errors
 
 
-def _check_line(raw: bytes, endpoint: str, seen: IdSet) -> None:
-    if not raw:
-        raise InvalidRequest(f"the line has more than {MAX_LINE_BYTES} bytes")
-    line = parse_line(raw)
+def _check_line(read: Line, endpoint: str, seen: IdSet) -> None:
+    line = read.parse()
     custom_id = explicit_id(line)
     if custom_id is None or "body" not in line:
         raise InvalidRequest("a line must have custom_id, method, url and body", field="custom_id")
@@ -58,13 +53,8 @@ def select(records: Path, *, wants_errors: bool) -> Iterator[bytes]:
     """Lines of a file of records: those with an error, or the others."""
     with open(records, "rb", buffering=1 << 20) as lines:
         for line in lines:
-            has_error = msgspec.json.decode(line, type=_Ending).error is not None
-            if has_error == wants_errors:
+            if (decode_record(line).error is not None) == wants_errors:
                 yield line
-
-
-class _Ending(msgspec.Struct):
-    error: Any = None
 
 
 def error_of(error: Exception, line: int | None = None) -> BatchError:

@@ -41,7 +41,7 @@ class _Record(Struct):
     error: Any = None
 
 
-_decode_record = msgspec.json.Decoder(_Record).decode
+decode_record = msgspec.json.Decoder(_Record).decode
 
 
 class IdSet:
@@ -154,7 +154,7 @@ class BatchOutput:
             ids = IdSet()
             with os.fdopen(os.dup(fd), "wb") as copy, self._lines() as lines:
                 for line in lines:
-                    record = _decode_record(line)
+                    record = decode_record(line)
                     if record.error is None:
                         copy.write(line)
                         ids.add(record.custom_id)
@@ -183,7 +183,7 @@ class BatchOutput:
 
     def _take(self, line: bytes, number: int) -> None:
         try:
-            record = _decode_record(line)
+            record = decode_record(line)
         except (msgspec.MsgspecError, UnicodeDecodeError):
             raise _foreign(self.path, number) from None
         if not self.ids.add(record.custom_id):

@@ -25,11 +25,11 @@ from ..engine.errors import (
     EngineUnavailable,
     EverstepError,
     JournalError,
-    KeyReused,
     Overloaded,
 )
 from ..engine.journal_ops import RequestKey
 from ..engine.manager import RolloutManager
+from ..engine.request_keys import check_same_body
 from ..engine.rollout import SamplingParams, derive_seed
 from ..engine.tokenizer import Tokenizer
 from .batch_input import check_lines, error_of, select
@@ -37,7 +37,7 @@ from .batch_jobs import Jobs
 from .batch_lines import Defaults
 from .batch_output import BatchOutput
 from .batch_records import parsed_answer
-from .batch_run import BatchRun, Counts
+from .batch_run import WINDOW, BatchRun, Counts
 from .batches_types import ENDED, Batch, BatchError, BatchErrors, BatchRequest, RequestCounts
 from .file_store import FileStore, read_whole, write_whole, writing
 
@@ -107,11 +107,7 @@ class BatchQueue:
         name = uuid.uuid4().hex if key is None else _name(key)
         known = self._kept.get(f"batch_{name}")
         if known is not None and key is not None:
-            if known.body_digest != key.body_digest:
-                raise KeyReused(
-                    f"the Idempotency-Key {key.key!r} was used before on {key.route} with another "
-                    "body; repeat that body, or take a new key"
-                )
+            check_same_body(key, known.body_digest)
             return known.batch
         self.files.get(request.input_file_id)
         batch = Batch(
@@ -232,7 +228,7 @@ class BatchQueue:
                 output,
                 defaults=defaults,
                 read_answer=parsed_answer,
-                window=4 * self._manager.info.max_num_seqs,
+                window=WINDOW * self._manager.info.max_num_seqs,
                 scope=batch.id,
                 priority=PRIORITY,
                 on_counts=on_counts,
@@ -297,5 +293,5 @@ class _Kept(msgspec.Struct):
 
 
 def _name(key: RequestKey) -> str:
-    text = "\0".join((key.holder, key.route, key.key))
+    text = "\0".join(key.name)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

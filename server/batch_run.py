@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from msgspec import Struct
 
@@ -78,6 +78,18 @@ class Line(Struct, frozen=True):
     number: int
     raw: bytes
     num_bytes: int
+
+    @property
+    def is_blank(self) -> bool:
+        return not self.raw.strip() and self.num_bytes <= MAX_LINE_BYTES
+
+    def parse(self) -> dict[str, Any]:
+        """Its JSON object; raises InvalidRequest."""
+        if self.num_bytes > MAX_LINE_BYTES:
+            raise InvalidRequest(
+                f"the line has {self.num_bytes} bytes, at most {MAX_LINE_BYTES} are read"
+            )
+        return parse_line(self.raw)
 
 
 class BatchRun:
@@ -168,12 +180,12 @@ class BatchRun:
 
     async def _admit(self, line: Line) -> None:
         """Skip, refuse or start one line."""
-        if not line.raw.strip() and line.num_bytes <= MAX_LINE_BYTES:
+        if line.is_blank:
             self.counts.bytes_done += line.num_bytes
             return
         problem, data = None, {}
         try:
-            data = self._parse(line)
+            data = line.parse()
             wanted = explicit_id(data)
         except InvalidRequest as error:
             wanted, problem = None, error
@@ -194,13 +206,6 @@ class BatchRun:
             await self._start(line, job_of(data, custom_id, self._defaults, self._tokenizer))
         except InvalidRequest as error:
             self._write_error(line, custom_id, error)
-
-    def _parse(self, line: Line) -> dict[str, object]:
-        if line.num_bytes > MAX_LINE_BYTES:
-            raise InvalidRequest(
-                f"the line has {line.num_bytes} bytes, at most {MAX_LINE_BYTES} are read"
-            )
-        return parse_line(line.raw)
 
     def _derived_id(self, number: int) -> str:
         """`line-N`; where another line took that name, the next free one. The same in each run."""

@@ -20,6 +20,7 @@ import msgspec
 from msgspec import Struct
 
 from ..engine.errors import EverstepError
+from ..engine.journal_files import sync_folder
 from .batches_types import FileObject, Purpose
 
 T = TypeVar("T", bound=Struct)
@@ -120,11 +121,7 @@ def write_whole(path: Path, value: Struct) -> None:
         out.flush()
         os.fsync(out.fileno())
     os.replace(part, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(path)
 
 
 def read_whole(path: Path, kind: type[T]) -> T | None:

@@ -206,12 +206,11 @@ def extension(rollout: Rollout, info: Ready, num_tokens: int) -> Extension:
 
 def routing_of(rollout: Rollout, info: Ready) -> Routing:
     """Raw arrays as base64, with their shape."""
-    width = 1 if info.num_experts <= 256 else 2
-    choices = info.num_moe_layers * info.num_experts_per_tok
-    positions = len(rollout.routing_ids) // (choices * width) if choices else 0
+    width, _ = info.routing_widths
+    positions = len(rollout.routing_ids) // width if width else 0
     return Routing(
         shape=[positions, info.num_moe_layers, info.num_experts_per_tok],
         ids=base64.b64encode(rollout.routing_ids).decode(),
-        ids_dtype="uint8" if width == 1 else "uint16",
+        ids_dtype="uint8" if info.routing_id_bytes == 1 else "uint16",
         weights=base64.b64encode(rollout.routing_weights).decode(),
     )
