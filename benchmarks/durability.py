@@ -16,11 +16,18 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
-from everstep.engine.config import BatchConfig, EngineConfig, JournalConfig, KVConfig, ModelConfig
+from everstep.engine.config import (
+    BatchConfig,
+    Durability,
+    EngineConfig,
+    JournalConfig,
+    KVConfig,
+    ModelConfig,
+)
 from everstep.engine.hub import resolve
 from everstep.engine.intake import Submission
 from everstep.engine.journal import Journal
@@ -30,7 +37,7 @@ from everstep.engine.native import ProcessBackend
 from everstep.engine.rollout import RolloutState, SamplingParams
 from everstep.engine.tokenizer import Tokenizer
 
-LEVELS = ("none", "process", "accepts", "power")
+LEVELS: tuple[Durability | Literal["none"], ...] = ("none", "process", "accepts", "power")
 NUM_PROMPT = 64
 
 

@@ -99,7 +99,7 @@ def measure(name: str, rounds: int) -> dict[int, dict[str, dict[str, float]]]:
         heads = (s.heads, s.kv_heads, s.head_dim)
         sides = attention.sides(ops, heads, torch.bfloat16, batch, CONTEXT, 1)
         sides.pop("torch", None)
-        took = attention.medians(sides, 0.03 * rounds)
+        took = attention.medians(sides, 0.03 * rounds, time.perf_counter)
         step["attention"] = {side: 1e3 * s.layers * t for side, t in took.items()}
     return found
 

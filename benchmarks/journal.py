@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from everstep.engine.config import JournalConfig
+from everstep.engine.config import Durability, JournalConfig
 from everstep.engine.journal import Journal
 from everstep.engine.journal_ops import Accept, Append, End, Grown, Op, Origin
 from everstep.engine.rollout import (
@@ -28,7 +28,7 @@ from everstep.engine.rollout import (
     SamplingParams,
 )
 
-LEVELS = ("process", "accepts", "power")
+LEVELS: tuple[Durability, ...] = ("process", "accepts", "power")
 ORIGIN = Origin(1, "3f2a9c", "cpu-avx2-bf16", "core-1")
 
 
@@ -62,7 +62,8 @@ def tokens(rollout_id: str, start: int, num: int, *, is_plain: bool = True) -> G
 
 def commits(folder: Path, num_rollouts: int, steps: int) -> None:
     """Time of a commit, and of an accept, at each level."""
-    journals, taken = {}, {}
+    journals: dict[str, Journal] = {}
+    taken: dict[str, tuple[list[float], ...]] = {}
     for level in LEVELS:
         journal = Journal.open(
             folder / f"{level}-{num_rollouts}.db", JournalConfig(durability=level)
@@ -83,13 +84,13 @@ def commits(folder: Path, num_rollouts: int, steps: int) -> None:
                 began = time.perf_counter()
                 journal.commit([Accept([rollout(10**6 + step)])])
                 taken[level][2].append(time.perf_counter() - began)
-    for level, (wall, cpu, accept) in taken.items():
+    for name, (walls, cpus, accepts) in taken.items():
         print(
-            f"  {num_rollouts:4d} rollouts, {level:8s} tokens {_ms(wall)}, processor "
-            f"{statistics.median(cpu) * 1e3:.2f} ms, {1 / statistics.median(wall):6.0f} commits/s; "
-            f"accept {_ms(accept)}"
+            f"  {num_rollouts:4d} rollouts, {name:8s} tokens {_ms(walls)}, processor "
+            f"{statistics.median(cpus) * 1e3:.2f} ms, "
+            f"{1 / statistics.median(walls):6.0f} commits/s; accept {_ms(accepts)}"
         )
-        journals[level].close()
+        journals[name].close()
 
 
 def _ms(values: list[float]) -> str:

@@ -15,6 +15,7 @@ from msgspec import Meta, Struct
 PATIENCE = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 OnPause = Literal["keep", "park", "drop"]
+Durability = Literal["process", "accepts", "power"]
 
 
 class ModelConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -89,7 +90,7 @@ class JournalConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         | None
     ) = None
     durability: Annotated[
-        Literal["process", "accepts", "power"],
+        Durability,
         Meta(
             description="what also survives power loss; process: nothing promised, accepts: all "
             "but the newest tokens, power: everything; kill -9 loses nothing at any level"

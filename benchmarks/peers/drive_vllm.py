@@ -33,7 +33,7 @@ class Vllm:
             "path": f"vllm.LLM.generate, compiled, {dtype}",
         }
 
-    def generate(self, prompts: list[list[int]], new_tokens: int, seed: int) -> int:
+    def generate(self, prompts: list[list[int]], new_tokens: int, _seed: int) -> int:
         sampling = [
             self.vllm.SamplingParams(
                 temperature=1.0,

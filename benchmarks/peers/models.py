@@ -148,7 +148,7 @@ def _qwen3_moe_tensors(s: Sizes) -> Iterator[tuple[str, torch.Tensor]]:
     draw = torch.Generator().manual_seed(SEED)
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
-        x = torch.randn(rows, columns, generator=draw) / columns**0.5
+        x: torch.Tensor = torch.randn(rows, columns, generator=draw) / columns**0.5
         return x.bfloat16()
 
     def ones(size: int) -> torch.Tensor:
