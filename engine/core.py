@@ -54,6 +54,7 @@ class Core:
         self.scheduler = scheduler
         self.runner = runner
         self._step_seconds = 0.0
+        self._next_stats_s = time.monotonic()
 
     def handle(self, message: ToCore) -> list[FromCore]:
         """Take one message; returns what there is to answer at once."""
@@ -86,26 +87,33 @@ class Core:
 
     def loop(self, receive: Receive, send: Send) -> None:
         """Run until Shutdown. `receive(timeout_s)` returns at once if there is something."""
-        idle = False
-        next_stats = time.monotonic()
-        while True:
-            for message in receive(STATS_EVERY_S if idle else 0.0):
-                try:
-                    answers = self.handle(message)
-                except SystemExit:
-                    return
-                if answers:
-                    send(answers)
-            events = self.step()
-            idle = events is None
-            if events:
-                send(events)
-            if idle or time.monotonic() >= next_stats:
-                stats = msgspec.structs.replace(
-                    self.scheduler.stats(), step_seconds_total=self._step_seconds
-                )
-                send([stats])
-                next_stats = time.monotonic() + STATS_EVERY_S
+        is_idle = False
+        try:
+            while True:
+                is_idle = self.turn(receive(STATS_EVERY_S if is_idle else 0.0), send)
+        except SystemExit:
+            return
+
+    def turn(self, messages: Sequence[ToCore], send: Send) -> bool:
+        """Take messages, make a step, say what became of both; True: there was nothing to do.
+
+        Raises SystemExit at Shutdown.
+        """
+        for message in messages:
+            answers = self.handle(message)
+            if answers:
+                send(answers)
+        events = self.step()
+        if events:
+            send(events)
+        is_idle = events is None
+        if is_idle or time.monotonic() >= self._next_stats_s:
+            stats = msgspec.structs.replace(
+                self.scheduler.stats(), step_seconds_total=self._step_seconds
+            )
+            send([stats])
+            self._next_stats_s = time.monotonic() + STATS_EVERY_S
+        return is_idle
 
 
 def build(config: EngineConfig, on_loading: Callable[[Loading], None]) -> tuple[Core, Ready]:

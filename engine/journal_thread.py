@@ -10,7 +10,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeVar
 
 from . import log
@@ -50,6 +50,7 @@ class _Item:
 
 
 _Batch = list[_Item]
+_Waits = Generator[float, None, None]
 
 
 class JournalThread:
@@ -80,8 +81,7 @@ class JournalThread:
         self._work = threading.Condition()
         self._is_closing = False
         self._declare_metrics(metrics or Registry())
-        self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
-        self._thread.start()
+        self._begin()
 
     def _declare_metrics(self, m: Registry) -> None:
         self._lag = m.gauge(
@@ -133,8 +133,7 @@ class JournalThread:
             with self._work:
                 self._is_closing = True
                 self._work.notify()
-        while self._thread.is_alive():
-            await asyncio.to_thread(self._thread.join, 1.0)
+        await self._ended()
 
     async def _call(self, call: Callable[[], T]) -> T:
         result: T = await self._put(_Item(call=call))
@@ -151,15 +150,30 @@ class JournalThread:
 
     # --- on the thread -----------------------------------------------------------------
 
+    def _begin(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
+        self._thread.start()
+
+    async def _ended(self) -> None:
+        while self._thread.is_alive():
+            await asyncio.to_thread(self._thread.join, 1.0)
+
     def _run(self) -> None:
+        for timeout_s in self._all():
+            with self._work:
+                self._work.wait_for(lambda: self._items or self._is_closing, timeout=timeout_s)
+
+    def _all(self) -> _Waits:
+        """All that the thread does. Yields how long to wait, unless there is something to do."""
         while True:
+            yield max(self._compact_due_s - time.monotonic(), 0.0)
             batch = self._take()
             if batch is None:
                 break
             if batch and batch[0].call is not None:
                 self._answer(batch[0])
             elif batch:
-                self._commit(batch)
+                yield from self._commit(batch)
             if time.monotonic() >= self._compact_due_s:
                 self._compact()
         try:
@@ -171,8 +185,6 @@ class JournalThread:
     def _take(self) -> _Batch | None:
         """The next call alone, or all ops before it; [] when it is time to compact; None: end."""
         with self._work:
-            due_s = self._compact_due_s - time.monotonic()
-            self._work.wait_for(lambda: self._items or self._is_closing, timeout=max(due_s, 0))
             if not self._items:
                 return None if self._is_closing else []
             batch = [self._items.popleft()]
@@ -194,8 +206,8 @@ class JournalThread:
         else:
             _call_soon(item.loop, item.settle, result, None)
 
-    def _commit(self, batch: _Batch) -> None:
-        """Write the batch; on return every item is settled."""
+    def _commit(self, batch: _Batch) -> _Waits:
+        """Write the batch; at its end every item is settled."""
         tries = 0
         while batch:
             started_s = time.monotonic()
@@ -211,7 +223,7 @@ class JournalThread:
                 batch = [item for item in batch if not isinstance(item.op, Accept)]
                 if accepts or not batch:
                     continue
-                if not self._stall(str(error), batch, tries):
+                if not (yield from self._stall(str(error), batch, tries)):
                     break
                 tries += 1
             elif isinstance(error, JournalError):
@@ -224,7 +236,7 @@ class JournalThread:
             else:
                 # one op contradicts what is there: the others must not suffer for it
                 for item in batch:
-                    self._commit([item])
+                    yield from self._commit([item])
                 break
 
     def _try(self, batch: Sequence[_Item]) -> EverstepError | None:
@@ -240,7 +252,7 @@ class JournalThread:
             return JournalError(f"journal: internal error: {error!r}")
         return None
 
-    def _stall(self, reason: str, batch: _Batch, tries: int) -> bool:
+    def _stall(self, reason: str, batch: _Batch, tries: int) -> Generator[float, None, bool]:
         """Wait a while; calls are answered, new rollouts refused, all else joins the batch.
 
         False: it is being closed, and the batch has failed.
@@ -249,8 +261,8 @@ class JournalThread:
             self._say_stalled(reason, batch[0].loop)
         until_s = time.monotonic() + _BACKOFF_S[min(tries, len(_BACKOFF_S) - 1)]
         while (left_s := until_s - time.monotonic()) > 0:
+            yield left_s
             with self._work:
-                self._work.wait_for(lambda: self._items or self._is_closing, timeout=left_s)
                 arrived = list(self._items)
                 self._items.clear()
                 is_closing = self._is_closing
