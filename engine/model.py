@@ -1,7 +1,8 @@
 """The forward pass of `BailingMoeV2ForCausalLM` over one step's packed tokens (MODEL.md §3).
 
 It knows weights, a KV store and an attention plan, and no scheduler: prefill, decode,
-resumption and teacher forcing are the same call.
+resumption and teacher forcing are the same call. A layer is written over `Operations`, so that the
+trainer's model is this definition too (trainer_bridge/trainable.py).
 
 Shapes: T packed tokens, H hidden, D head size, V vocabulary, K experts per token.
 """
@@ -9,25 +10,13 @@ Shapes: T packed tokens, H hidden, D head size, V vocabulary, K experts per toke
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from ..kernels import (
-    Plan,
-    QuerySpan,
-    add,
-    add_rms_norm,
-    attention,
-    experts,
-    gate_up,
-    linear,
-    place_qkv,
-    plan_attention,
-    project,
-    rms_norm,
-    route,
-)
+from .. import kernels
+from ..kernels import ExpertBank, GateUp, Linear, Plan, QuerySpan
 from .ring_config import RingConfig
 from .weights import Layer, Mlp, Moe, Weights
 
@@ -77,6 +66,112 @@ class Forward:
     routes: tuple[Routes, ...]
 
 
+class Operations(Protocol):
+    """What a decoder layer does to the packed tokens of one step; contracts as in `kernels`."""
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """(T, H) T → (T, H) T."""
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """T(x + y), (T, H) T."""
+
+    def add_rms_norm(
+        self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """s = T(x + y) and rms_norm(s), both (T, H) T."""
+
+    def linear(self, x: torch.Tensor, weight: Linear) -> torch.Tensor:
+        """T(x Wᵀ + b)."""
+
+    def gate_up(self, x: torch.Tensor, weights: GateUp) -> torch.Tensor:
+        """T(T(silu(T(x Gᵀ))) · T(x Uᵀ)): (T, H) T → (T, I) T."""
+
+    def attend(self, index: int, qkv: torch.Tensor, norms: "Norms") -> torch.Tensor:
+        """QK norm, rotary and causal attention of layer `index`, each token over its sequence:
+        (T, (heads + 2G)·D) T → (T, heads·D) T."""
+
+    def route(
+        self, x: torch.Tensor, gate: Linear, bias: torch.Tensor, replay: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Experts of each token: ids (T, K) int64, those of `replay` if given, and weights (T, K)
+        float32."""
+
+    def experts(
+        self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, bank: ExpertBank
+    ) -> torch.Tensor:
+        """T(Σ_slot float32(mlp_{ids[slot]}(x)) · weights[slot]): (T, H) T → (T, H) T."""
+
+
+Norms = tuple[torch.Tensor, torch.Tensor] | None
+"""Weights (D,) of the query norm and the key norm; None without QK norm."""
+
+
+@dataclass(frozen=True)
+class KernelOperations:
+    """The engine's kernels over a KV store; writes the tokens' keys and values into it.
+
+    tables  cosines and sines by position (engine/rotary.py)
+    """
+
+    config: RingConfig
+    kv: KVStore
+    plan: Plan
+    tables: tuple[torch.Tensor, torch.Tensor]
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return kernels.rms_norm(x, weight, self.config.rms_norm_eps)
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return kernels.add(x, y)
+
+    def add_rms_norm(
+        self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return kernels.add_rms_norm(x, y, weight, self.config.rms_norm_eps)
+
+    def linear(self, x: torch.Tensor, weight: Linear) -> torch.Tensor:
+        return kernels.linear(x, weight)
+
+    def gate_up(self, x: torch.Tensor, weights: GateUp) -> torch.Tensor:
+        return kernels.gate_up(x, weights)
+
+    def attend(self, index: int, qkv: torch.Tensor, norms: Norms) -> torch.Tensor:
+        heads, d = self.config.num_attention_heads, self.config.head_dim
+        keys, values = self.kv.keys[index], self.kv.values[index]
+        q = kernels.place_qkv(
+            qkv,
+            self.plan,
+            keys,
+            values,
+            heads=heads,
+            tables=self.tables,
+            norms=norms,
+            eps=self.config.rms_norm_eps,
+        )
+        out = kernels.attention(q, keys, values, self.plan, scale=d**-0.5)
+        return out.reshape(-1, heads * d)
+
+    def route(
+        self, x: torch.Tensor, gate: Linear, bias: torch.Tensor, replay: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        config = self.config
+        return kernels.route(
+            x,
+            gate,
+            bias,
+            top_k=config.num_experts_per_tok,
+            n_group=config.n_group,
+            topk_group=config.topk_group,
+            scaling=config.routed_scaling_factor,
+            forced_ids=replay,
+        )
+
+    def experts(
+        self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, bank: ExpertBank
+    ) -> torch.Tensor:
+        return kernels.experts(x, ids, weights, bank)
+
+
 def forward(
     weights: Weights,
     ids: torch.Tensor,
@@ -94,100 +189,68 @@ def forward(
     forced  per MoE layer (T, K) int64: route to these experts (routing replay)
     trace   called with (layer, residual stream (T, H)) after each layer
     """
+    ops = KernelOperations(weights.config, kv, plan, tables)
     x = weights.embedding[ids]
     routes: list[Routes] = []
     for index, layer in enumerate(weights.layers):
         replay = None if forced is None or len(routes) >= len(forced) else forced[len(routes)]
-        x, chosen = run_layer(weights.config, layer, x, tables, kv, index, plan, replay)
+        x, chosen = run_layer(ops, layer, x, index, replay)
         if chosen is not None:
             routes.append(chosen)
         if trace is not None:
             trace(index, x)
-    return Forward(rms_norm(x, weights.norm, weights.config.rms_norm_eps), tuple(routes))
+    return Forward(ops.rms_norm(x, weights.norm), tuple(routes))
 
 
 def run_layer(
-    config: RingConfig,
+    ops: Operations,
     layer: Layer,
     x: torch.Tensor,
-    tables: tuple[torch.Tensor, torch.Tensor],
-    kv: KVStore,
     index: int,
-    plan: Plan,
     replay: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Routes | None]:
-    """One decoder layer on the residual stream x (T, H); the routes if it is a MoE layer."""
-    eps = config.rms_norm_eps
-    y = rms_norm(x, layer.input_norm, eps)
-    out = self_attention(config, layer, y, tables, kv.keys[index], kv.values[index], plan)
-    x, y = add_rms_norm(x, out, layer.post_norm, eps)
+    """Decoder layer `index` on the residual stream x (T, H); the routes if it is a MoE layer."""
+    y = ops.rms_norm(x, layer.input_norm)
+    x, y = ops.add_rms_norm(x, self_attention(ops, layer, y, index), layer.post_norm)
     if isinstance(layer.ffn, Mlp):
-        return add(x, mlp(y, layer.ffn)), None
-    out, routes = moe(config, layer.ffn, y, replay)
-    return add(x, out), routes
+        return ops.add(x, mlp(ops, layer.ffn, y)), None
+    out, routes = moe(ops, layer.ffn, y, replay)
+    return ops.add(x, out), routes
 
 
-def self_attention(
-    config: RingConfig,
-    layer: Layer,
-    y: torch.Tensor,
-    tables: tuple[torch.Tensor, torch.Tensor],
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    plan: Plan,
-) -> torch.Tensor:
+def self_attention(ops: Operations, layer: Layer, y: torch.Tensor, index: int) -> torch.Tensor:
     """(T, H) → (T, H). QK norm before rotary; keys are stored after both (MODEL.md §3.2)."""
-    heads, d = config.num_attention_heads, config.head_dim
     norms = None
     if layer.query_norm is not None and layer.key_norm is not None:
         norms = (layer.query_norm, layer.key_norm)
-    q = place_qkv(
-        linear(y, layer.qkv),
-        plan,
-        keys,
-        values,
-        heads=heads,
-        tables=tables,
-        norms=norms,
-        eps=config.rms_norm_eps,
-    )
-    out = attention(q, keys, values, plan, scale=d**-0.5)
-    return linear(out.reshape(-1, heads * d), layer.dense)
+    out = ops.attend(index, ops.linear(y, layer.qkv), norms)
+    return ops.linear(out, layer.dense)
 
 
-def mlp(y: torch.Tensor, weights: Mlp) -> torch.Tensor:
+def mlp(ops: Operations, weights: Mlp, y: torch.Tensor) -> torch.Tensor:
     """(T, H) → (T, H)."""
-    return linear(gate_up(y, weights.gate_up), weights.down)
+    return ops.linear(ops.gate_up(y, weights.gate_up), weights.down)
 
 
 def moe(
-    config: RingConfig, weights: Moe, y: torch.Tensor, replay: torch.Tensor | None
+    ops: Operations, weights: Moe, y: torch.Tensor, replay: torch.Tensor | None
 ) -> tuple[torch.Tensor, Routes]:
     """(T, H) → (T, H): routed experts, plus the shared one unweighted (MODEL.md §3.4, §3.5)."""
-    ids, topk_weights = route(
-        y,
-        weights.router,
-        weights.bias,
-        top_k=config.num_experts_per_tok,
-        n_group=config.n_group,
-        topk_group=config.topk_group,
-        scaling=config.routed_scaling_factor,
-        forced_ids=replay,
-    )
-    out = experts(y, ids, topk_weights, weights.experts)
+    ids, topk_weights = ops.route(y, weights.router, weights.bias, replay)
+    out = ops.experts(y, ids, topk_weights, weights.experts)
     if weights.shared is not None:
-        out = add(out, mlp(y, weights.shared))
+        out = ops.add(out, mlp(ops, weights.shared, y))
     return out, Routes(ids, topk_weights)
 
 
 def logits(weights: Weights, hidden: torch.Tensor) -> torch.Tensor:
     """(R, H) T → (R, V) float32: the float32 sums are kept, not rounded to T (MODEL.md §3.1)."""
-    return project(hidden, weights.head)
+    return kernels.project(hidden, weights.head)
 
 
 def plan_step(config: RingConfig, spans: Sequence[QuerySpan], block_size: int) -> Plan:
     """What the attention of every layer shares in a step (`kernels.plan_attention`)."""
-    return plan_attention(
+    return kernels.plan_attention(
         spans,
         block_size=block_size,
         heads=config.num_attention_heads,

@@ -120,13 +120,14 @@ def layers(
     tables = rotary_tables(config, len(ids))
     one_layer = KVStore.empty(config, _num_slots(len(ids)), reader.dtype)
     x = reader.embedding()[torch.tensor(list(ids))]
+    ops = model.KernelOperations(config, one_layer, plan, tables)
     num_moe = 0
     for index in range(config.num_hidden_layers):
         layer = reader.layer(index, streamed=True)
         replay = None
         if replay_routes is not None and num_moe < len(replay_routes):
             replay = torch.from_numpy(replay_routes[num_moe])
-        x, routes = model.run_layer(config, layer, x, tables, one_layer, index, plan, replay)
+        x, routes = model.run_layer(ops, layer, x, index, replay)
         num_moe += routes is not None
         yield LayerResult(index, _array(x), _ids(routes))
     hidden = rms_norm(x, reader.tensor("model.norm.weight"), config.rms_norm_eps)
