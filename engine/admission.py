@@ -6,10 +6,13 @@ A rollout that comes back (preempted, resumed, deferred) keeps the place of its 
 
 import heapq
 from collections.abc import Iterator
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from .kv_cache import RolloutKV
 from .messages import Add
+
+if TYPE_CHECKING:
+    from .metering import PoolMeter
 
 Move = Literal["running", "preempted", "paused", "queued"]
 State = Move | Literal["ended"]
@@ -45,6 +48,7 @@ class LiveRollout:
         "is_queued",
         "kv",
         "max_length",
+        "meter",
         "min_length",
         "needs_every_row",
         "num_cached_tokens",
@@ -90,6 +94,8 @@ class LiveRollout:
         """Who waits → num_computed_tokens from which they need not wait any more."""
         self.parent_hash: bytes | None = None
         """Chain hash under which it is listed as computing a prefix."""
+        self.meter: PoolMeter | None = None
+        """Of its pool; None: pool ""."""
         self.share: Share = NO_SHARE
         self.is_counted_active = False
         self.is_queued = False

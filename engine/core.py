@@ -25,6 +25,7 @@ from .messages import (
     Died,
     FromCore,
     Loading,
+    Meter,
     Pause,
     Ready,
     Rejected,
@@ -70,6 +71,8 @@ class Core:
                 self.scheduler.pause(message.rollout_ids)
             case Resume():
                 self.scheduler.resume(message.rollout_ids)
+            case Meter():
+                return [self.scheduler.meter(message)]
             case Shutdown():
                 raise SystemExit(0)
         return []

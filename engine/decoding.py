@@ -12,13 +12,14 @@ All other work of a step is done in a few passes over parallel lists.
 """
 
 from collections import Counter
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from itertools import compress
 from operator import attrgetter
 from typing import TypeVar
 
 from .admission import LiveRollout, Share
 from .messages import PlainTokens
+from .metering import PoolMeter
 from .plan import Draws, Row
 
 Key = TypeVar("Key")
@@ -31,17 +32,25 @@ class Batch:
     names     ids of the rollouts
     ids       their tokens, which `book` appends to
     stop_ids  those of all of them together
+    meters    how many of them are on which
     """
 
-    __slots__ = ("ids", "names", "num_prompts", "rollouts", "rows", "stop_ids")
+    __slots__ = ("ids", "meters", "names", "num_prompts", "rollouts", "rows", "stop_ids")
 
-    def __init__(self, rollouts: list[LiveRollout], rows: list[Row], stop_ids: Set[int]) -> None:
+    def __init__(
+        self,
+        rollouts: list[LiveRollout],
+        rows: list[Row],
+        stop_ids: Set[int],
+        meters: Mapping[PoolMeter, int],
+    ) -> None:
         self.rollouts = rollouts
         self.rows = rows
         self.names = [rollout.id for rollout in rollouts]
         self.ids = [rollout.ids for rollout in rollouts]
         self.num_prompts = [rollout.num_prompt for rollout in rollouts]
         self.stop_ids = stop_ids
+        self.meters = meters
 
     def book(self, draws: Draws, apart: Set[int]) -> PlainTokens | None:
         """Append what was drawn from its rows, except from those `apart`; the news.
@@ -82,6 +91,7 @@ class Decoding:
         self._calendar: dict[int, dict[LiveRollout, None]] = {}
         self._shares: Counter[Share] = Counter()
         self._stop_ids: Counter[frozenset[int]] = Counter()
+        self._meters: Counter[PoolMeter] = Counter()
         self._batch: Batch | None = None
 
     def __len__(self) -> int:
@@ -97,6 +107,8 @@ class Decoding:
         self._enter(rollout, start)
         self._shares[rollout.share] += 1
         self._stop_ids[rollout.stop_ids] += 1
+        if rollout.meter is not None:
+            self._meters[rollout.meter] += 1
         self._batch = None
 
     def leave(self, rollout: LiveRollout) -> None:
@@ -104,6 +116,8 @@ class Decoding:
         self._strike(rollout)
         _drop_one(self._shares, rollout.share)
         _drop_one(self._stop_ids, rollout.stop_ids)
+        if rollout.meter is not None:
+            _drop_one(self._meters, rollout.meter)
         self._batch = None
 
     def charge(self) -> None:
@@ -127,7 +141,8 @@ class Decoding:
         """All of them; the very same object until somebody joins or leaves."""
         if self._batch is None:
             stop_ids = frozenset[int]().union(*self._stop_ids)
-            self._batch = Batch(list(self._rows), list(self._rows.values()), stop_ids)
+            rows = list(self._rows.values())
+            self._batch = Batch(list(self._rows), rows, stop_ids, dict(self._meters))
         return self._batch
 
     def _enter(self, rollout: LiveRollout, start: int) -> None:
@@ -170,6 +185,8 @@ class Decoding:
         assert sum(map(len, self._calendar.values())) == len(self._rows)
         assert self._shares == Counter(rollout.share for rollout in self._rows)
         assert self._stop_ids == Counter(rollout.stop_ids for rollout in self._rows)
+        meters = Counter(rollout.meter for rollout in self._rows if rollout.meter is not None)
+        assert self._meters == meters
         if self._batch is not None:
             assert self._batch.rollouts == list(self._rows)
 

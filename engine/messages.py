@@ -13,7 +13,7 @@ from msgspec import Struct
 from .plan import Draws
 from .rollout import FinishReason, SamplingParams
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 
 class Add(Struct, tag="add", kw_only=True):
@@ -26,6 +26,7 @@ class Add(Struct, tag="add", kw_only=True):
     stop_ids       ids that end it: the end-of-sequence ids (unless ignore_eos) and stop_token_ids
     banned_ids     ids that min_tokens bans until it is reached (a superset of stop_ids)
     max_tokens     output tokens in all, those in output_ids included
+    pool           whose output tokens a `Meter` may limit; "": nobody's
     start_paused   keep it paused until a Resume
     """
 
@@ -39,6 +40,7 @@ class Add(Struct, tag="add", kw_only=True):
     banned_ids: list[int] = []
     priority: int = 0
     client: str = ""
+    pool: str = ""
     start_paused: bool = False
 
 
@@ -60,11 +62,22 @@ class Resume(Struct, tag="resume"):
     rollout_ids: list[str] | None = None
 
 
+class Meter(Struct, tag="meter"):
+    """At most `limit` output tokens of a pool are sampled in this core (None: any number), counted
+    as in its answer, `Metered`, until another one says more or less.
+
+    Rollouts for which there is no room stand as paused ones do. Pool "" has no meter.
+    """
+
+    pool: str
+    limit: int | None
+
+
 class Shutdown(Struct, tag="shutdown"):
     """Finish the step in hand and end the core."""
 
 
-ToCore = Add | Cancel | Pause | Resume | Shutdown
+ToCore = Add | Cancel | Pause | Resume | Meter | Shutdown
 
 
 class Loading(Struct, tag="loading"):
@@ -186,12 +199,16 @@ def tokens_of(row: PlainToken) -> RolloutTokens:
 
 
 class Tokens(Struct, tag="tokens"):
-    """The outcome of one step, under one policy version. No rollout is in it twice."""
+    """The outcome of one step, under one policy version. No rollout is in it twice.
+
+    `drawn`: of metered pools that drew in it, all that they drew so far (see `Meter`).
+    """
 
     version: int
     digest: str
     rollouts: list[RolloutTokens] = []
     plain: PlainTokens | None = None
+    drawn: dict[str, int] = {}
 
     def each(self) -> Iterator[RolloutTokens]:
         """The news rollout by rollout."""
@@ -204,6 +221,13 @@ class StateChanged(Struct, tag="state"):
     """The scheduler moved rollouts: (id, new state) in order."""
 
     moves: list[tuple[str, Literal["running", "preempted", "paused", "queued"]]]
+
+
+class Metered(Struct, tag="metered"):
+    """A `Meter` holds now; so far the pool drew `drawn` tokens, and all of them have been told."""
+
+    pool: str
+    drawn: int
 
 
 class Rejected(Struct, tag="rejected"):
@@ -244,7 +268,7 @@ class Died(Struct, tag="died"):
     code: str = "service_unavailable"
 
 
-FromCore = Loading | Ready | Tokens | StateChanged | Rejected | Stats | Died
+FromCore = Loading | Ready | Tokens | StateChanged | Metered | Rejected | Stats | Died
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_core = msgspec.msgpack.Decoder(list[ToCore]).decode

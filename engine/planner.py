@@ -15,7 +15,7 @@ from .messages import Stats
 from .plan import Copy, Park, Row, Unpark
 from .roster import Roster, importance
 
-NO_DECODES = Batch([], [], frozenset())
+NO_DECODES = Batch([], [], frozenset(), {})
 
 
 class Draft:
@@ -80,6 +80,8 @@ class Planner:
     def make(self) -> Draft:
         """The next step. Where nothing unpaused is live it is empty, else it has rows."""
         draft = self._draft = Draft(self._budget)
+        if self._roster.meters.limited:
+            self._roster.apply_limits()
         if self._on_pause != "keep":
             self._take_from_paused()
         for rollout in self._plan_decodes():

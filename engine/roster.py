@@ -5,6 +5,8 @@ queued      queue, or a follower   none; kept or parked after a pause
 running     running                in its table
 preempted   queue, or a follower   kept (its slot was taken), parked or dropped (its blocks were)
 paused      nowhere                kept until memory is short, then parked or dropped
+
+Paused is who the user paused, and who is held because its pool's limit has no room for it.
 """
 
 from collections import Counter
@@ -13,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from .admission import LiveRollout, Move, Shares, WaitingQueue
 from .decoding import Decoding
 from .kv_cache import KVCacheManager
+from .metering import Meters
 from .prefix_watch import PrefixWatch
 
 
@@ -31,6 +34,7 @@ class Roster:
         """Not running, yet with blocks."""
         self.waiting = WaitingQueue()
         self.watch = PrefixWatch(kv)
+        self.meters = Meters()
         self.unpark_drops: list[str] = []
         """Keys of parked KV whose rollouts have ended; for the next plan."""
         self._shares = Shares()
@@ -64,6 +68,8 @@ class Roster:
         """A new rollout, or a resumed one, wants to run; it stands at its arrival's place."""
         self._shares.activate(rollout)
         self.waiting.push(rollout)
+        if rollout.meter is not None:
+            rollout.meter.members[rollout] = None
 
     def requeue(self, followers: Iterable[LiveRollout]) -> None:
         """Those need not wait for their leader any more."""
@@ -90,16 +96,40 @@ class Roster:
         self._note_holder(rollout)
 
     def pause(self, rollout: LiveRollout) -> None:
+        """The user wants it to stand still, whatever its pool may do."""
+        meter = rollout.meter
+        if meter is not None:
+            meter.members.pop(rollout, None)
+            meter.held.pop(rollout, None)
+        self._stop(rollout)
+
+    def resume(self, rollout: LiveRollout) -> None:
+        """The user does not mind any more."""
+        meter = rollout.meter
+        if rollout.state == "paused" and (meter is None or rollout not in meter.held):
+            self._go_on(rollout)
+
+    def apply_limits(self) -> None:
+        """Hold those for whom their pool's limit has no room, let go on those for whom it has."""
+        for meter in list(self.meters.limited):
+            for rollout in meter.surplus():
+                meter.held[rollout] = None
+                self._stop(rollout)
+            for rollout in meter.released():
+                del meter.held[rollout]
+                self._go_on(rollout)
+            self.meters.forget_lifted(meter)
+
+    def _stop(self, rollout: LiveRollout) -> None:
         if rollout.state != "paused":
             self._withdraw(rollout)
             self._shares.deactivate(rollout)
             self._move(rollout, "paused")
             self._note_holder(rollout)
 
-    def resume(self, rollout: LiveRollout) -> None:
-        if rollout.state == "paused":
-            self._move(rollout, "queued")
-            self.enqueue(rollout)
+    def _go_on(self, rollout: LiveRollout) -> None:
+        self._move(rollout, "queued")
+        self.enqueue(rollout)
 
     def end(self, rollout: LiveRollout, *, is_poisoned: bool = False) -> None:
         """Free all that it holds; poisoned: nobody will share what it computed."""
@@ -111,6 +141,10 @@ class Roster:
             self.unpark_drops.append(parking_key)
         rollout.state = "ended"
         del self.live[rollout.id]
+        if rollout.meter is not None:
+            rollout.meter.members.pop(rollout, None)
+            rollout.meter.held.pop(rollout, None)
+            self.meters.leave(rollout)
 
     def take_moves(self) -> list[tuple[str, Move]]:
         moves, self._moves = self._moves, []
@@ -150,6 +184,7 @@ class Roster:
         """Raise AssertionError unless each rollout is at one place, the one its state names."""
         self.watch.check_invariants()
         self.decoding.check_invariants()
+        self.meters.check_invariants(self.live)
         for rollout in self.live.values():
             is_running = rollout in self.running
             places = [is_running, rollout.follows is not None, rollout.is_queued]

@@ -5,6 +5,7 @@ tokens. A gap of one is decode; a larger one is a prompt, what a hit left of it,
 in chunks. One path for all.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from operator import attrgetter
 
@@ -14,7 +15,17 @@ from .admission import LiveRollout
 from .config import BatchConfig, ResolvedKV
 from .errors import ContextTooLong, InvalidRequest
 from .kv_cache import KVCacheManager
-from .messages import Add, FromCore, RolloutTokens, StateChanged, Stats, Tokens
+from .messages import (
+    Add,
+    FromCore,
+    Meter,
+    Metered,
+    RolloutTokens,
+    StateChanged,
+    Stats,
+    Tokens,
+)
+from .metering import PoolMeter
 from .plan import StepPlan, StepResult
 from .planner import Draft, Planner
 from .reporting import ending, report
@@ -26,7 +37,7 @@ class Scheduler:
 
     `schedule` and `commit` alternate; `commit` is due if the plan has work. Other calls may come
     between the two: a row whose rollout was cancelled meanwhile is not booked. `set_version`
-    may not: weights change between two steps.
+    and `meter` may not: weights and limits change between two steps.
     """
 
     def __init__(self, kv: ResolvedKV, batch: BatchConfig) -> None:
@@ -57,6 +68,8 @@ class Scheduler:
         )
         self._is_pausing_adds = False
         self._num_adds = self._num_drawn = 0
+        self._drawn: dict[str, int] = {}
+        """Of metered pools that drew in the step that is being booked: all that they drew."""
         self._in_flight: Draft | None = None
 
     # what the front asks for
@@ -74,6 +87,7 @@ class Scheduler:
         ids = [*add.prompt_ids, *add.output_ids]
         rollout = LiveRollout(add, ids, self._kv.open(ids), arrival=self._num_adds)
         self._roster.live[rollout.id] = rollout
+        self._roster.meters.enter(rollout)
         if add.start_paused or self._is_pausing_adds:
             self._roster.pause(rollout)
         else:
@@ -103,6 +117,11 @@ class Scheduler:
             self._is_pausing_adds = False
         for rollout in self._roster.named(rollout_ids):
             self._roster.resume(rollout)
+
+    def meter(self, meter: Meter) -> Metered:
+        """Limit a pool, from the next step on; what it drew so far."""
+        drawn = self._roster.meters.set_limit(meter.pool, meter.limit).drawn
+        return Metered(meter.pool, drawn)
 
     def set_version(self, digest: str) -> None:
         """The weights are those of `digest` now.
@@ -166,6 +185,8 @@ class Scheduler:
         plain = draft.decodes.book(result.draws, apart | gone)
         if plain is not None:
             self._num_drawn += len(plain.starts)
+        if draft.decodes.meters:
+            self._count_plain(draft, apart | gone)
         news: list[RolloutTokens] = []
         alone = {draft.decodes.rollouts[index]: index for index in apart}
         # which of two blocks with one content is kept, and which is evicted first, is not left
@@ -183,8 +204,22 @@ class Scheduler:
         self._stats.steps_total += 1
         messages = self.take_events()
         if news or plain is not None:
-            messages.append(Tokens(result.version, result.digest, news, plain))
+            drawn, self._drawn = self._drawn, {}
+            messages.append(Tokens(result.version, result.digest, news, plain, drawn))
         return messages
+
+    def _count_plain(self, draft: Draft, apart: set[int]) -> None:
+        """Count on their meters the tokens of those that decode, but for the rows `apart`."""
+        counts: Counter[PoolMeter | None] = Counter(draft.decodes.meters)
+        counts.subtract(draft.decodes.rollouts[index].meter for index in apart)
+        for meter, count in counts.items():
+            if meter is not None and count:
+                self._count(meter, count)
+
+    def _count(self, meter: PoolMeter, count: int) -> None:
+        meter.drawn += count
+        if meter.limit is not None:
+            self._drawn[meter.pool] = meter.drawn
 
     def _apart(self, draft: Draft, result: StepResult) -> tuple[set[int], set[int]]:
         """Rows of those that decode that are not booked with the others: by themselves; never.
@@ -229,6 +264,8 @@ class Scheduler:
             rollout.ids.append(sampled.token_id)
             rollout.num_unreported_rows += 1
             self._num_drawn += 1
+            if rollout.meter is not None:
+                self._count(rollout.meter, 1)
         if not outcome.is_bad:
             self._kv.book(rollout.kv, end)
         if rollout.parent_hash is not None:

@@ -12,6 +12,8 @@ MAX_MODEL_LEN = 20
 # prompts are beginnings of few texts, so that prefixes meet inside blocks and at their borders
 TEXTS = ([1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 1, 2], [1, 2, 3, 4, 5, 1, 3, 3, 3, 3, 3, 3], [0] * 12)
 
+POOLS = ["", "math", "code"]
+
 prompts = st.builds(
     lambda text, length, tail: [*text[:length], *tail],
     st.sampled_from(TEXTS),
@@ -59,6 +61,7 @@ def arrivals(draw: st.DrawFn) -> list[Add]:
     max_tokens = draw(st.integers(1, MAX_MODEL_LEN - len(prompt_ids)))
     priority = draw(st.sampled_from([0, 0, 0, 1, 2]))
     client = draw(st.sampled_from(["", "ann", "bob"]))
+    pool = draw(st.sampled_from(POOLS))
     return [
         Add(
             rollout_id="",
@@ -70,6 +73,7 @@ def arrivals(draw: st.DrawFn) -> list[Add]:
             banned_ids=stop_ids,
             priority=priority,
             client=client,
+            pool=pool,
             start_paused=False,
         )
         for _ in range(draw(st.integers(1, 4)))

@@ -57,6 +57,7 @@ BOOKS = {
     "journal_thread",
     "keeping",
     "manager",
+    "metering",
     "named_sql",
     "native",
     "planner",

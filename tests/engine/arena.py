@@ -1,11 +1,12 @@
 """A scheduler between a fake front and a fake runner, checked at every step."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
 from everstep.engine.config import BatchConfig, OnPause, ResolvedKV
-from everstep.engine.messages import Add, FromCore
+from everstep.engine.messages import Add, FromCore, Meter, Tokens
 from everstep.engine.plan import Row, StepPlan
 from everstep.engine.rollout import Rollout, RolloutState, SamplingParams
 from everstep.engine.scheduler import Scheduler
@@ -61,6 +62,9 @@ class Arena:
         self.front = FakeFront()
         self.batch = batch
         self.plans: list[StepPlan] = []
+        self.limits: dict[str, int | None] = {}
+        # of each pool, from its limit on: a count of our own
+        self.drawn: dict[str, int] = {}
 
     @property
     def live(self) -> list[str]:
@@ -91,6 +95,7 @@ class Arena:
         seed: int = 0,
         priority: int = 0,
         client: str = "",
+        pool: str = "",
         sampling: SamplingParams | None = None,
         stop_ids: Sequence[int] = (),
         output_ids: Sequence[int] = (),
@@ -109,6 +114,7 @@ class Arena:
                 banned_ids=list(stop_ids),
                 priority=priority,
                 client=client,
+                pool=pool,
                 start_paused=start_paused,
             )
         )
@@ -121,6 +127,7 @@ class Arena:
             assert len(plan.rows) <= self.batch.max_num_seqs
             num_tokens = sum(len(row.token_ids) for row in plan.rows)
             assert num_tokens <= self.batch.max_num_batched_tokens
+            self.check_meters()
             if in_flight is not None:
                 in_flight()
             if plan.has_work:
@@ -138,9 +145,40 @@ class Arena:
                 return number
         raise AssertionError(f"not done after {max_steps} steps: {self.live}")
 
+    def meter(self, pool: str, limit: int | None) -> None:
+        """As a front does it: the answer says what was drawn, and nothing of it is on its way."""
+        self.settle()
+        metered = self.scheduler.meter(Meter(pool, limit))
+        if self.limits.get(pool) is not None:
+            assert metered.drawn == self.drawn[pool]
+        self.limits[pool], self.drawn[pool] = limit, metered.drawn
+        self.scheduler.check_invariants()
+
+    def check_meters(self) -> None:
+        """In the plan just made: of a limited pool as many are in play as there is room for."""
+        for meter in self.scheduler._roster.meters.limited:
+            assert meter.num_in_play == min(meter.room, len(meter.members))
+
+    def count_draws(self, tokens: Tokens) -> None:
+        """No pool draws beyond its limit, and each says what it drew."""
+        counts: Counter[str] = Counter()
+        for news in tokens.each():
+            counts[self.front.adds[news.rollout_id].pool] += len(news.ids)
+        for pool, limit in self.limits.items():
+            if not counts[pool]:
+                continue
+            self.drawn[pool] += counts[pool]
+            if limit is not None:
+                assert self.drawn[pool] <= limit, f"pool {pool}: {self.drawn[pool]} of {limit}"
+                assert tokens.drawn[pool] == self.drawn[pool]
+        assert all(self.limits.get(pool) is not None and counts[pool] for pool in tokens.drawn)
+
     def receive(self, messages: Sequence[FromCore]) -> None:
         before = self.live
         self.front.receive(messages)
+        for message in messages:
+            if isinstance(message, Tokens):
+                self.count_draws(message)
         for rollout_id in set(before) - set(self.live):
             self.front.check(rollout_id, VOCAB_SIZE)
 
@@ -163,7 +201,9 @@ class Arena:
         self.scheduler.check_invariants()
 
     def finish(self) -> None:
-        """Once all are resumed, all end, and nothing is left behind."""
+        """Once all are resumed, and no pool is limited, all end, and nothing is left behind."""
+        for pool in self.limits:
+            self.meter(pool, None)
         self.scheduler.resume()
         self.run()
         assert not self.live, f"never ended: {self.live}"

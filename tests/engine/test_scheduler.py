@@ -575,6 +575,118 @@ def test_calls_with_unknown_ids_are_ignored():
     assert not arena.scheduler.take_events()
 
 
+# token limits of pools
+
+
+def num_drawn(arena: Arena, *ids: str) -> list[int]:
+    return [len(arena.rollout(rollout_id).output_ids) for rollout_id in ids]
+
+
+def test_a_pool_draws_up_to_its_limit_and_no_further():
+    arena = make_arena()
+    ids = [arena.ask([1, 2, 3], max_tokens=20, seed=s, pool="math") for s in range(3)]
+    arena.meter("math", 7)
+    arena.run()
+    # the last of a step's tokens goes by admission
+    assert num_drawn(arena, *ids) == [3, 2, 2]
+    assert [arena.state(i) for i in ids] == ["paused"] * 3
+    arena.meter("math", 8)
+    arena.run()
+    assert num_drawn(arena, *ids) == [4, 2, 2]
+    arena.meter("math", None)
+    arena.run()
+    assert num_drawn(arena, *ids) == [20, 20, 20]
+
+
+def test_a_limit_below_what_was_drawn_stops_the_pool():
+    arena = make_arena()
+    a = arena.ask([1, 2, 3], max_tokens=20, pool="math")
+    arena.step(5)
+    arena.meter("math", 3)
+    arena.run()
+    assert num_drawn(arena, a) == [5]
+    arena.meter("math", 6)
+    arena.run()
+    assert num_drawn(arena, a) == [6]
+
+
+def test_a_pool_at_its_limit_leaves_slots_and_steps_to_others():
+    arena = make_arena(max_num_seqs=2)
+    held = [arena.ask([s], max_tokens=20, pool="math") for s in range(3)]
+    arena.meter("math", 4)
+    arena.step(2)
+    others = [arena.ask([4, 2, s], max_tokens=5) for s in range(4)]
+    arena.run()
+    assert num_drawn(arena, *held) == [2, 2, 0]
+    assert num_drawn(arena, *others) == [5] * 4
+
+
+def test_a_rollout_of_a_pool_at_its_limit_waits_and_a_high_priority_comes_first():
+    arena = make_arena()
+    arena.meter("math", 0)
+    low = arena.ask([1, 2, 3], max_tokens=4, pool="math")
+    high = arena.ask([1, 2, 4], max_tokens=4, pool="math", priority=1)
+    arena.run()
+    assert [arena.state(low), arena.state(high)] == ["paused", "paused"]
+    arena.meter("math", 1)
+    arena.run()
+    assert num_drawn(arena, low, high) == [0, 1]
+
+
+def test_a_rollout_that_the_user_paused_stays_paused_when_its_pool_goes_on():
+    arena = make_arena()
+    a, b = (arena.ask([s], max_tokens=9, pool="math") for s in range(2))
+    arena.meter("math", 2)
+    arena.run()
+    # held already: paused by the user all the same
+    arena.scheduler.pause([a])
+    arena.meter("math", 40)
+    arena.run()
+    assert num_drawn(arena, a, b) == [1, 9]
+    assert arena.state(a) == "paused"
+    arena.scheduler.resume([a])
+    arena.run()
+    assert num_drawn(arena, a, b) == [9, 9]
+
+
+def test_the_users_resume_does_not_lift_a_limit():
+    arena = make_arena()
+    a = arena.ask([1, 2, 3], max_tokens=9, pool="math")
+    arena.meter("math", 2)
+    arena.run()
+    arena.scheduler.resume()
+    arena.run()
+    arena.scheduler.pause([a])
+    arena.scheduler.resume([a])
+    arena.run()
+    assert num_drawn(arena, a) == [2]
+
+
+def test_tokens_that_are_not_booked_do_not_count():
+    arena = make_arena()
+    a, b, c = (arena.ask([s], max_tokens=9, pool="math") for s in range(3))
+    arena.meter("math", 6)
+    arena.step()
+    arena.step(in_flight=lambda: arena.cancel([a]))
+    arena.runner.nonfinite.add(b)
+    arena.run()
+    # 3 in the first step, 2 in the second; of the third only c's
+    assert num_drawn(arena, a, b, c) == [1, 2, 3]
+
+
+def test_only_metered_pools_are_told_of():
+    arena = make_arena()
+    arena.ask([3], max_tokens=2)
+    arena.ask([4], max_tokens=2, pool="code")
+    arena.ask([5], max_tokens=2, pool="math")
+    arena.meter("math", 9)
+    told = []
+    while (plan := arena.scheduler.schedule()).has_work:
+        messages = arena.scheduler.commit(plan, arena.runner.run(plan))
+        told += [m.drawn for m in messages if isinstance(m, Tokens)]
+    assert told == [{"math": 1}, {"math": 2}]
+
+
 # what is told
 
 

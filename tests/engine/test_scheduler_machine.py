@@ -13,7 +13,7 @@ from everstep.engine.messages import Add
 from everstep.engine.rollout import SamplingParams
 
 from ..fakes import FakeFront
-from ..strategies import MAX_MODEL_LEN, TEXTS, VOCAB_SIZE, arrivals, batches, caches
+from ..strategies import MAX_MODEL_LEN, POOLS, TEXTS, VOCAB_SIZE, arrivals, batches, caches
 from .arena import Arena, make_batch, make_kv
 
 
@@ -84,6 +84,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Forward, back, or to the same weights."""
         self.arena.flip(version)
 
+    @rule(
+        pool=st.sampled_from(POOLS[1:]), more=st.none() | st.integers(-2, 12), is_anew=st.booleans()
+    )
+    def meter(self, pool: str, more: int | None, is_anew: bool) -> None:
+        """A limit of what was drawn and some more, or of some more than it was; or none."""
+        drawn, limit = self.arena.drawn.get(pool, 0), self.arena.limits.get(pool)
+        base = drawn if is_anew or limit is None else limit
+        self.arena.meter(pool, None if more is None else base + more)
+
     @rule(share=st.floats(0, 1))
     def poison(self, share: float) -> None:
         self.arena.runner.nonfinite.update(self.some(share)[:1])
@@ -137,6 +146,7 @@ def draw_group(rng: random.Random) -> list[Add]:
         banned_ids=stop_ids,
         priority=rng.choice([0, 0, 0, 1, 2]),
         client=rng.choice(["", "ann", "bob"]),
+        pool=rng.choice(POOLS),
         start_paused=rng.random() < 0.05,
     )
     group = [msgspec.structs.replace(add, seed=rng.randint(0, 1)) for _ in range(rng.randint(1, 5))]
@@ -149,7 +159,7 @@ def storm(seed: int, num_acts: int = 50) -> Arena:
     arena = draw_arena(rng)
     for _ in range(num_acts):
         some = rng.sample(arena.live, min(len(arena.live), rng.randint(1, 3)))
-        match rng.choices(range(9), [30, 40, 5, 8, 8, 3, 4, 3, 3])[0]:
+        match rng.choices(range(10), [30, 40, 5, 8, 8, 3, 4, 3, 3, 8])[0]:
             case 0 if len(arena.live) < 12:
                 for add in draw_group(rng):
                     arena.add(add)
@@ -172,6 +182,11 @@ def storm(seed: int, num_acts: int = 50) -> Arena:
                 arena.step(in_flight=lambda call=call, some=some: call(some))
             case 8:
                 arena.runner.nonfinite.update(some[:1])
+            case 9:
+                pool = rng.choice(POOLS[1:])
+                more = rng.choice([None, 0, 1, 3, 8, 20])
+                limit = None if more is None else arena.drawn.get(pool, 0) + more
+                arena.meter(pool, limit)
     arena.finish()
     return arena
 
