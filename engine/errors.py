@@ -16,6 +16,7 @@
     ├── JournalError              503  the journal cannot be used; names the file, and the table and row
     │   ├── JournalDamaged        503  a record is not what was written
     │   └── JournalFull           503  no room; nothing of the call was written
+    ├── LedgerError               500  tokens of a C3PO++ run are in no account, or in two; names the account
     ├── CheckpointError           exit 2  a model folder that cannot be loaded; names the tensor or the key
     ├── ConfigError               exit 2  a setting that cannot be used; names its path
     └── MissingExtra              exit 2  an optional package is not installed; names the extra
@@ -132,6 +133,12 @@ class JournalFull(JournalError):
 
     code = "journal_full"
     retryable = True
+
+
+class LedgerError(EverstepError):
+    """The books of a C3PO++ run do not balance. The message names account and iteration."""
+
+    code = "ledger_error"
 
 
 class CheckpointError(EverstepError):

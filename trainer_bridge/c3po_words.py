@@ -1,0 +1,235 @@
+"""What the controller of C3PO++ is told, what it answers, and its state at rest."""
+
+from typing import Literal
+
+from msgspec import Struct
+
+from .c3po_config import C3poConfig
+from .ledger import Books, LedgerState
+
+STATE_FORMAT = 1
+
+Ending = Literal["stop", "length", "abort", "error"]
+"""`FinishReason.type`: the first two end a sample well."""
+PurgeReason = Literal["age", "lag", "abandoned"]
+Phase = Literal["idle", "open", "stopping", "training", "done"]
+"""idle: between iterations; open: tokens come; stopping: the last ones come; training: `Train` is
+out; done: nothing is left."""
+
+
+class Sample(Struct, frozen=True, order=True, array_like=True):
+    """The name of one rollout. A prompt's name is unique in a run: it holds the epoch."""
+
+    prompt: str
+    index: int
+    attempt: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.prompt}.{self.index}" + f"'{self.attempt}" * bool(self.attempt)
+
+
+class Span(Struct, frozen=True, array_like=True):
+    """A run of tokens sampled under one version of the weights."""
+
+    count: int
+    version: int
+
+    def __str__(self) -> str:
+        return f"{self.count}@{self.version}"
+
+
+def length(spans: list[Span] | tuple[Span, ...]) -> int:
+    return sum(span.count for span in spans)
+
+
+# events -----------------------------------------------------------------------------------------
+
+
+class Extend(Struct, tag="extend", frozen=True):
+    """More prompts, at the tail of the stream."""
+
+    prompts: tuple[str, ...]
+
+
+class EndStream(Struct, tag="end_stream", frozen=True):
+    """No prompt will follow."""
+
+
+class Begin(Struct, tag="begin", frozen=True):
+    """An iteration begins."""
+
+
+class Grew(Struct, tag="grew", frozen=True):
+    """`count` more tokens of the sample are journaled, sampled under `version`."""
+
+    sample: Sample
+    count: int
+    version: int
+
+
+class Ended(Struct, tag="ended", frozen=True):
+    """The sample ended with `length` tokens in all, every one of them told before."""
+
+    sample: Sample
+    reason: Ending
+    length: int
+
+
+class Lost(Struct, tag="lost", frozen=True):
+    """The engine has never heard of it: what was sampled of it is gone."""
+
+    sample: Sample
+
+
+class Settled(Struct, tag="settled", frozen=True):
+    """The budget is spent or closed, and all that happened under it has been told."""
+
+
+class Trained(Struct, tag="trained", frozen=True):
+    """The trainer has the groups of the last `Train`; weights of this version serve now."""
+
+    version: int
+
+
+Event = Extend | EndStream | Begin | Grew | Ended | Lost | Settled | Trained
+
+
+# commands ---------------------------------------------------------------------------------------
+
+
+class Open(Struct, tag="open", frozen=True):
+    """Open a budget for the pool. tokens: None = as many as come until `Stop`."""
+
+    iteration: int
+    tokens: int | None
+
+
+class Submit(Struct, tag="submit", frozen=True):
+    """Send it to an engine. Idempotent: after a loss the same name is submitted again."""
+
+    sample: Sample
+
+
+class Purge(Struct, tag="purge", frozen=True):
+    """Cancel it in its engine; its tokens are never trained."""
+
+    sample: Sample
+    reason: PurgeReason
+
+
+class Stop(Struct, tag="stop", frozen=True):
+    """Close the budget; then tell what still came, and `Settled`."""
+
+    iteration: int
+
+
+class TrainSample(Struct, frozen=True):
+    """A finished member of a group."""
+
+    sample: Sample
+    spans: tuple[Span, ...]
+
+    @property
+    def length(self) -> int:
+        return length(self.spans)
+
+
+class TrainGroup(Struct, frozen=True):
+    """A complete group, members in order of their index."""
+
+    prompt: str
+    samples: tuple[TrainSample, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(sample.length for sample in self.samples)
+
+    @property
+    def oldest_version(self) -> int | None:
+        """None if no member has a token."""
+        return min((s.version for sample in self.samples for s in sample.spans), default=None)
+
+
+class Train(Struct, tag="train", frozen=True):
+    """Train on these, in the order in which they became complete; maybe none."""
+
+    iteration: int
+    groups: tuple[TrainGroup, ...]
+
+
+class Abandoned(Struct, tag="abandoned", frozen=True):
+    """The prompt will not be trained: `sample` came to nothing more often than is allowed."""
+
+    prompt: str
+    sample: Sample
+    reason: str
+
+
+class Done(Struct, tag="done", frozen=True):
+    """Every prompt was delivered or abandoned, and no more will come."""
+
+
+Command = Open | Submit | Purge | Stop | Train | Abandoned | Done
+
+
+# state ------------------------------------------------------------------------------------------
+
+
+class Waiting(Struct):
+    """In the stream. losses: how often its tokens were lost."""
+
+    sample: Sample
+    losses: int = 0
+
+
+class Live(Struct):
+    """In the pool. retention: iterations that ended while it had tokens and had not ended."""
+
+    sample: Sample
+    spans: list[Span]
+    retention: int = 0
+    losses: int = 0
+
+    @property
+    def length(self) -> int:
+        return length(self.spans)
+
+
+class Held(Struct):
+    """Ended well, waiting for its group."""
+
+    sample: Sample
+    spans: list[Span]
+    losses: int = 0
+
+    @property
+    def length(self) -> int:
+        return length(self.spans)
+
+
+class C3poState(Struct, kw_only=True):
+    """The controller at rest; encodes with msgspec. `format` is STATE_FORMAT of who wrote it.
+
+    stream, pool   in order; hold: by prompt, in order of arrival, finished members by arrival
+    complete       prompts whose group is complete, in order of completion
+    leaving        given up in this iteration: their last tokens are counted where they went
+    purges         of this iteration, which a restarted driver may have to carry out again
+    """
+
+    format: int = STATE_FORMAT
+    config: C3poConfig
+    phase: Phase
+    iteration: int
+    version: int | None
+    counted: int
+    is_stream_ended: bool
+    num_accepted: int
+    num_abandoned: int
+    stream: list[Waiting]
+    pool: list[Live]
+    hold: list[tuple[str, list[Held]]]
+    complete: list[str]
+    leaving: list[tuple[Sample, str]]
+    purges: list[Purge]
+    ledger: LedgerState
+    last_books: Books | None = None
