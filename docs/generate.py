@@ -32,6 +32,7 @@ from everstep.engine.manager import RolloutManager
 from everstep.engine.messages import Stats
 from everstep.engine.metrics import Registry
 from everstep.engine.rollout import SamplingParams
+from everstep.engine.settings import settings_of
 from everstep.server import rollouts_types
 from everstep.server.batch_queue import UnknownBatch
 from everstep.server.config import ServeConfig
@@ -43,7 +44,6 @@ from everstep.server.media import UnsupportedMedia
 from everstep.server.operations import ALIASES, families
 from everstep.server.rollouts_requests import MAX_WAIT_S
 from everstep.server.stream import RolloutFailed
-from everstep.settings import settings_of
 
 REFERENCE = Path(__file__).parent / "reference"
 _NOTE = "<!-- made by docs/generate.py; change the code, then run it -->"

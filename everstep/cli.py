@@ -16,8 +16,9 @@ from . import __version__, bench_cli, journal_cli, proof_cli
 from .engine.config import PATIENCE
 from .engine.errors import ConfigError, EverstepError
 from .engine.rollout import SamplingParams
+from .engine.settings import nearest
+from .environment import log_format
 from .flags import Settings, with_settings
-from .settings import log_format, nearest
 
 app = typer.Typer(
     name="everstep",

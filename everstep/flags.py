@@ -15,8 +15,9 @@ import typer
 from .dialects import FOREIGN, RESPELLED, SWITCHES, SYNONYMS, Foreign, Switch
 from .engine.errors import ConfigError
 from .engine.rollout import SamplingParams
+from .engine.settings import Assignment, Resolved, Setting, load, settings_of
+from .environment import wants_batch_invariance
 from .server.config import ServeConfig
-from .settings import Assignment, Resolved, Setting, load, settings_of, wants_batch_invariance
 
 _SECTIONS = {
     "engine.model": "Model",

@@ -13,8 +13,8 @@ import msgspec
 from . import __version__
 from .engine.config import EngineConfig, JournalConfig
 from .engine.errors import ConfigError, InvalidTrajectory
+from .environment import forced_kernels
 from .progress import Stages
-from .settings import forced_kernels
 
 if TYPE_CHECKING:
     from .engine.capsule import Capsule

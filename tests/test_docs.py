@@ -13,8 +13,8 @@ import pytest
 import typer
 
 from everstep.cli import app
+from everstep.engine.settings import settings_of
 from everstep.server.config import ServeConfig
-from everstep.settings import settings_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), ROOT / "llms.txt", *ROOT.glob("docs/**/*.md")])

@@ -33,6 +33,7 @@ WORDS = {
     "ring_config",
     "rollout",
     "rope_config",
+    "settings",
     "trajectory",
 }
 BOOKS = {

@@ -9,9 +9,9 @@ import typer
 from everstep.cli import app, run
 from everstep.dialects import FOREIGN, SWITCHES, SYNONYMS
 from everstep.engine.rollout import SamplingParams
+from everstep.engine.settings import settings_of
 from everstep.flags import Settings, with_settings
 from everstep.server.config import ServeConfig
-from everstep.settings import settings_of
 
 Parse = Callable[..., tuple[ServeConfig, SamplingParams]]
 

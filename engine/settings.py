@@ -1,11 +1,10 @@
 """Settings: defaults < TOML file < flags → one frozen tree, and where each value came from.
 
 A setting is a leaf of the tree and is named by its path, `engine.kv.block_size`. A fault names the
-path, the value, what is accepted and where it was given. Environment variables are read here only.
+path, the value, what is accepted and where it was given.
 """
 
 import difflib
-import os
 import re
 import tomllib
 import types
@@ -17,7 +16,7 @@ from typing import Any, Generic, Literal, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
-from .engine.errors import ConfigError
+from .errors import ConfigError
 
 TreeT = TypeVar("TreeT", bound=Struct)
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)([kKmMgG])(?:i?[bB])?")
@@ -105,21 +104,6 @@ def read_toml(file: Path) -> list[Assignment]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not TOML: {error}") from None
     return [Assignment(path, value, str(file)) for path, value in _leaves(data, "")]
-
-
-def log_format() -> Literal["text", "json"]:
-    """EVERSTEP_LOG: `json` for one JSON object per event."""
-    return "json" if os.environ.get("EVERSTEP_LOG", "").lower() == "json" else "text"
-
-
-def wants_batch_invariance() -> bool:
-    """VLLM_BATCH_INVARIANT=1, which vLLM's users set."""
-    return os.environ.get("VLLM_BATCH_INVARIANT", "").lower() in ("1", "true")
-
-
-def forced_kernels() -> str:
-    """EVERSTEP_KERNELS: the kernel level that the user insists on; empty: the best."""
-    return os.environ.get("EVERSTEP_KERNELS", "")
 
 
 def nearest(name: str, known: Sequence[str]) -> str | None:

@@ -6,8 +6,8 @@ import msgspec
 import pytest
 
 from everstep.engine.errors import ConfigError
+from everstep.engine.settings import Assignment, load, nearest, settings_of
 from everstep.server.config import ServeConfig
-from everstep.settings import Assignment, load, nearest, settings_of
 
 
 def given(path: str, value: object) -> list[Assignment]:
