@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from .kv_cache import RolloutKV
 from .messages import Add
+from .rollout import KVState
 
 if TYPE_CHECKING:
     from .metering import PoolMeter
@@ -47,6 +48,8 @@ class LiveRollout:
         "is_counted_active",
         "is_queued",
         "kv",
+        "kv_state",
+        "length_before",
         "max_length",
         "meter",
         "min_length",
@@ -79,6 +82,10 @@ class LiveRollout:
         self.needs_every_row = sampling.prompt_logprobs is not None or records_routing
         self.has_extras = self.needs_every_row or bool(sampling.record or sampling.top_logprobs)
         self.state: State = "queued"
+        self.kv_state: KVState = "computed"
+        """As the front knows it: what its tokens are drawn over (`Segment.kv`)."""
+        self.length_before = len(ids)
+        """Tokens that it had when the KV that it has was begun, or its prompt's was written again."""
         self.arrival = arrival
         self.admission = 0
         """Running number of its latest admission; 0: never admitted."""
@@ -101,6 +108,11 @@ class LiveRollout:
         self.is_queued = False
         self.has_record = False
         """Written by WaitingQueue: it is in the queue; it has a record there, valid or not."""
+
+    @property
+    def has_drawn(self) -> bool:
+        """A token was drawn over the KV that it has; so all but the newest is computed."""
+        return len(self.ids) > self.length_before
 
     @property
     def num_reported_rows(self) -> int:

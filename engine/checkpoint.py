@@ -7,7 +7,7 @@ the shards, so that no more than one tensor is held beyond the page cache.
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, cast
@@ -19,15 +19,17 @@ from torch import Tensor
 
 from ..kernels.quant import dequantize_block, dequantize_channel
 from . import log
-from .errors import CheckpointError
+from .errors import CheckpointError, WeightsRefused
 from .expected_tensors import TensorSpec, expected_tensors
 from .hub import Progress, ignore_progress
+from .manifest import combine_digests
 from .quant_format import QuantFormat, is_ignored
 from .ring_config import RingConfig, read_config
 from .safetensors_header import DTYPE_NAMES, TensorEntry, listed, read_entries
 
 _FLOATS = ("BF16", "F16", "F32")
 _CHUNK_BYTES = 1 << 24
+_PIECE_BYTES = 1 << 22
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
@@ -70,6 +72,7 @@ class Checkpoint:
         self.entries = entries
         self.names = tuple(sorted(entries))
         self._shards: dict[Path, Any] = {}
+        self._verified: set[str] = set()
 
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
@@ -97,11 +100,27 @@ class Checkpoint:
         Raises CheckpointError for an unknown name and for any value that is not finite.
         """
         tensor = self._raw(name)
-        if not _is_finite(tensor):
-            raise CheckpointError(
-                f"{self.entries[name].shard}: {name} holds a value that is not finite"
-            )
+        if name not in self._verified and not _is_finite(tensor):
+            raise CheckpointError(self._not_finite(name))
         return tensor
+
+    def verifying(self, name: str) -> Generator[None, None, str]:
+        """The tensor's digest, in pieces of a few milliseconds; its values are looked at on the way.
+
+        Raises WeightsRefused for one that is not finite; CheckpointError as `tensor`.
+        """
+        tensor = self._raw(name)
+        hashing = tensor_hash(name, tensor)
+        for chunk in torch.split(tensor.reshape(-1), _PIECE_BYTES // tensor.element_size()):
+            if not _is_finite(chunk):
+                raise WeightsRefused(self._not_finite(name), tensor=name)
+            hashing.update(chunk.view(torch.uint8).numpy().data)
+            yield
+        self._verified.add(name)
+        return hashing.hexdigest()
+
+    def _not_finite(self, name: str) -> str:
+        return f"{self.entries[name].shard}: {name} holds a value that is not finite"
 
     def linear(self, name: str) -> StoredLinear:
         """A Linear by its name without `.weight`, with its scale and its bias where it has them."""
@@ -121,7 +140,7 @@ class Checkpoint:
         return tensor_digest(name, self._raw(name))
 
     def content_digest(self, on_progress: Progress = ignore_progress) -> str:
-        """sha256 (hex) of all tensors in sorted name order: see `combine_digests` below."""
+        """sha256 (hex) of all tensors in sorted name order: see `manifest.combine_digests`."""
         digests = {}
         for done, name in enumerate(self.names):
             on_progress("digest", done, len(self.names))
@@ -150,23 +169,17 @@ def tensor_digest(name: str, tensor: Tensor) -> str:
 
     The head is `name \\0 type \\0 d0,d1,… \\0` in UTF-8; a scalar has an empty shape.
     """
-    shape = ",".join(str(size) for size in tensor.shape)
-    digest = hashlib.sha256(f"{name}\0{DTYPE_NAMES[tensor.dtype]}\0{shape}\0".encode())
+    digest = tensor_hash(name, tensor)
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     for chunk in torch.split(flat, _CHUNK_BYTES):
         digest.update(chunk.numpy().data)
     return digest.hexdigest()
 
 
-def combine_digests(digests: Mapping[str, str]) -> str:
-    """The digest of a whole model: sha256 (hex) over its tensors' digests in sorted name order.
-
-    Built from the parts so that an update of some tensors need not hash the others again.
-    """
-    total = hashlib.sha256()
-    for name in sorted(digests):
-        total.update(bytes.fromhex(digests[name]))
-    return total.hexdigest()
+def tensor_hash(name: str, tensor: Tensor) -> "hashlib._Hash":
+    """A `tensor_digest` that has seen the head, and no values yet."""
+    shape = ",".join(str(size) for size in tensor.shape)
+    return hashlib.sha256(f"{name}\0{DTYPE_NAMES[tensor.dtype]}\0{shape}\0".encode())
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -137,6 +137,14 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     num_threads: (
         Annotated[int, Meta(ge=1, description="compute threads; default: free cores")] | None
     ) = None
+    stage_share: Annotated[
+        float,
+        Meta(
+            gt=0,
+            le=1,
+            description="time for the next weights, beside generation, as a share of its steps",
+        ),
+    ] = 0.1
     seed: (
         Annotated[int, Meta(description="run seed: rollouts without a seed derive theirs from it")]
         | None

@@ -23,20 +23,25 @@ from .messages import (
     Add,
     Cancel,
     Died,
+    Flip,
     FromCore,
     Loading,
     Meter,
     Pause,
     Ready,
+    Refused,
     Rejected,
     Resume,
     Shutdown,
+    Stage,
     ToCore,
+    Unstage,
     decode_to_core,
     encode,
 )
 from .plan import Runner
 from .scheduler import Scheduler
+from .swap import Stager, Swap
 
 if TYPE_CHECKING:
     from .ring_config import RingConfig
@@ -51,11 +56,23 @@ Send = Callable[[list[FromCore]], None]
 class Core:
     """Scheduler and runner in one loop. Knows nothing of transports."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        stager: Stager | None = None,
+        *,
+        stage_share: float = 0.1,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self.scheduler = scheduler
         self.runner = runner
+        self._clock = clock
         self._step_seconds = 0.0
         self._next_stats_s = time.monotonic()
+        self._swap: Swap | None = None
+        if stager is not None:
+            self._swap = Swap(stager, scheduler, share=stage_share, clock=clock)
 
     def handle(self, message: ToCore) -> list[FromCore]:
         """Take one message; returns what there is to answer at once."""
@@ -73,20 +90,45 @@ class Core:
                 self.scheduler.resume(message.rollout_ids)
             case Meter():
                 return [self.scheduler.meter(message)]
+            case Stage() | Flip() | Unstage():
+                return self._swap_weights(message)
             case Shutdown():
                 raise SystemExit(0)
         return []
 
+    def _swap_weights(self, message: Stage | Flip | Unstage) -> list[FromCore]:
+        if self._swap is None:
+            return [Refused(message.version, "this core cannot change its weights")]
+        match message:
+            case Stage():
+                return self._swap.stage(message)
+            case Unstage():
+                return self._swap.unstage(message.version)
+            case Flip():
+                return self._swap.flip(message)
+
     def step(self) -> list[FromCore] | None:
-        """One step; None if there was nothing to do."""
+        """One step, and a piece of the next weights; None if there was nothing to do."""
+        if self._swap is None or not self._swap.is_busy:
+            return self._step()
+        events = self._step() or []
+        return [*events, *self._swap.work()]
+
+    def _step(self) -> list[FromCore] | None:
         plan = self.scheduler.schedule()
         if not plan.has_work:
-            events = self.scheduler.take_events()
-            return events or None
-        started = time.perf_counter()
+            if self._swap is not None:
+                self._swap.nothing_to_run()
+            return self.scheduler.take_events() or None
+        news = [] if self._swap is None else self._swap.before_step()
+        started = self._clock()
         result = self.runner.run(plan)
-        self._step_seconds += time.perf_counter() - started
-        return self.scheduler.commit(plan, result)
+        ended = self._clock()
+        self._step_seconds += ended - started
+        if self._swap is not None:
+            self._swap.after_step(started, ended)
+        events = self.scheduler.commit(plan, result)
+        return [*news, *events] if news else events
 
     def loop(self, receive: Receive, send: Send) -> None:
         """Run until Shutdown. `receive(timeout_s)` returns at once if there is something."""
@@ -129,6 +171,7 @@ def build(config: EngineConfig, on_loading: Callable[[Loading], None]) -> tuple[
     from .checkpoint import Checkpoint
     from .hub import resolve
     from .runner import ModelRunner
+    from .staging import WeightStager
     from .weights import compute_dtype, load_weights
 
     torch.set_num_threads(config.num_threads or num_free_cores())
@@ -147,6 +190,7 @@ def build(config: EngineConfig, on_loading: Callable[[Loading], None]) -> tuple[
     progress("warm-up", 1, 1)
     scheduler = Scheduler(kv, config.batch)
     scheduler.set_version(weights.digest)
+    stager = WeightStager(runner, config.model, free_bytes=_free_bytes)
     ready = Ready(
         core_id=f"core-{os.getpid()}",
         vocab_size=ring.vocab_size,
@@ -156,6 +200,7 @@ def build(config: EngineConfig, on_loading: Callable[[Loading], None]) -> tuple[
         max_num_seqs=config.batch.max_num_seqs,
         version=weights.version,
         digest=weights.digest,
+        path=str(checkpoint.folder),
         numerics=runner.numerics,
         eos_ids=list(ring.eos_token_ids),
         num_moe_layers=weights.num_moe_layers,
@@ -163,7 +208,7 @@ def build(config: EngineConfig, on_loading: Callable[[Loading], None]) -> tuple[
         num_experts_per_tok=ring.num_experts_per_tok,
         kernels=runner.kernels,
     )
-    return Core(scheduler, runner), ready
+    return Core(scheduler, runner, stager, stage_share=config.stage_share), ready
 
 
 def num_free_cores() -> int:

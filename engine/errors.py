@@ -7,7 +7,9 @@
     │   └── InvalidTrajectory     400  an export that cannot be taken; `field` names the part
     ├── Conflict                  409  it contradicts what is known here
     │   ├── KeyReused             409  an Idempotency-Key with another body
-    │   └── IllegalState          409  the rollout's state does not allow it
+    │   ├── IllegalState          409  the rollout's state does not allow it
+    │   ├── StaleVersion          409  weights whose number would run backwards, or of another lineage
+    │   └── WeightsRefused        409  weights that do not pass; the old ones go on serving
     ├── UnknownRollout            404
     ├── Overloaded                429  a queue is full; `retry_after_s`
     ├── EngineUnavailable         503  not ready
@@ -80,6 +82,29 @@ class IllegalState(Conflict):
     """The rollout is in a state that does not allow the call."""
 
     code = "illegal_state"
+
+
+class StaleVersion(Conflict):
+    """Weights older than those that serve, or of another lineage. Numbers never run backwards."""
+
+    code = "stale_version"
+
+
+class WeightsRefused(Conflict):
+    """A version that may not serve: what serves goes on serving.
+
+    tensor  the one at fault, where digests or the layout show it
+    layer   the first that differs, where only the canaries do; the number of layers means the head
+    """
+
+    code = "weights_refused"
+
+    def __init__(
+        self, message: str, *, tensor: str | None = None, layer: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.tensor = tensor
+        self.layer = layer
 
 
 class UnknownRollout(EverstepError):

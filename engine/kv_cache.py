@@ -154,6 +154,10 @@ class KVCacheManager:
                 self._pool.forget(kv.blocks[tail])
             kv.next_registration = NEVER
 
+    def is_foreign(self, kv: RolloutKV) -> bool:
+        """Whether some of what it holds, here or in host memory, is of other weights."""
+        return kv.num_computed_tokens > 0 and kv.epoch != self._epoch
+
     def is_sharing(self, kv: RolloutKV) -> bool:
         """Whether what this rollout computes becomes findable."""
         return self._is_caching and kv.epoch == self._epoch
@@ -173,10 +177,15 @@ class KVCacheManager:
         if is_poisoned:
             for block in kv.blocks[kv.num_shared_blocks :]:
                 self._pool.forget(block)
+        key = self.drop_all(kv)
+        self._tables.remove(kv)
+        return key
+
+    def drop_all(self, kv: RolloutKV) -> str | None:
+        """`drop`, whether it is here or parked; returns the key of parked KV to drop, if any."""
         key = kv.parking_key
         self._num_leaving_blocks += kv.num_parked_blocks
         self.drop(kv)
-        self._tables.remove(kv)
         return key
 
     def match(self, kv: RolloutKV, limit: int) -> Match:
@@ -267,6 +276,12 @@ class KVCacheManager:
         kv.num_computed_tokens = kv.num_shared_blocks = kv.num_registered = 0
         kv.next_registration = NEVER
         kv.parking_key, kv.num_parked_blocks = None, 0
+
+    def forget_prompt(self, kv: RolloutKV, num_prompt: int) -> None:
+        """These positions are to be written again by other weights: nobody finds what they held,
+        even if the old version comes back."""
+        for block in kv.blocks[: self.blocks_for(num_prompt)]:
+            self._pool.forget(block)
 
     # host memory
 

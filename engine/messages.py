@@ -11,9 +11,11 @@ import msgspec
 from msgspec import Struct
 
 from .plan import Draws
-from .rollout import FinishReason, SamplingParams
+from .rollout import FinishReason, KVState, SamplingParams
 
 PROTOCOL_VERSION = 3
+
+KVPolicy = Literal["keep", "recompute", "recompute-prompt"]
 
 
 class Add(Struct, tag="add", kw_only=True):
@@ -77,7 +79,43 @@ class Shutdown(Struct, tag="shutdown"):
     """Finish the step in hand and end the core."""
 
 
-ToCore = Add | Cancel | Pause | Resume | Meter | Shutdown
+class Stage(Struct, tag="stage"):
+    """Load a version beside the one that serves, check it, and hold it ready.
+
+    path    a checkpoint folder with its manifest
+    digest  what it must be, where the folder has no manifest (the model that was served first)
+
+    Answered with `Staging` now and then, then `Staged` or `Refused`. What was staged before, or is
+    being staged, is given up first.
+    """
+
+    version: int
+    path: str
+    digest: str = ""
+
+
+class Flip(Struct, tag="flip"):
+    """Serve the staged version from the next step on; answered with `Flipped` or `Refused`.
+
+    kv  what becomes of the KV of live rollouts:
+        keep              it stays as it is, and the rollout goes on over it
+        recompute         dropped, and computed again from the tokens
+        recompute-prompt  positions of the prompt are computed again, those of the output stay
+        KV that was not complete (a prompt half computed) is begun again under every policy.
+    """
+
+    version: int
+    digest: str
+    kv: KVPolicy = "keep"
+
+
+class Unstage(Struct, tag="unstage"):
+    """Give up what is staged under this number, or is being staged."""
+
+    version: int
+
+
+ToCore = Add | Cancel | Pause | Resume | Meter | Stage | Flip | Unstage | Shutdown
 
 
 class Loading(Struct, tag="loading"):
@@ -101,6 +139,8 @@ class Ready(Struct, tag="ready", kw_only=True):
     max_num_seqs: int
     version: int
     digest: str
+    path: str = ""
+    """Folder that the weights were read from."""
     numerics: str
     """Device class, kernel level, dtypes: equal ids promise equal bits (DESIGN.md §3)."""
     eos_ids: list[int] = []
@@ -257,6 +297,83 @@ class Stats(Struct, tag="stats", kw_only=True):
     step_seconds_total: float = 0.0
 
 
+class Staging(Struct, tag="staging"):
+    """Progress of a `Stage`: part is one of digests, read, canaries."""
+
+    version: int
+    part: str
+    done: int
+    total: int
+
+
+class StageReport(Struct, frozen=True, kw_only=True):
+    """What it took to stage a version, and what its canaries said.
+
+    num_bytes        of its tensors as they are stored
+    seconds          from the message to ready; busy_seconds: of those, taken from the step loop
+    slices           pieces that this was done in; longest_slice_s: the longest held up a step
+    canary_tokens    scored; 0: the manifest has no canaries
+    max_delta, mean_delta  of |lp − the trainer's|; bound: what they had to stay below
+    experts_reached  share of all routed experts that a canary was sent to; None: there are none
+    """
+
+    num_bytes: int
+    seconds: float
+    busy_seconds: float
+    slices: int
+    longest_slice_s: float
+    canary_tokens: int = 0
+    max_delta: float = 0.0
+    mean_delta: float = 0.0
+    max_bound: float = 0.0
+    mean_bound: float = 0.0
+    experts_reached: float | None = None
+
+
+class Staged(Struct, tag="staged"):
+    """The version is checked, in memory, and can be flipped to."""
+
+    version: int
+    digest: str
+    report: StageReport
+
+
+class Refused(Struct, tag="refused"):
+    """A `Stage` or `Flip` that cannot be; what serves goes on serving. See `WeightsRefused`."""
+
+    version: int
+    message: str
+    tensor: str | None = None
+    layer: int | None = None
+
+
+class Flipped(Struct, tag="flipped", kw_only=True):
+    """Tokens are of this version from here on; the last message before the first of them.
+
+    stall_s         end of the last step under the old weights to start of the first under the new;
+                    0 where nothing ran
+    flip_s          of that, what the flip itself took
+    steps_lost      stall_s in steps, as long as those before it
+    kept_rollouts   go on over KV of older weights
+    dropped_tokens  of KV that is to be computed again
+    """
+
+    version: int
+    digest: str
+    kv: KVPolicy
+    stall_s: float
+    flip_s: float
+    steps_lost: float
+    kept_rollouts: int
+    dropped_tokens: int
+
+
+class KVChanged(Struct, tag="kv"):
+    """Over what KV these rollouts draw from here on: (id, `Segment.kv`) in order."""
+
+    moves: list[tuple[str, KVState]]
+
+
 class Died(Struct, tag="died"):
     """The last message of a core that cannot go on; made up by the backend when it just vanished.
 
@@ -268,7 +385,21 @@ class Died(Struct, tag="died"):
     code: str = "service_unavailable"
 
 
-FromCore = Loading | Ready | Tokens | StateChanged | Metered | Rejected | Stats | Died
+FromCore = (
+    Loading
+    | Ready
+    | Tokens
+    | StateChanged
+    | Metered
+    | Rejected
+    | Stats
+    | Staging
+    | Staged
+    | Refused
+    | Flipped
+    | KVChanged
+    | Died
+)
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_core = msgspec.msgpack.Decoder(list[ToCore]).decode

@@ -196,6 +196,8 @@ class Planner:
             self._draft.unparks.append(self._kv.unpark(kv))
         elif not kv.blocks:
             copy = self._kv.adopt(kv, held)
+            rollout.length_before = len(rollout.ids)
+            roster.note_kv(rollout, "computed")
             if copy is not None:
                 self._draft.copies.append(copy)
         self._start(rollout)

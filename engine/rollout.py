@@ -171,8 +171,17 @@ class FinishReason(Struct, frozen=True, omit_defaults=True):
     """For `error`: `nonfinite: step 12, layer 3`, say."""
 
 
+KVState = Literal["computed", "keep", "recompute-prompt"]
+
+
 class Segment(Struct, frozen=True):
-    """A run of output tokens made under the same weights, KV policy, numerics and core."""
+    """A run of output tokens made under the same weights, KV, numerics and core.
+
+    kv  what the tokens were drawn over:
+        computed          KV of these weights, all of it (whether it was ever of others or not)
+        keep              positions before the segment keep the KV that they had before the flip
+        recompute-prompt  as keep, but for the prompt, which is of these weights
+    """
 
     start: int
     version: int

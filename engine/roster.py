@@ -17,6 +17,7 @@ from .decoding import Decoding
 from .kv_cache import KVCacheManager
 from .metering import Meters
 from .prefix_watch import PrefixWatch
+from .rollout import KVState
 
 
 class Roster:
@@ -40,6 +41,7 @@ class Roster:
         self._shares = Shares()
         self._priorities: Counter[int] = Counter()
         self._moves: list[tuple[str, Move]] = []
+        self._kv_moves: list[tuple[str, KVState]] = []
 
     @property
     def num_waiting(self) -> int:
@@ -146,6 +148,27 @@ class Roster:
             rollout.meter.held.pop(rollout, None)
             self.meters.leave(rollout)
 
+    def restart(self, rollout: LiveRollout) -> None:
+        """Give up its KV, wherever it is: all its tokens are to be computed again, in its turn."""
+        if rollout.state == "running":
+            self._withdraw(rollout)
+            self._move(rollout, "queued")
+            self.waiting.push(rollout)
+        self.holders.pop(rollout, None)
+        parking_key = self._kv.drop_all(rollout.kv)
+        if parking_key is not None:
+            self.unpark_drops.append(parking_key)
+
+    def note_kv(self, rollout: LiveRollout, state: KVState) -> None:
+        """From here on it draws over other KV than the front knows of."""
+        if rollout.kv_state != state:
+            rollout.kv_state = state
+            self._kv_moves.append((rollout.id, state))
+
+    def take_kv_moves(self) -> list[tuple[str, KVState]]:
+        moves, self._kv_moves = self._kv_moves, []
+        return moves
+
     def take_moves(self) -> list[tuple[str, Move]]:
         moves, self._moves = self._moves, []
         return moves
@@ -153,6 +176,7 @@ class Roster:
     def forget_moves(self, rollout_ids: set[str]) -> None:
         """The front has ended these itself: it is not told of where they went before."""
         self._moves = [move for move in self._moves if move[0] not in rollout_ids]
+        self._kv_moves = [move for move in self._kv_moves if move[0] not in rollout_ids]
 
     def _move(self, rollout: LiveRollout, state: Move) -> None:
         rollout.state = state

@@ -40,10 +40,20 @@ class ModelRunner:
         self._store = KVStore.empty(weights.config, kv.num_blocks * kv.block_size, weights.dtype)
         self._rope_tables = config.rope_tables
         table_dtype = weights.dtype if config.rope_tables == "model" else torch.float32
-        tables = rotary_tables(weights.config, kv.max_model_len, table_dtype)
-        self.forward = ForwardPass(weights, self._store, tables, kv.block_size)
+        self.tables = rotary_tables(weights.config, kv.max_model_len, table_dtype)
+        self.forward = self.forward_of(weights)
         self._drawer = Drawer()
         self._parked: dict[str, list[torch.Tensor]] = {}
+
+    def forward_of(self, weights: Weights) -> ForwardPass:
+        """Steps of these weights over this runner's KV; nothing is changed by making it."""
+        return ForwardPass(weights, self._store, self.tables, self._kv.block_size)
+
+    def flip(self, weights: Weights, forward: ForwardPass) -> None:
+        """Run these from the next step on; `forward` is of `forward_of`, their config is the same."""
+        assert weights.config == self.weights.config
+        forward.replace(self.forward)
+        self.weights, self.forward = weights, forward
 
     @property
     def numerics(self) -> str:

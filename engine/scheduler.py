@@ -14,10 +14,13 @@ import msgspec
 from .admission import LiveRollout
 from .config import BatchConfig, ResolvedKV
 from .errors import ContextTooLong, InvalidRequest
+from .flipping import FlipCounts, Rewriting, apply_policy
 from .kv_cache import KVCacheManager
 from .messages import (
     Add,
     FromCore,
+    KVChanged,
+    KVPolicy,
     Meter,
     Metered,
     RolloutTokens,
@@ -66,6 +69,13 @@ class Scheduler:
             max_num_seqs=batch.max_num_seqs,
             on_pause=kv.on_pause,
         )
+        self._rewriting = Rewriting(
+            kv.block_size,
+            budget=batch.max_num_batched_tokens,
+            max_num_seqs=batch.max_num_seqs,
+        )
+        self._is_rewriting = False
+        """The plan in flight writes prompts again, and nothing else."""
         self._is_pausing_adds = False
         self._num_adds = self._num_drawn = 0
         self._drawn: dict[str, int] = {}
@@ -132,15 +142,24 @@ class Scheduler:
             self._kv.set_version(digest)
             self._roster.requeue(self._roster.watch.clear())
 
+    def flip(self, digest: str, policy: KVPolicy) -> FlipCounts:
+        """As `set_version`, and what becomes of the KV of live rollouts."""
+        self.set_version(digest)
+        return apply_policy(self._roster, self._kv, self._rewriting, policy)
+
     def take_events(self) -> list[FromCore]:
         """Moves since the last call; `commit` takes them too."""
-        moves = self._roster.take_moves()
-        return [StateChanged(moves)] if moves else []
+        events: list[FromCore] = []
+        if moves := self._roster.take_moves():
+            events.append(StateChanged(moves))
+        if kv_moves := self._roster.take_kv_moves():
+            events.append(KVChanged(kv_moves))
+        return events
 
     @property
     def has_unpaused(self) -> bool:
         """Whether `schedule` will find something to run."""
-        return bool(self._roster.running or self._roster.num_waiting)
+        return bool(self._roster.running or self._roster.num_waiting or self._rewriting)
 
     def stats(self) -> Stats:
         """Counters and gauges of this moment; a copy. `step_seconds_total` is the loop's to fill."""
@@ -159,6 +178,11 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Decide the next step. It has rows unless nothing unpaused is live."""
         assert self._in_flight is None, "the last plan was not committed"
+        if self._rewriting and (rows := self._rewriting.rows()):
+            self._is_rewriting = True
+            self._roster.apply_limits()
+            drops, self._roster.unpark_drops = self._roster.unpark_drops, []
+            return StepPlan(step=self._stats.steps_total, rows=rows, unpark_drops=drops)
         draft = self._planner.make()
         drops, self._roster.unpark_drops = self._roster.unpark_drops, []
         plan = StepPlan(
@@ -175,6 +199,8 @@ class Scheduler:
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[FromCore]:
         """Book what the runner made of the plan; returns the news for the front, in order."""
+        if self._is_rewriting:
+            return self._commit_rewriting(result)
         draft, self._in_flight = self._in_flight, None
         assert draft is not None, "no plan is in flight"
         assert plan.rows is draft.rows, "not the plan in flight"
@@ -220,6 +246,22 @@ class Scheduler:
         meter.drawn += count
         if meter.limit is not None:
             self._drawn[meter.pool] = meter.drawn
+
+    def _commit_rewriting(self, result: StepResult) -> list[FromCore]:
+        """No token comes of it; whose row cannot be computed ends."""
+        self._is_rewriting = False
+        self.set_version(result.digest)
+        self._stats.steps_total += 1
+        news: list[RolloutTokens] = []
+        for rollout, row, outcome in self._rewriting.commit(result):
+            tokens = report(rollout, row, outcome, ending(rollout, outcome))
+            assert tokens is not None
+            news.append(tokens)
+            self._roster.end(rollout, is_poisoned=True)
+        messages = self.take_events()
+        if news:
+            messages.append(Tokens(result.version, result.digest, news))
+        return messages
 
     def _apart(self, draft: Draft, result: StepResult) -> tuple[set[int], set[int]]:
         """Rows of those that decode that are not booked with the others: by themselves; never.

@@ -51,6 +51,11 @@ class ForwardPass:
         self._block_size = block_size
         self.native = compile_step(weights, store, tables, block_size)
 
+    def replace(self, other: "ForwardPass") -> None:
+        """Run in its place from here on."""
+        if self.native is not None and other.native is not None:
+            self.native.take_memory(other.native)
+
     def run(self, rows: Sequence[Row], *, wants_routes: bool) -> StepOutput:
         """Compute the rows' tokens and write their KV; logits of the last token of every row that
         samples, in order.

@@ -6,7 +6,7 @@ head keep their float32 sums (PAPER.md §3).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar, overload
 
 import torch
@@ -15,11 +15,15 @@ from ..kernels import (
     ExpertBank,
     GateUp,
     Linear,
+    Pieces,
     Weight,
+    drain,
     prepare,
     prepare_experts,
     prepare_gate_up,
-    prepare_head,
+    preparing,
+    preparing_gate_up,
+    preparing_head,
 )
 from .checkpoint import Checkpoint, StoredLinear
 from .config import ModelConfig
@@ -28,6 +32,8 @@ from .ring_config import RingConfig
 
 Progress = Callable[[str, int, int], None]
 Item = TypeVar("Item")
+# of a tensor, copied without coming back
+PIECE_ELEMENTS = 1 << 21
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -100,7 +106,16 @@ class WeightReader:
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """A copy in T or `dtype`, contiguous and aligned."""
-        return self.checkpoint.tensor(name).to(dtype or self.dtype, copy=True).contiguous()
+        return drain(self._copying(name, dtype))
+
+    def _copying(self, name: str, dtype: torch.dtype | None = None) -> Pieces[torch.Tensor]:
+        stored = self.checkpoint.tensor(name)
+        out = torch.empty(stored.shape, dtype=dtype or self.dtype)
+        source, target = stored.reshape(-1), out.view(-1)
+        for start in range(0, max(1, source.numel()), PIECE_ELEMENTS):
+            target[start : start + PIECE_ELEMENTS] = source[start : start + PIECE_ELEMENTS]
+            yield
+        return out
 
     def linear(self, name: str) -> Linear:
         """The linear layer `name` (without `.weight`), in the form that this level multiplies."""
@@ -129,7 +144,13 @@ class WeightReader:
         )
 
     def mlp(self, prefix: str) -> Mlp:
-        return Mlp(self.gate_up(prefix), self.linear(f"{prefix}.down_proj"))
+        return drain(self._mlp(prefix))
+
+    def _mlp(self, prefix: str) -> Pieces[Mlp]:
+        gate, up = self._weight(f"{prefix}.gate_proj"), self._weight(f"{prefix}.up_proj")
+        gate_up = yield from preparing_gate_up(gate, up)
+        down = yield from preparing(self._weight(f"{prefix}.down_proj"))
+        return Mlp(gate_up, down)
 
     def gate_up(self, prefix: str) -> GateUp:
         gate, up = self._weight(f"{prefix}.gate_proj"), self._weight(f"{prefix}.up_proj")
@@ -144,8 +165,22 @@ class WeightReader:
             bias = self.tensor(f"{prefix}.expert_bias", torch.float32)
         return prepare(Weight(gate, torch.float32)), bias
 
-    def moe(self, layer: int, *, streamed: bool = False) -> Moe:
-        """streamed: an expert is read each time it is used, and not kept."""
+    def _moe(self, layer: int) -> Pieces[Moe]:
+        prefix = f"model.layers.{layer}.mlp"
+        gate, bias = self.router(layer)
+        gate_ups: list[GateUp] = []
+        downs: list[Linear] = []
+        for e in range(self.config.num_experts):
+            expert = yield from self._mlp(f"{prefix}.experts.{e}")
+            gate_ups.append(expert.gate_up)
+            downs.append(expert.down)
+        bank = prepare_experts(tuple(gate_ups), tuple(downs))
+        shared = None
+        if self.config.num_shared_experts:
+            shared = yield from self._mlp(f"{prefix}.shared_experts")
+        return Moe(gate, bias, bank, shared)
+
+    def _streamed_moe(self, layer: int) -> Moe:
         prefix = f"model.layers.{layer}.mlp"
         gate, bias = self.router(layer)
         count = self.config.num_experts
@@ -155,30 +190,37 @@ class WeightReader:
         downs: Sequence[Linear] = _Streamed(
             count, lambda e: self.linear(f"{prefix}.experts.{e}.down_proj")
         )
-        if streamed:
-            bank = ExpertBank(gate_ups, downs)
-        else:
-            bank = prepare_experts(tuple(gate_ups), tuple(downs))
         shared = self.mlp(f"{prefix}.shared_experts") if self.config.num_shared_experts else None
-        return Moe(gate, bias, bank, shared)
+        return Moe(gate, bias, ExpertBank(gate_ups, downs), shared)
 
     def layer(self, index: int, *, streamed: bool = False) -> Layer:
-        """One decoder layer; streamed: without its experts' weights in memory."""
+        """One decoder layer; streamed: an expert is read each time it is used, and not kept."""
+        return drain(self._layer(index, streamed=streamed))
+
+    def _layer(self, index: int, *, streamed: bool = False) -> Pieces[Layer]:
         p = f"model.layers.{index}"
         norms = (
             [self.tensor(f"{p}.attention.{which}_layernorm.weight") for which in ("query", "key")]
             if self.config.use_qk_norm
             else [None, None]
         )
-        is_moe = self.config.is_moe_layer(index)
+        qkv = yield from preparing(self._weight(f"{p}.attention.query_key_value"))
+        dense = yield from preparing(self._weight(f"{p}.attention.dense"))
+        ffn: Mlp | Moe
+        if not self.config.is_moe_layer(index):
+            ffn = yield from self._mlp(f"{p}.mlp")
+        elif streamed:
+            ffn = self._streamed_moe(index)
+        else:
+            ffn = yield from self._moe(index)
         return Layer(
             input_norm=self.tensor(f"{p}.input_layernorm.weight"),
-            qkv=self.linear(f"{p}.attention.query_key_value"),
+            qkv=qkv,
             query_norm=norms[0],
             key_norm=norms[1],
-            dense=self.linear(f"{p}.attention.dense"),
+            dense=dense,
             post_norm=self.tensor(f"{p}.post_attention_layernorm.weight"),
-            ffn=self.moe(index, streamed=streamed) if is_moe else self.mlp(f"{p}.mlp"),
+            ffn=ffn,
         )
 
     def embedding(self) -> torch.Tensor:
@@ -186,9 +228,39 @@ class WeightReader:
 
     def head(self) -> Linear:
         """(V, H) T; the embedding's values where tied."""
+        return drain(self._head())
+
+    def _head(self) -> Pieces[Linear]:
         tied = self.config.tie_word_embeddings
-        return prepare_head(
-            self.tensor("model.word_embeddings.weight" if tied else "lm_head.weight")
+        name = "model.word_embeddings.weight" if tied else "lm_head.weight"
+        # no copy: what is prepared is one
+        return (yield from preparing_head(self.checkpoint.tensor(name).to(self.dtype)))
+
+    def reading(
+        self, *, version: int, on_layer: Callable[[int], None] = lambda _: None
+    ) -> Pieces[Weights]:
+        """Everything but the digest, in pieces of a few milliseconds; `on_layer` is told of the
+        layer that comes next.
+
+        Peak memory is the model plus one tensor. Raises CheckpointError naming the tensor that is
+        not finite or cannot be read.
+        """
+        layers: list[Layer] = []
+        for index in range(self.config.num_hidden_layers):
+            on_layer(index)
+            layers.append((yield from self._layer(index)))
+        embedding = yield from self._copying("model.word_embeddings.weight")
+        head = yield from self._head()
+        return Weights(
+            config=self.config,
+            dtype=self.dtype,
+            embedding=embedding,
+            layers=tuple(layers),
+            norm=self.tensor("model.norm.weight"),
+            head=head,
+            formats=self.formats,
+            version=version,
+            digest="",
         )
 
     @property
@@ -237,21 +309,10 @@ def load_weights(
     Raises CheckpointError naming the tensor that is not finite or cannot be read, ConfigError
     where the numerics do not fit the checkpoint.
     """
-    reader = WeightReader(checkpoint, model)
-    count = checkpoint.config.num_hidden_layers
-    layers = []
-    for index in range(count):
-        on_progress("read", index, count)
-        layers.append(reader.layer(index))
-    on_progress("read", count, count)
-    return Weights(
-        config=checkpoint.config,
-        dtype=reader.dtype,
-        embedding=reader.embedding(),
-        layers=tuple(layers),
-        norm=reader.tensor("model.norm.weight"),
-        head=reader.head(),
-        formats=reader.formats,
-        version=version,
-        digest=checkpoint.content_digest(lambda _, done, total: on_progress("check", done, total)),
+    reader, count = WeightReader(checkpoint, model), checkpoint.config.num_hidden_layers
+    weights = drain(
+        reader.reading(version=version, on_layer=lambda i: on_progress("read", i, count))
     )
+    on_progress("read", count, count)
+    digest = checkpoint.content_digest(lambda _, done, total: on_progress("check", done, total))
+    return replace(weights, digest=digest)

@@ -28,6 +28,9 @@ from .dispatch import (
     prepare_experts,
     prepare_gate_up,
     prepare_head,
+    preparing,
+    preparing_gate_up,
+    preparing_head,
     project,
     rms_norm,
     route,
@@ -36,7 +39,7 @@ from .dispatch import (
 )
 from .gemm import Weight
 from .native_step import NativeStep, StepBatch, StepLayer, StepOutput, StepShape
-from .packed import PackedWeight
+from .packed import PackedWeight, Pieces, drain
 from .sampling import Draw, DrawArrays, Rule, top_of
 
 __all__ = [
@@ -48,6 +51,7 @@ __all__ = [
     "NativeStep",
     "PackedWeight",
     "Pair",
+    "Pieces",
     "Plan",
     "QuerySpan",
     "Rule",
@@ -59,6 +63,7 @@ __all__ = [
     "add",
     "add_rms_norm",
     "attention",
+    "drain",
     "draw",
     "experts",
     "explain",
@@ -73,6 +78,9 @@ __all__ = [
     "prepare_experts",
     "prepare_gate_up",
     "prepare_head",
+    "preparing",
+    "preparing_gate_up",
+    "preparing_head",
     "project",
     "rms_norm",
     "route",

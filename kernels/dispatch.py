@@ -27,11 +27,12 @@ from .native_ops import Ops, PagedPlan
 from .native_ops import plan_attention as plan_paged
 from .packed import (
     PackedWeight,
-    pack,
-    pack_gate_up,
+    Pieces,
+    drain,
     packed_gate_up,
     packed_linear,
     packed_linear_float,
+    packing,
 )
 from .sampling import Draw, DrawArrays, Rule
 
@@ -109,19 +110,12 @@ def use_level(name: str) -> Iterator[None]:
 
 def prepare(weight: Weight) -> Linear:
     """A copy of `weight` in the form that this level multiplies; its tensors may be a file's map."""
-    ops = _chosen.ops()
-    if ops is None or _needs_torch(weight):
-        return _copied(weight)
-    return pack(weight, ops.library)
+    return drain(preparing(weight))
 
 
 def prepare_gate_up(gate: Weight, up: Weight) -> GateUp:
     """Gate and up of one MLP, together."""
-    ops = _chosen.ops()
-    is_mixed = gate.kind != up.kind  # a file may keep one of them unquantised
-    if ops is None or is_mixed or _needs_torch(gate) or _needs_torch(up):
-        return Pair(_copied(gate), _copied(up))
-    return pack_gate_up(gate, up, ops.library)
+    return drain(preparing_gate_up(gate, up))
 
 
 def prepare_head(head: torch.Tensor) -> Linear:
@@ -129,9 +123,34 @@ def prepare_head(head: torch.Tensor) -> Linear:
 
     torch has no bf16 product with float32 output on a CPU, so there the head is held in float32.
     """
+    return drain(preparing_head(head))
+
+
+def preparing(weight: Weight) -> Pieces[Linear]:
+    """`prepare`, in pieces of a few milliseconds (by torch: in one)."""
+    ops = _chosen.ops()
+    if ops is None or _needs_torch(weight):
+        yield
+        return _copied(weight)
+    return (yield from packing((weight,), ops.library))
+
+
+def preparing_gate_up(gate: Weight, up: Weight) -> Pieces[GateUp]:
+    """`prepare_gate_up`, in pieces."""
+    ops = _chosen.ops()
+    is_mixed = gate.kind != up.kind  # a file may keep one of them unquantised
+    if ops is None or is_mixed or _needs_torch(gate) or _needs_torch(up):
+        yield
+        return Pair(_copied(gate), _copied(up))
+    return (yield from packing((gate, up), ops.library))
+
+
+def preparing_head(head: torch.Tensor) -> Pieces[Linear]:
+    """`prepare_head`, in pieces."""
     if _chosen.ops() is None:
-        return Weight(head.float(), torch.float32)
-    return prepare(Weight(head, head.dtype))
+        yield
+        return Weight(head.to(torch.float32, copy=True), torch.float32)
+    return (yield from preparing(Weight(head, head.dtype)))
 
 
 @dataclass(frozen=True)

@@ -234,6 +234,11 @@ class NativeStep:
             routes,
         )
 
+    def take_memory(self, other: "NativeStep") -> None:
+        """Go on with the memory of another, which runs no more: fresh pages would cost the first
+        step of new weights more than all else of a flip."""
+        self._memory, self._rooms = other._memory, other._rooms
+
     def _room(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Memory for an output, the same one as long as it is large enough: fresh pages of a step's
         logits would cost as much as drawing from them."""

@@ -5,14 +5,19 @@ M rows, N outputs, K inputs, T bf16 or float32.
 """
 
 import ctypes
+from collections.abc import Generator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from . import native
 from .gemm import Weight
 
+T = TypeVar("T")
 LANES = 16
+# of a weight, packed without coming back
+PIECE_BYTES = 4 << 20
 # of columns beyond K, and of an AMX tile
 K_MULTIPLE = 32
 BLOCK = 128
@@ -71,7 +76,7 @@ def pack(weight: Weight, library: ctypes.CDLL | None = None) -> PackedWeight:
     expanded here. Activations are not quantised: W8A8 has another product.
     Raises NotImplementedError for W8A8, and where the level is torch.
     """
-    return _pack((weight,), library)
+    return drain(packing((weight,), library))
 
 
 def pack_gate_up(gate: Weight, up: Weight, library: ctypes.CDLL | None = None) -> PackedWeight:
@@ -79,12 +84,7 @@ def pack_gate_up(gate: Weight, up: Weight, library: ctypes.CDLL | None = None) -
 
     Raises ValueError if they differ in those; NotImplementedError as `pack`.
     """
-    if (gate.data.shape, gate.dtype, gate.kind) != (up.data.shape, up.dtype, up.kind):
-        raise ValueError(
-            f"gate {tuple(gate.data.shape)} {gate.kind} and up {tuple(up.data.shape)} {up.kind} "
-            "must be of one shape, type and format"
-        )
-    return _pack((gate, up), library)
+    return drain(packing((gate, up), library))
 
 
 def packed_linear(x: torch.Tensor, packed: PackedWeight) -> torch.Tensor:
@@ -137,32 +137,60 @@ def _linear(x: torch.Tensor, packed: PackedWeight, output: int) -> torch.Tensor:
     return out
 
 
-def _pack(weights: tuple[Weight, ...], library: ctypes.CDLL | None) -> PackedWeight:
+Pieces = Generator[None, None, T]
+"""Work in pieces of a few milliseconds; the result is its value."""
+
+
+def drain(pieces: Generator[object, None, T]) -> T:
+    """Do all of it now."""
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
+
+
+def packing(
+    weights: tuple[Weight, ...], library: ctypes.CDLL | None = None
+) -> Pieces[PackedWeight]:
+    """`pack` of one weight, `pack_gate_up` of two, in pieces; the first raises what those raise."""
     library = library or native.library()
     if library is None:
         raise NotImplementedError("packed weights need the C++ library; this level is torch")
     if any(w.activations != "none" and w.scale is not None for w in weights):
         raise NotImplementedError("W8A8 weights have a product of their own")
+    if len({(w.data.shape, w.dtype, w.kind) for w in weights}) > 1:
+        gate, up = weights
+        raise ValueError(
+            f"gate {tuple(gate.data.shape)} {gate.kind} and up {tuple(up.data.shape)} {up.kind} "
+            "must be of one shape, type and format"
+        )
     declare(library)
     first = weights[0]
     n, k = first.data.shape
     chosen = _format(weights)
     stored = [w.expanded() if chosen in (FLOAT32, BF16) else w.data for w in weights]
     tiles, width = -(-n // LANES), k if chosen == FLOAT32 else -(-k // K_MULTIPLE) * K_MULTIPLE
-    data = aligned_bytes(len(weights) * tiles * width * LANES * _BYTES[chosen])
+    tile_bytes = width * LANES * _BYTES[chosen]
+    data = aligned_bytes(len(weights) * tiles * tile_bytes)
+    at_once = max(1, PIECE_BYTES // tile_bytes)
     for i, tensor in enumerate(stored):
         tensor = tensor.contiguous()
-        library.everstep_pack(
-            chosen,
-            tensor.data_ptr(),
-            n,
-            k,
-            k,
-            data.data_ptr(),
-            len(weights),
-            i,
-            torch.get_num_threads(),
-        )
+        for tile in range(0, tiles, at_once):
+            row = tile * LANES
+            library.everstep_pack(
+                chosen,
+                tensor.data_ptr() + row * k * _BYTES[chosen],
+                min(at_once * LANES, n - row),
+                k,
+                k,
+                data.data_ptr() + len(weights) * tile * tile_bytes,
+                len(weights),
+                i,
+                torch.get_num_threads(),
+            )
+            yield
     scale = None
     if chosen in (FP8_BLOCK, FP8_CHANNEL):
         scale = _interleave([_tile_scales(w, chosen, tiles) for w in weights])

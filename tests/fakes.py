@@ -6,14 +6,25 @@ the first row that reads it, not by a wrong token much later.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 from msgspec import Struct
 
 from everstep.engine.config import ResolvedKV
-from everstep.engine.messages import Add, FromCore, RolloutTokens, StateChanged, Tokens
+from everstep.engine.errors import WeightsRefused
+from everstep.engine.messages import (
+    Add,
+    FromCore,
+    KVChanged,
+    RolloutTokens,
+    Stage,
+    StageReport,
+    StateChanged,
+    Tokens,
+)
 from everstep.engine.plan import Row, RowResult, Sampled, StepPlan, StepResult
-from everstep.engine.rollout import SAMPLED, Rollout, RolloutState, SamplingParams
+from everstep.engine.rollout import SAMPLED, KVState, Rollout, RolloutState, SamplingParams
+from everstep.engine.swap import Part
 
 ROUTING_RECORD = 2
 """Bytes of routing ids per token; the weights take four times as many."""
@@ -221,13 +232,19 @@ class FakeRunner:
             assert slot is not None, f"{where}: never computed"
             assert slot != POISON, f"{where}: poisoned"
             assert slot.token == row.all_ids[position], f"{where}: another token's KV"
-            expected = fingerprint("kv", context, slot.token, slot.digest)
-            assert slot.context == expected, f"{where}: KV of another context"
             if own.get(position) != slot.context:
+                expected = fingerprint("kv", context, slot.token, slot.digest)
+                assert slot.context == expected, f"{where}: KV of another context"
                 assert slot.digest == self.digest, f"{where}: shared KV of weights {slot.digest}"
                 own[position] = slot.context
             context = slot.context
         return context
+
+    def digests(self, row: Row) -> list[str]:
+        """Of the weights that made the KV which a row reads, by position."""
+        slots = (self._slot(row, position) for position in range(row.start))
+        found = [block[offset] for block, offset in slots]
+        return [slot.digest for slot in found if slot is not None]
 
     def _compute(self, row: Row, context: int) -> None:
         own = self._own[row.rollout_id]
@@ -242,6 +259,42 @@ class FakeRunner:
             for position in range(row.start, row.start + len(row.token_ids)):
                 slots, offset = self._slot(row, position)
                 slots[offset] = POISON
+
+
+class FakeWeights(Struct):
+    """A version that was staged."""
+
+    version: int
+    digest: str
+
+
+class FakeStager:
+    """Stages whatever a path says, `DIGEST`, or `DIGEST!TENSOR`: refused, naming that tensor."""
+
+    def __init__(self, runner: FakeRunner, *, num_pieces: int = 3) -> None:
+        self.runner = runner
+        self.num_pieces = num_pieces
+
+    def stage(self, order: Stage) -> Generator[Part, None, tuple[FakeWeights, StageReport]]:
+        digest, _, tensor = order.path.partition("!")
+        for done in range(self.num_pieces):
+            yield "read", done, self.num_pieces
+        if tensor:
+            raise WeightsRefused(f"{tensor} is not what was published", tensor=tensor)
+        if order.digest and order.digest != digest:
+            raise WeightsRefused(f"digest {digest}, expected {order.digest}")
+        report = StageReport(
+            num_bytes=1, seconds=0.0, busy_seconds=0.0, slices=0, longest_slice_s=0.0
+        )
+        return FakeWeights(order.version, digest), report
+
+    def flip(self, prepared: FakeWeights) -> Generator[None, None, None]:
+        self.runner.set_version(prepared.version, prepared.digest)
+        return self._give_back()
+
+    def _give_back(self) -> Generator[None, None, None]:
+        for _ in range(self.num_pieces):
+            yield
 
 
 def _add_extras(sampled: Sampled, sampling: SamplingParams) -> None:
@@ -261,6 +314,7 @@ class FakeFront:
     def __init__(self) -> None:
         self.rollouts: dict[str, Rollout] = {}
         self.adds: dict[str, Add] = {}
+        self.kv: dict[str, KVState] = {}
 
     def add(self, add: Add) -> Rollout:
         """Note a rollout as it is handed to a core."""
@@ -283,6 +337,8 @@ class FakeFront:
             if isinstance(message, StateChanged):
                 for rollout_id, state in message.moves:
                     self.rollouts[rollout_id].move(RolloutState(state))
+            elif isinstance(message, KVChanged):
+                self.kv.update(message.moves)
             elif isinstance(message, Tokens):
                 for tokens in message.each():
                     self._receive_tokens(self.rollouts[tokens.rollout_id], tokens, message.version)

@@ -26,6 +26,7 @@ WORDS = {
     "journal_ops",
     "json_keys",
     "log",
+    "manifest",
     "messages",
     "metrics",
     "plan",
@@ -44,6 +45,7 @@ BOOKS = {
     "block_pool",
     "collector",
     "detokenizer",
+    "flipping",
     "holdings",
     "hub",
     "kv_cache",
@@ -72,6 +74,7 @@ BOOKS = {
     "restart",
     "roster",
     "scheduler",
+    "swap",
     "tokenizer",
     "transfer",
 }

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 import msgspec
 
 from everstep.engine.config import BatchConfig, OnPause, ResolvedKV
-from everstep.engine.messages import Add, FromCore, Meter, Tokens
+from everstep.engine.messages import Add, FromCore, KVPolicy, Meter, Tokens
 from everstep.engine.plan import Row, StepPlan
 from everstep.engine.rollout import Rollout, RolloutState, SamplingParams
 from everstep.engine.scheduler import Scheduler
@@ -131,12 +131,26 @@ class Arena:
             if in_flight is not None:
                 in_flight()
             if plan.has_work:
-                self.receive(self.scheduler.commit(plan, self.runner.run(plan)))
+                result = self.runner.run(plan)
+                read = {r.rollout_id: self.runner.digests(r) for r in plan.rows if r.samples}
+                self.receive(self.scheduler.commit(plan, result))
+                self._check_kv(read)
             else:
                 assert in_flight or not self.scheduler.has_unpaused
                 self.settle()
             self.scheduler.check_invariants()
         return self.plans[-1]
+
+    def _check_kv(self, read: dict[str, list[str]]) -> None:
+        """What rows that drew had read is what the front was told of their KV."""
+        now = self.runner.digest
+        for rollout_id, digests in read.items():
+            match self.front.kv.get(rollout_id, "computed"):
+                case "computed":
+                    assert set(digests) <= {now}, f"{rollout_id}: not computed by {now}: {digests}"
+                case "recompute-prompt":
+                    prompt = digests[: len(self.rollout(rollout_id).prompt_ids)]
+                    assert set(prompt) <= {now}, f"{rollout_id}: prompt not by {now}: {digests}"
 
     def run(self, max_steps: int = 3000) -> int:
         """Steps until nothing unpaused is left; returns their number."""
@@ -195,9 +209,11 @@ class Arena:
                 self.front.check(rollout_id, VOCAB_SIZE)
         self.scheduler.check_invariants()
 
-    def flip(self, version: int) -> None:
-        self.runner.set_version(version, f"v{version}")
-        self.scheduler.set_version(f"v{version}")
+    def flip(self, version: int, policy: KVPolicy = "keep") -> None:
+        """Flipping to the weights that serve is not for a core to see: the manager answers."""
+        if version != self.runner.version:
+            self.runner.set_version(version, f"v{version}")
+            self.scheduler.flip(f"v{version}", policy)
         self.scheduler.check_invariants()
 
     def finish(self) -> None:

@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from everstep.engine.checkpoint import (
     Checkpoint,
     StoredLinear,
-    combine_digests,
     dequantize,
     tensor_digest,
 )
 from everstep.engine.errors import CheckpointError
 from everstep.engine.expected_tensors import expected_tensors
 from everstep.engine.make_checkpoint import make_checkpoint
+from everstep.engine.manifest import combine_digests
 from everstep.engine.quant_format import is_ignored
 
 EXPERT = "model.layers.1.mlp.experts.3.up_proj"

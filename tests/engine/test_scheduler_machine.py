@@ -1,6 +1,7 @@
 """The scheduler against its model: every rollout ends with the tokens it has when it runs alone."""
 
 import random
+from typing import get_args
 
 import hypothesis.strategies as st
 import msgspec
@@ -9,12 +10,14 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from everstep.engine.config import BatchConfig, ResolvedKV
-from everstep.engine.messages import Add
+from everstep.engine.messages import Add, KVPolicy
 from everstep.engine.rollout import SamplingParams
 
 from ..fakes import FakeFront
 from ..strategies import MAX_MODEL_LEN, POOLS, TEXTS, VOCAB_SIZE, arrivals, batches, caches
 from .arena import Arena, make_batch, make_kv
+
+POLICIES: tuple[KVPolicy, ...] = get_args(KVPolicy)
 
 
 def with_tokens(add: Add, share: float) -> Add:
@@ -79,10 +82,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     def resume_all(self) -> None:
         self.arena.scheduler.resume()
 
-    @rule(version=st.integers(1, 2))
-    def flip(self, version: int) -> None:
+    @rule(version=st.integers(1, 3), policy=st.sampled_from(POLICIES))
+    def flip(self, version: int, policy: KVPolicy) -> None:
         """Forward, back, or to the same weights."""
-        self.arena.flip(version)
+        self.arena.flip(version, policy)
 
     @rule(
         pool=st.sampled_from(POOLS[1:]), more=st.none() | st.integers(-2, 12), is_anew=st.booleans()
@@ -176,7 +179,7 @@ def storm(seed: int, num_acts: int = 50) -> Arena:
                 arena.step()
                 arena.scheduler.resume()
             case 6:
-                arena.flip(rng.randint(1, 2))
+                arena.flip(rng.randint(1, 3), rng.choice(POLICIES))
             case 7:
                 call = rng.choice([arena.cancel, arena.scheduler.pause])
                 arena.step(in_flight=lambda call=call, some=some: call(some))

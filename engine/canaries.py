@@ -1,0 +1,217 @@
+"""Canaries: sequences that a trainer has scored, scored again by the engine in weights that do not
+serve yet. Bytes may be right and mean something else (gate for up, a scale that was forgotten);
+what the trainer's model says of a sequence, the engine's must say too.
+
+Shapes: T tokens, H hidden, V vocabulary.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ..kernels import Pieces, QuerySpan, drain, log_softmax, rms_norm
+from . import model
+from .errors import WeightsRefused
+from .manifest import Canary, signs
+from .model import KernelOperations, KVStore
+from .rotary import rotary_tables
+from .weights import Weights
+
+Floats = npt.NDArray[np.float32]
+BLOCK = 16
+# tokens of one piece: a layer's pass over them, or their logits
+CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What correct weights stay below.
+
+    max_delta, mean_delta  of |lp − the trainer's lp|, over all canary tokens
+    fingerprint            of |f − the trainer's f| at any position of a layer, over the layer's rms
+    """
+
+    max_delta: float
+    mean_delta: float
+    fingerprint: float
+
+
+# By T and by how linear layers are stored and run.
+BOUNDS: dict[tuple[torch.dtype, str], Bounds] = {
+    (torch.float32, "plain"): Bounds(max_delta=2e-3, mean_delta=2e-4, fingerprint=2e-3),
+    (torch.bfloat16, "plain"): Bounds(max_delta=1.0, mean_delta=0.1, fingerprint=0.5),
+    (torch.float32, "fp8"): Bounds(max_delta=1.5, mean_delta=0.2, fingerprint=0.75),
+    (torch.bfloat16, "fp8"): Bounds(max_delta=1.5, mean_delta=0.2, fingerprint=0.75),
+    (torch.float32, "w8a8"): Bounds(max_delta=3.0, mean_delta=0.3, fingerprint=1.0),
+    (torch.bfloat16, "w8a8"): Bounds(max_delta=3.0, mean_delta=0.3, fingerprint=1.0),
+}
+
+
+def bounds_of(weights: Weights) -> Bounds:
+    """Those of weights in the form in which they are run."""
+    kind = "plain" if weights.formats == "plain" else "fp8"
+    return BOUNDS[weights.dtype, "w8a8" if "-w8a8-" in weights.formats else kind]
+
+
+@dataclass
+class Score:
+    """What weights say of a sequence.
+
+    lp            ln p of each output token
+    fingerprints  (T,) float32 after each layer
+    reached       (MoE layer, expert) pairs that a token was sent to
+    """
+
+    lp: list[float] = field(default_factory=list)
+    fingerprints: list[Floats] = field(default_factory=list)
+    reached: set[tuple[int, int]] = field(default_factory=set)
+
+
+def scoring(
+    weights: Weights,
+    ids: Sequence[int],
+    num_prompt: int,
+    tables: tuple[torch.Tensor, torch.Tensor],
+) -> Pieces[Score]:
+    """Teacher forcing: a layer over at most `CHUNK` tokens in a piece. The bits are those of any
+    other pass (kernels are row-invariant)."""
+    config = weights.config
+    num_blocks = 1 + -(-len(ids) // BLOCK)
+    store = KVStore.empty(config, num_blocks * BLOCK, weights.dtype)
+    direction = torch.tensor(signs(config.hidden_size), dtype=torch.float32)
+    direction /= math.sqrt(config.hidden_size)
+    parts: list[list[Floats]] = [[] for _ in weights.layers]
+    score = Score()
+    for start in range(0, len(ids), CHUNK):
+        end = min(start + CHUNK, len(ids))
+        span = QuerySpan(0, start, end - start, list(range(1, num_blocks)))
+        plan = model.plan_step(config, [span], BLOCK)
+        ops = KernelOperations(config, store, plan, tables)
+        x = weights.embedding[torch.tensor(ids[start:end])]
+        num_moe = 0
+        for index, layer in enumerate(weights.layers):
+            with torch.inference_mode():
+                x, routes = model.run_layer(ops, layer, x, index)
+                parts[index].append((x.float() @ direction).numpy().astype(np.float32))
+            if routes is not None:
+                chosen = set(routes.ids.reshape(-1).tolist())
+                score.reached |= {(num_moe, expert) for expert in chosen}
+                num_moe += 1
+            yield
+        with torch.inference_mode():
+            score.lp += _logprobs(weights, x, ids, max(start, num_prompt - 1), start, end)
+        yield
+    score.fingerprints = [np.concatenate(chunks) for chunks in parts]
+    return score
+
+
+def _logprobs(
+    weights: Weights, x: torch.Tensor, ids: Sequence[int], first: int, start: int, end: int
+) -> list[float]:
+    """Of the tokens that positions `first` … end − 1 predict; x is of `start` … end − 1."""
+    end = min(end, len(ids) - 1)
+    if first >= end:
+        return []
+    hidden = rms_norm(x[first - start : end - start], weights.norm, weights.config.rms_norm_eps)
+    lp = log_softmax(model.logits(weights, hidden))
+    targets = torch.tensor(ids[first + 1 : end + 1])
+    found: list[float] = lp.gather(1, targets.unsqueeze(1))[:, 0].tolist()
+    return found
+
+
+def make_canary(
+    weights: Weights, ids: Sequence[int], num_prompt: int, *, fingerprints: bool = True
+) -> Canary:
+    """What a trainer that runs this engine's kernels says of a sequence."""
+    tables = rotary_tables(weights.config, len(ids), torch.float32)
+    score = drain(scoring(weights, ids, num_prompt, tables))
+    found = [one.astype("<f4").tobytes() for one in score.fingerprints]
+    return Canary(
+        ids=list(ids),
+        num_prompt=num_prompt,
+        lp=score.lp,
+        fingerprints=found if fingerprints else None,
+    )
+
+
+class Comparison:
+    """Scores against a manifest's canaries, one after another."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._config = weights.config
+        self._num_moe = weights.num_moe_layers
+        self.bounds = bounds_of(weights)
+        self._deltas: list[float] = []
+        self._reached: set[tuple[int, int]] = set()
+        self._has_fingerprints = False
+        self._worst: list[float] = [0.0] * len(weights.layers)
+
+    def check(self, canary: Canary) -> str | None:
+        """Why it cannot be scored here, or None."""
+        if max(canary.ids) >= self._config.vocab_size:
+            return f"token id {max(canary.ids)} is outside the vocabulary"
+        prints = canary.fingerprints
+        if prints is not None and len(prints) != len(self._worst):
+            return f"{len(prints)} fingerprints for {len(self._worst)} layers"
+        return None
+
+    def add(self, canary: Canary, score: Score) -> None:
+        self._deltas += [abs(a - b) for a, b in zip(score.lp, canary.lp, strict=True)]
+        self._reached |= score.reached
+        self._has_fingerprints |= canary.fingerprints is not None
+        for layer, data in enumerate(canary.fingerprints or ()):
+            expected = np.frombuffer(data, dtype="<f4").astype(np.float64)
+            scale = max(float(np.sqrt(np.mean(expected**2))), 1e-30)
+            delta = np.abs(score.fingerprints[layer].astype(np.float64) - expected) / scale
+            worst = float(np.max(delta))
+            # a comparison with NaN is false: what is no number is the worst there is
+            self._worst[layer] = max(self._worst[layer], worst if worst == worst else math.inf)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self._deltas)
+
+    @property
+    def max_delta(self) -> float:
+        values = [d if d == d else math.inf for d in self._deltas]
+        return max(values, default=0.0)
+
+    @property
+    def mean_delta(self) -> float:
+        values = [d if d == d else math.inf for d in self._deltas]
+        return sum(values) / len(values) if values else 0.0
+
+    @property
+    def experts_reached(self) -> float | None:
+        """Share of all routed experts; None if there are none."""
+        count = self._num_moe * self._config.num_experts
+        return len(self._reached) / count if count else None
+
+    def judge(self, version: int) -> None:
+        """Raise WeightsRefused naming the first layer that differs, where fingerprints tell."""
+        bounds = self.bounds
+        first = next((i for i, w in enumerate(self._worst) if not w <= bounds.fingerprint), None)
+        is_far = not (self.max_delta <= bounds.max_delta and self.mean_delta <= bounds.mean_delta)
+        if first is None and not is_far:
+            return
+        said = (
+            f"version {version}: canaries: logprobs differ from the trainer's by {self.max_delta:.3g} "
+            f"at most, {self.mean_delta:.3g} on average (bounds {bounds.max_delta:g} and "
+            f"{bounds.mean_delta:g})"
+        )
+        if first is not None:
+            raise WeightsRefused(
+                f"{said}; the first layer that differs is layer {first}: its fingerprint is off by "
+                f"{self._worst[first]:.3g} (bound {bounds.fingerprint:g})",
+                layer=first,
+            )
+        if self._has_fingerprints:
+            layer = len(self._worst)
+            raise WeightsRefused(
+                f"{said}; no layer differs: the final norm or the head", layer=layer
+            )
+        raise WeightsRefused(said)
