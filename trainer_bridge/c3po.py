@@ -10,36 +10,18 @@ It has no clock, does no I/O and draws nothing, so the same events give the same
 contradicts what is known raises and changes nothing.
 """
 
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import assert_never
 
 import msgspec
 
-from ..engine.errors import ConfigError, Conflict, IllegalState, LedgerError
+from ..engine.errors import ConfigError, IllegalState, LedgerError
 from . import c3po_words as words
 from .c3po_config import C3poConfig
-from .c3po_words import (
-    Abandoned,
-    Command,
-    Ending,
-    Held,
-    Live,
-    Open,
-    Phase,
-    Purge,
-    PurgeReason,
-    Sample,
-    Span,
-    Stop,
-    Submit,
-    Train,
-    TrainGroup,
-    TrainSample,
-    Waiting,
-)
-from .ledger import Account, Books, Ledger
+from .c3po_samples import Samples
+from .c3po_words import Command, Ending, Held, Live, Open, Phase, Sample, Stop, Submit, Train
+from .ledger import Books
 
 
 class C3po:
@@ -54,58 +36,56 @@ class C3po:
         """Of the weights that serve, as `trained` said last."""
         self.counted = 0
         """C: what counts against Φ in this iteration."""
-        self.num_abandoned = 0
         self.last_books: Books | None = None
+        """Of the last iteration that closed."""
         self._is_stream_ended = False
-        self._num_accepted = 0
-        self._stream: deque[Waiting] = deque()
-        self._pool: dict[Sample, Live] = {}
-        # every prompt that is neither delivered nor abandoned, with its finished members by index
-        self._hold: dict[str, dict[int, Held]] = {}
-        self._complete: list[str] = []
-        self._leaving: dict[Sample, Account] = {}
-        self._purges: list[Purge] = []
-        self._ledger = Ledger()
+        self._samples = Samples(group=config.group, max_reissues=config.max_reissues)
 
     # what is known ------------------------------------------------------------------------------
 
     @property
     def pool(self) -> Mapping[Sample, Live]:
         """P, in admission order."""
-        return MappingProxyType(self._pool)
+        return MappingProxyType(self._samples.pool)
 
     @property
     def hold(self) -> Mapping[str, Mapping[int, Held]]:
         """Prompts under way and what is finished of them."""
-        return MappingProxyType(self._hold)
+        return MappingProxyType(self._samples.hold)
 
     @property
     def stream(self) -> Sequence[Sample]:
-        return [waiting.sample for waiting in self._stream]
+        return [waiting.sample for waiting in self._samples.stream]
+
+    @property
+    def num_abandoned(self) -> int:
+        """Prompts given up so far."""
+        return self._samples.num_abandoned
 
     @property
     def wants_prompts(self) -> int:
         """How many prompts `extend` should bring, so that the pool can be filled once over."""
         if self._is_stream_ended:
             return 0
-        return max(0, -(-(self.config.capacity - len(self._stream)) // self.config.group))
+        missing = self.config.capacity - len(self._samples.stream)
+        return max(0, -(-missing // self.config.group))
 
     @property
     def books(self) -> Books:
         """The iteration so far."""
-        return self._ledger.row(self.iteration)
+        return self._samples.ledger.row(self.iteration)
 
     @property
     def total(self) -> Books:
         """The run so far."""
-        return self._ledger.total(self.iteration)
+        return self._samples.ledger.total(self.iteration)
 
     def outstanding(self) -> list[Command]:
         """What a driver that was restarted carries out again; every one of them is idempotent."""
-        again: list[Command] = [*self._purges]
+        again: list[Command] = [*self._samples.purges]
         if self.phase in ("open", "stopping"):
             again.append(self._open())
-        again += [Submit(sample) for sample in self._pool]
+        again += [Submit(sample) for sample in self._samples.pool]
         if self.phase == "stopping":
             again.append(Stop(self.iteration))
         elif self.phase == "training":
@@ -139,17 +119,9 @@ class C3po:
 
     def extend(self, prompts: Iterable[str]) -> list[Command]:
         """More prompts at the tail of the stream. Raises Conflict for one that is under way."""
-        prompts = list(prompts)
         if self._is_stream_ended:
             raise IllegalState("the stream has ended: no prompt may follow")
-        seen = {sample.prompt for sample in self._leaving}
-        for prompt in prompts:
-            if prompt in self._hold or prompt in seen:
-                raise Conflict(f"prompt {prompt!r} is under way; a second epoch needs another name")
-            seen.add(prompt)
-        for prompt in prompts:
-            self._hold[prompt] = {}
-            self._stream.extend(Waiting(Sample(prompt, i)) for i in range(self.config.group))
+        self._samples.extend(list(prompts))
         return self._fill()
 
     def end_stream(self) -> list[Command]:
@@ -164,7 +136,10 @@ class C3po:
         if self._is_finished:
             self.phase = "done"
             return [words.Done()]
-        commands = self._purge_by_lag() + self._purge_by_age()
+        commands: list[Command] = []
+        if self.config.max_lag is not None and self.version is not None:
+            commands += self._samples.purge_by_lag(self.version - self.config.max_lag)
+        commands += self._samples.purge_by_age(self.config.retention)
         self.counted = 0
         self.phase = "open"
         return [*commands, self._open(), *self._fill()]
@@ -184,10 +159,7 @@ class C3po:
                 f"iteration {self.iteration}: {sample} brings the tokens to "
                 f"{self.counted + count}, beyond the budget of {self.config.budget}"
             )
-        if sample in self._leaving:
-            self._ledger.post(count, Account.SAMPLED, self._leaving[sample])
-        else:
-            self._grow(self._live(sample), count, version)
+        self._samples.grow(sample, count, version)
         self.counted += count * is_counted
         return self._stop_if_spent()
 
@@ -197,24 +169,18 @@ class C3po:
         stop, length: it is held for its group. abort, error: another attempt takes its place at
         the head of the stream. Raises LedgerError if `length` is not what was counted.
         """
-        if self._leaving.pop(sample, None) is not None:
+        if self._samples.leaving.pop(sample, None) is not None:
             return []
-        live = self._live(sample)
+        live = self._samples.live(sample)
         if length != live.length:
             raise LedgerError(
                 f"iteration {self.iteration}: {sample} ended with {length} tokens, "
                 f"counted are {live.length}"
             )
         if reason in ("abort", "error"):
-            return self._failed(live, reason)
+            return self._samples.fail(sample, is_cancelled=reason == "abort") + self._fill()
         self._expect(f"the end of {sample}", "open", "stopping")
-        del self._pool[sample]
-        members = self._hold[sample.prompt]
-        members[sample.index] = Held(sample, live.spans, live.losses)
-        if len(members) == self.config.group:
-            self._complete.append(sample.prompt)
-        self._ledger.post(length, Account.CARRIED, Account.HELD)
-        self._num_accepted += 1
+        self._samples.finish(sample)
         if self.config.mode == "completed":
             self.counted += length
         return self._stop_if_spent() or self._fill()
@@ -226,37 +192,18 @@ class C3po:
         drawn anew, crashes, which meet long rollouts most, would favour short ones. Raises
         IllegalState for a member of a group that the trainer has been given.
         """
-        if self._leaving.pop(sample, None) is not None:
+        if self._samples.leaving.pop(sample, None) is not None:
             return []
-        held = self._hold.get(sample.prompt, {}).get(sample.index)
-        if held is not None and held.sample == sample:
-            if self.phase == "training" and sample.prompt in self._complete:
-                raise IllegalState(f"{sample} cannot be lost: its group is with the trainer")
-            del self._hold[sample.prompt][sample.index]
-            if sample.prompt in self._complete:
-                self._complete.remove(sample.prompt)
-            self._num_accepted -= 1
-            source, losses, length = Account.HELD, held.losses, held.length
-        else:
-            live = self._live(sample)
-            del self._pool[sample]
-            source, losses, length = Account.CARRIED, live.losses, live.length
-        waiting = Waiting(sample, losses + 1)
-        if self._may_issue(waiting):
-            self._ledger.post(length, source, Account.REGENERATED)
-            self._stream.appendleft(waiting)
-            return self._fill()
-        self._ledger.post(length, source, Account.CANCELLED)
-        return self._abandon(sample, f"lost {losses + 1} times") + self._fill()
+        if self.phase == "training" and sample.prompt in self._samples.complete:
+            raise IllegalState(f"{sample} cannot be lost: its group is with the trainer")
+        return self._samples.lose(sample) + self._fill()
 
     def settled(self) -> list[Command]:
         """The budget is spent or closed, and every token and ending under it has been told:
         unfinished rollouts age, complete groups go to the trainer (maybe none)."""
         self._expect("settled", "open", "stopping")
-        self._check_books()
-        self._leaving.clear()
-        for live in self._pool.values():
-            live.retention += bool(live.spans)
+        self._samples.check_books(self.iteration)
+        self._samples.age()
         self.phase = "training"
         return [self._train()]
 
@@ -268,14 +215,9 @@ class C3po:
         self._expect("trained", "training")
         if self.version is not None and version < self.version:
             raise IllegalState(f"version {version} after {self.version}: versions never decrease")
-        for prompt in self._complete:
-            members = self._hold.pop(prompt).values()
-            count = sum(held.length for held in members)
-            self._ledger.post(count, Account.HELD, Account.DELIVERED)
-        self._complete.clear()
-        self._purges.clear()
-        self._check_books()
-        self.last_books = self._ledger.close(self.iteration)
+        self._samples.deliver()
+        self._samples.check_books(self.iteration)
+        self.last_books = self._samples.ledger.close(self.iteration)
         self.version = version
         self.iteration += 1
         self.phase = "done" if self._is_finished else "idle"
@@ -285,6 +227,7 @@ class C3po:
 
     def snapshot(self) -> words.C3poState:
         """All of it; shares nothing with the machine."""
+        samples = self._samples
         state = words.C3poState(
             config=self.config,
             phase=self.phase,
@@ -292,72 +235,59 @@ class C3po:
             version=self.version,
             counted=self.counted,
             is_stream_ended=self._is_stream_ended,
-            num_accepted=self._num_accepted,
-            num_abandoned=self.num_abandoned,
-            stream=list(self._stream),
-            pool=list(self._pool.values()),
-            hold=[(prompt, list(members.values())) for prompt, members in self._hold.items()],
-            complete=self._complete,
-            leaving=[(sample, account.value) for sample, account in self._leaving.items()],
-            purges=self._purges,
-            ledger=self._ledger.snapshot(),
+            num_accepted=samples.num_accepted,
+            num_abandoned=samples.num_abandoned,
+            stream=list(samples.stream),
+            pool=list(samples.pool.values()),
+            hold=[(prompt, list(members.values())) for prompt, members in samples.hold.items()],
+            complete=samples.complete,
+            leaving=[(sample, account.value) for sample, account in samples.leaving.items()],
+            purges=samples.purges,
+            ledger=samples.ledger.snapshot(),
             last_books=self.last_books,
         )
-        return msgspec.msgpack.decode(msgspec.msgpack.encode(state), type=words.C3poState)
+        return _copied(state)
 
     @classmethod
     def restore(cls, state: words.C3poState, config: C3poConfig | None = None) -> "C3po":
         """The machine that wrote it, under another config if one is given.
 
-        Raises ConfigError for a newer format, another `mode` in mid-iteration, another `group`;
-        LedgerError if the state does not balance.
+        Raises ConfigError for another format, for another `group` while prompts are under way,
+        for another `mode` or `budget` in mid-iteration; LedgerError if it does not balance.
         """
         if state.format != words.STATE_FORMAT:
             raise ConfigError(
-                f"state has format {state.format}; accepted: {words.STATE_FORMAT} "
-                "(written by another Everstep)"
+                f"format is {state.format}; accepted: {words.STATE_FORMAT} "
+                "(the state was written by another Everstep)"
             )
-        _check_change(state, config or state.config)
-        state = msgspec.msgpack.decode(msgspec.msgpack.encode(state), type=words.C3poState)
-        machine = cls(config or state.config)
+        config = config or state.config
+        machine = cls(config)
+        _check_change(state, config)
+        state = _copied(state)
         machine.phase = state.phase
         machine.iteration = state.iteration
         machine.version = state.version
         machine.counted = state.counted
-        machine.num_abandoned = state.num_abandoned
         machine.last_books = state.last_books
         machine._is_stream_ended = state.is_stream_ended
-        machine._num_accepted = state.num_accepted
-        machine._stream = deque(state.stream)
-        machine._pool = {live.sample: live for live in state.pool}
-        machine._hold = {
-            prompt: {held.sample.index: held for held in members} for prompt, members in state.hold
-        }
-        machine._complete = state.complete
-        machine._leaving = {sample: Account(account) for sample, account in state.leaving}
-        machine._purges = state.purges
-        machine._ledger = Ledger(state.ledger)
-        machine._check_books()
+        machine._samples = Samples.restore(
+            state, group=config.group, max_reissues=config.max_reissues
+        )
+        machine._samples.check_books(state.iteration)
         return machine
 
     # inside -------------------------------------------------------------------------------------
 
     @property
     def _is_finished(self) -> bool:
-        return self._is_stream_ended and not self._hold
+        return self._is_stream_ended and not self._samples.hold
 
     def _open(self) -> Open:
         is_bounded = self.config.mode == "generated"
         return Open(self.iteration, self.config.budget if is_bounded else None)
 
     def _train(self) -> Train:
-        groups = []
-        for prompt in self._complete:
-            members = sorted(self._hold[prompt].values(), key=lambda held: held.sample.index)
-            groups.append(
-                TrainGroup(prompt, tuple(TrainSample(m.sample, tuple(m.spans)) for m in members))
-            )
-        return Train(self.iteration, tuple(groups))
+        return Train(self.iteration, self._samples.groups())
 
     def _expect(self, what: str, *phases: Phase) -> None:
         if self.phase not in phases:
@@ -366,46 +296,28 @@ class C3po:
                 f"{' or '.join(phases)}"
             )
 
-    def _live(self, sample: Sample) -> Live:
-        live = self._pool.get(sample)
-        if live is None:
-            raise IllegalState(f"{sample} is not in the pool of iteration {self.iteration}")
-        return live
-
-    def _grow(self, live: Live, count: int, version: int) -> None:
-        spans = live.spans
-        if spans and version < spans[-1].version:
-            raise IllegalState(
-                f"{live.sample} grew under version {version} after {spans[-1].version}: "
-                "versions never decrease along a rollout"
-            )
-        self._ledger.post(count, Account.SAMPLED, Account.CARRIED)
-        if spans and version == spans[-1].version:
-            spans[-1] = Span(spans[-1].count + count, version)
-        else:
-            spans.append(Span(count, version))
-
     def _fill(self) -> list[Command]:
         """Give free places to the stream; `Stop` if the pool is empty and nothing can come."""
+        if self.phase != "open":
+            return []
+        samples = self._samples
         commands: list[Command] = []
-        while self.phase == "open" and self._stream and self._has_room:
-            waiting = self._stream.popleft()
-            self._pool[waiting.sample] = Live(waiting.sample, [], losses=waiting.losses)
-            commands.append(Submit(waiting.sample))
+        while samples.stream and self._has_room:
+            commands.append(Submit(samples.admit()))
         # what waits behind the admission bound may come in the next iteration
-        if self.phase == "open" and not self._pool and (self._stream or self._is_stream_ended):
+        if not samples.pool and (samples.stream or self._is_stream_ended):
             commands += self._stop()
         return commands
 
     @property
     def _has_room(self) -> bool:
-        config = self.config
-        if len(self._pool) >= config.capacity:
+        config, num_running = self.config, len(self._samples.pool)
+        if num_running >= config.capacity:
             return False
         if config.max_staleness is None or config.consumer_batch is None:
             return True
         bound = (config.max_staleness + self.iteration + 1) * config.consumer_batch
-        return len(self._pool) + self._num_accepted < bound
+        return num_running + self._samples.num_accepted < bound
 
     def _stop_if_spent(self) -> list[Command]:
         is_spent = self.phase == "open" and self.counted >= self.config.budget
@@ -415,118 +327,17 @@ class C3po:
         self.phase = "stopping"
         return [Stop(self.iteration)]
 
-    def _may_issue(self, waiting: Waiting) -> bool:
-        return waiting.sample.attempt + waiting.losses <= self.config.max_reissues
 
-    def _failed(self, live: Live, reason: Ending) -> list[Command]:
-        sample = live.sample
-        del self._pool[sample]
-        waiting = _next_attempt(sample, live.losses)
-        is_regenerated = reason == "error" and self._may_issue(waiting)
-        account = Account.REGENERATED if is_regenerated else Account.CANCELLED
-        self._ledger.post(live.length, Account.CARRIED, account)
-        if not self._may_issue(waiting):
-            why = "was cancelled" if reason == "abort" else "failed"
-            return self._abandon(sample, f"{why}, attempt {sample.attempt}") + self._fill()
-        self._stream.appendleft(waiting)
-        return self._fill()
-
-    def _purge_by_age(self) -> list[Command]:
-        commands: list[Command] = []
-        for live in [v for v in self._pool.values() if v.retention > self.config.retention]:
-            # its group may have been abandoned for a sibling just now
-            if live.sample not in self._pool:
-                continue
-            commands.append(self._purge(live, "age", Account.PURGED))
-            waiting = _next_attempt(live.sample, live.losses)
-            if self._may_issue(waiting):
-                self._stream.append(waiting)
-            else:
-                why = f"purged by age, attempt {live.sample.attempt}"
-                commands += self._abandon(live.sample, why)
-        return commands
-
-    def _purge_by_lag(self) -> list[Command]:
-        """Groups whose oldest token is more than `max_lag` versions old are sampled anew."""
-        if self.config.max_lag is None or self.version is None:
-            return []
-        oldest: dict[str, int] = {}
-        members: list[Live | Held] = [*self._pool.values()]
-        members += (held for found in self._hold.values() for held in found.values())
-        for member in members:
-            if member.spans:
-                prompt, version = member.sample.prompt, member.spans[0].version
-                oldest[prompt] = min(version, oldest.get(prompt, version))
-        commands: list[Command] = []
-        for prompt, version in oldest.items():
-            if self.version - version > self.config.max_lag:
-                commands += self._drop_group(prompt)
-        return commands
-
-    def _drop_group(self, prompt: str) -> list[Command]:
-        """Purge the members of the group that have tokens, and issue them again at the tail."""
-        commands: list[Command] = []
-        waiting: list[Waiting] = []
-        for live in [v for v in self._pool.values() if v.sample.prompt == prompt and v.spans]:
-            commands.append(self._purge(live, "lag", Account.PURGED))
-            waiting.append(_next_attempt(live.sample, live.losses))
-        for held in self._hold[prompt].values():
-            self._ledger.post(held.length, Account.HELD, Account.PURGED)
-            waiting.append(_next_attempt(held.sample, held.losses))
-        self._num_accepted -= len(self._hold[prompt])
-        self._hold[prompt].clear()
-        waiting.sort(key=lambda one: one.sample.index)
-        for one in waiting:
-            if not self._may_issue(one):
-                why = f"purged by lag, attempt {one.sample.attempt - 1}"
-                return commands + self._abandon(one.sample, why)
-        self._stream.extend(waiting)
-        return commands
-
-    def _purge(self, live: Live, reason: PurgeReason, account: Account) -> Purge:
-        del self._pool[live.sample]
-        self._leaving[live.sample] = account
-        self._ledger.post(live.length, Account.CARRIED, account)
-        self._purges.append(Purge(live.sample, reason))
-        return self._purges[-1]
-
-    def _abandon(self, sample: Sample, reason: str) -> list[Command]:
-        """The prompt is given up; what its other members have is cancelled."""
-        prompt = sample.prompt
-        commands: list[Command] = [
-            self._purge(live, "abandoned", Account.CANCELLED)
-            for live in list(self._pool.values())
-            if live.sample.prompt == prompt
-        ]
-        for held in self._hold[prompt].values():
-            self._ledger.post(held.length, Account.HELD, Account.CANCELLED)
-        self._num_accepted -= len(self._hold[prompt])
-        del self._hold[prompt]
-        self._stream = deque(w for w in self._stream if w.sample.prompt != prompt)
-        self.num_abandoned += 1
-        return [*commands, Abandoned(prompt, sample, reason)]
-
-    def _check_books(self) -> None:
-        self._ledger.balance(
-            self.iteration,
-            carried=sum(live.length for live in self._pool.values()),
-            held=sum(held.length for members in self._hold.values() for held in members.values()),
-        )
-
-
-def _next_attempt(sample: Sample, losses: int) -> Waiting:
-    return Waiting(Sample(sample.prompt, sample.index, sample.attempt + 1), losses)
+def _copied(state: words.C3poState) -> words.C3poState:
+    return msgspec.msgpack.decode(msgspec.msgpack.encode(state), type=words.C3poState)
 
 
 def _check_change(state: words.C3poState, config: C3poConfig) -> None:
     """Raise ConfigError for what a run that has begun can no longer change."""
-    config.check()
     fixed = ["group"] if state.hold else []
     if state.phase in ("open", "stopping"):
         fixed += ["mode", "budget"]
     for name in fixed:
         old, new = getattr(state.config, name), getattr(config, name)
         if old != new:
-            raise ConfigError(
-                f"{name} is {new!r}, but the run has begun with it; accepted: {old!r}"
-            )
+            raise ConfigError(f"{name} is {new!r}; accepted: {old!r}, with which the run has begun")

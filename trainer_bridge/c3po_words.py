@@ -111,7 +111,7 @@ class Submit(Struct, tag="submit", frozen=True):
 
 
 class Purge(Struct, tag="purge", frozen=True):
-    """Cancel it in its engine; its tokens are never trained."""
+    """Cancel it in its engine, where it may have ended; its tokens are never trained."""
 
     sample: Sample
     reason: PurgeReason
