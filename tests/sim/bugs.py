@@ -1,0 +1,149 @@
+"""Bugs that only this folder sows: patches of the code under test, each with what it does.
+
+No switch in shipped code. A bug is a function that is given pytest's MonkeyPatch.
+"""
+
+from collections.abc import Callable
+
+import pytest
+from msgspec.structs import replace
+
+from everstep.engine import keeping, manager
+from everstep.engine.collector import Collector
+from everstep.engine.errors import JournalFull
+from everstep.engine.journal_ops import Ack
+from everstep.engine.journal_thread import JournalThread
+from everstep.engine.keeping import Keeper
+from everstep.engine.kv_cache import KVCacheManager
+from everstep.engine.request_keys import RequestKeys
+
+Bug = Callable[[pytest.MonkeyPatch], None]
+
+
+def ack_before_commit(patch: pytest.MonkeyPatch) -> None:
+    """A submission is answered before it is in the journal."""
+
+    async def at_once(self, future):
+        future.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+    patch.setattr(Keeper, "_durable", at_once)
+
+
+def publish_before_commit(patch: pytest.MonkeyPatch) -> None:
+    """Tokens are shown before they are in the journal."""
+    then = Keeper._then
+
+    def early(self, future, call):
+        call()
+        then(self, future, lambda: None)
+
+    patch.setattr(Keeper, "_then", early)
+
+
+def sibling_lost(patch: pytest.MonkeyPatch) -> None:
+    """Recovery brings back only the first sample of a group."""
+    real = manager.bring_back
+
+    async def careless(recovered, *args, **options):
+        live = [rollout for rollout in recovered.live if rollout.index == 0]
+        return await real(replace(recovered, live=live), *args, **options)
+
+    patch.setattr(manager, "bring_back", careless)
+
+
+def version_stamp_dropped(patch: pytest.MonkeyPatch) -> None:
+    """Tokens carry the version of the first weights that a front has seen."""
+    origin_of = Collector._origin_of
+
+    def first(self, message):
+        found = getattr(self, "first_origin", None) or origin_of(self, message)
+        self.first_origin = found
+        return found
+
+    patch.setattr(Collector, "_origin_of", first)
+
+
+def acknowledged_in_vain(patch: pytest.MonkeyPatch) -> None:
+    """Acknowledgements are answered and not written: all is delivered again."""
+    commit = Keeper.commit
+
+    async def forgetful(self, op):
+        if not isinstance(op, Ack):
+            await commit(self, op)
+
+    patch.setattr(Keeper, "commit", forgetful)
+
+
+def tail_lost(patch: pytest.MonkeyPatch) -> None:
+    """A core that is told of a rollout again does not get its last token."""
+    add = Collector._add
+
+    def short(self, growth):
+        message = add(self, growth)
+        message.output_ids = message.output_ids[:-1]
+        return message
+
+    patch.setattr(Collector, "_add", short)
+
+
+def seed_changed(patch: pytest.MonkeyPatch) -> None:
+    """A rollout that goes on at another core draws other noise."""
+    add = Collector._add
+
+    def shifted(self, growth):
+        message = add(self, growth)
+        message.seed += bool(message.output_ids)
+        return message
+
+    patch.setattr(Collector, "_add", shifted)
+
+
+def counter_reset(patch: pytest.MonkeyPatch) -> None:
+    """Derived seeds begin anew after a restart."""
+    recover = Keeper.recover
+
+    async def forgetful(self):
+        recovered = await recover(self)
+        self._number = 0
+        return recovered
+
+    patch.setattr(keeping.Keeper, "recover", forgetful)
+
+
+def key_forgotten(patch: pytest.MonkeyPatch) -> None:
+    """Idempotency-Keys do not survive a restart."""
+    patch.setattr(RequestKeys, "restore", lambda self, keys: None)
+
+
+def stale_prefix(patch: pytest.MonkeyPatch) -> None:
+    """Blocks of old weights are still found by those who run under new ones."""
+    patch.setattr(KVCacheManager, "set_version", lambda self, digest: None)
+
+
+def full_disk_ignored(patch: pytest.MonkeyPatch) -> None:
+    """A commit that found the disk full counts as done."""
+    real = JournalThread._try
+
+    def blind(self, batch):
+        error = real(self, batch)
+        return None if isinstance(error, JournalFull) else error
+
+    patch.setattr(JournalThread, "_try", blind)
+
+
+BUGS: dict[str, Bug] = {
+    bug.__name__: bug
+    for bug in (
+        ack_before_commit,
+        publish_before_commit,
+        sibling_lost,
+        version_stamp_dropped,
+        acknowledged_in_vain,
+        tail_lost,
+        seed_changed,
+        counter_reset,
+        key_forgotten,
+        stale_prefix,
+        full_disk_ignored,
+    )
+}

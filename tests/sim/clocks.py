@@ -1,0 +1,58 @@
+"""The world's clocks, ids and noise while a history runs: all of them follow from its seed."""
+
+import contextlib
+import gc
+import os
+import random
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+from everstep.engine import log
+from everstep.engine.request_keys import RequestKeys
+
+EPOCH_S = 1_800_000_000.0
+
+
+class Wall:
+    """The time of day: it runs with the loop, and jumps when somebody sets it."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
+        self.skew_s = 0.0
+
+    def __call__(self) -> float:
+        return EPOCH_S + self._now() + self.skew_s
+
+
+@contextlib.contextmanager
+def virtual(
+    now: Callable[[], float],
+    wall: Wall,
+    rng: random.Random,
+    on_log: Callable[..., None],
+) -> Iterator[None]:
+    """Time, ids and noise of this process are the simulation's; its log goes to `on_log`."""
+
+    def new_id() -> uuid.UUID:
+        return uuid.UUID(int=rng.getrandbits(128), version=4)
+
+    was_collecting = gc.isenabled()
+    gc.disable()  # what is collected when depends on what ran before
+    defaults: Any = RequestKeys.__init__.__kwdefaults__
+    with (
+        mock.patch.object(time, "time", wall),
+        mock.patch.object(time, "monotonic", now),
+        mock.patch.object(time, "perf_counter", now),
+        mock.patch.object(uuid, "uuid4", new_id),
+        mock.patch.object(os, "urandom", rng.randbytes),
+        mock.patch.object(log, "event", on_log),
+        mock.patch.dict(defaults, clock=wall),
+    ):
+        try:
+            yield
+        finally:
+            if was_collecting:
+                gc.enable()

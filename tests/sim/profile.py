@@ -1,0 +1,112 @@
+"""What a seed draws before it begins: sizes, speeds, and which faults there are at all.
+
+Faults are not all there all the time: a history in which only one kind happens, often, reaches
+states that a mixture of everything never does.
+"""
+
+import random
+
+from msgspec import Struct
+
+from everstep.engine.config import BatchConfig, ResolvedKV
+
+from .core import CoreSettings
+from .front import FrontSettings
+from .network import Quality
+
+FAULTS = (
+    "front killed",
+    "front killed in a commit",
+    "power lost",
+    "power lost in a commit",
+    "core killed",
+    "trainer killed",
+    "client killed",
+    "disk full",
+    "disk slow",
+    "network cut",
+    "clock jumps",
+)
+WISHES = ("pause", "pause all", "cancel", "fork", "move")
+
+
+class Profile(Struct, frozen=True, kw_only=True):
+    """One seed's world.
+
+    span_s      how long faults go on
+    every_s     mean time from one fault to the next
+    faults      those that there are
+    wishes      what the client does besides reading
+    wish_s      mean time from one wish to the next
+    """
+
+    span_s: float
+    every_s: float
+    faults: tuple[str, ...]
+    wishes: tuple[str, ...]
+    wish_s: float
+    is_sqlite: bool
+    durability: str
+    quality: Quality
+    reorder: float
+    told_s: float
+    front: FrontSettings
+    num_jobs: int
+    batch_groups: int
+    train_s: float
+
+    @classmethod
+    def draw(cls, rng: random.Random, *, sqlite_share: float) -> "Profile":
+        faults = [fault for fault in FAULTS if rng.random() < 0.35]
+        durability = rng.choice(["accepts", "accepts", "power", "process"])
+        if durability == "process":
+            # it promises nothing about power
+            faults = [fault for fault in faults if not fault.startswith("power")]
+        wishes = tuple(wish for wish in WISHES if rng.random() < 0.5)
+        # few blocks: they are fought for
+        kv = ResolvedKV(
+            block_size=rng.choice([2, 4]),
+            num_blocks=rng.choice([24, 48, 200]),
+            max_model_len=40,
+            prefix_caching=rng.random() < 0.8,
+            num_parking_blocks=rng.choice([0, 16]),
+            on_pause=rng.choice(["keep", "park", "drop"]),
+        )
+        batch = BatchConfig(
+            max_num_seqs=rng.choice([2, 4, 8]), max_num_batched_tokens=rng.choice([8, 32])
+        )
+        core = CoreSettings(
+            kv=kv,
+            batch=batch,
+            step_s=rng.choice([0.005, 0.02]),
+            start_s=rng.choice([0.02, 0.2]),
+            unlucky=rng.choice([0.0, 0.0, 0.3]),
+        )
+        is_rough = rng.random() < 0.6
+        quality = Quality(
+            delay_s=rng.choice([0.001, 0.005]),
+            late=0.02 if is_rough else 0.0,
+            lost=rng.choice([0.02, 0.1]) if is_rough else 0.0,
+            twice=0.05 if is_rough else 0.0,
+        )
+        return cls(
+            span_s=2.0,
+            every_s=rng.choice([0.1, 0.3, 0.8]),
+            faults=tuple(faults),
+            wishes=wishes,
+            wish_s=rng.choice([0.05, 0.15, 0.4]),
+            is_sqlite=rng.random() < sqlite_share,
+            durability=durability,
+            quality=quality,
+            reorder=rng.choice([0.0, 0.2, 0.7]),
+            told_s=rng.choice([0.0001, 0.002, 0.02]),
+            front=FrontSettings(
+                core=core,
+                commit_s=rng.choice([0.0002, 0.004, 0.02]),
+                compact_s=rng.choice([0.3, 60.0]),
+                max_live=10_000,
+            ),
+            num_jobs=rng.randint(3, 8),
+            batch_groups=rng.randint(1, 3),
+            train_s=rng.choice([0.02, 0.1, 0.4]),
+        )

@@ -1,0 +1,99 @@
+"""A trainer stub: it takes groups, trains on them, and publishes the next version.
+
+What it has consumed and the version are in its checkpoint, which is written whole; a group is
+acknowledged once a checkpoint knows it. Whatever it held besides is lost when it dies.
+"""
+
+import asyncio
+import random
+from typing import Any
+
+from .history import History
+from .loop import Process, SimLoop
+from .network import Network, NoAnswer, Refused
+from .profile import Profile
+
+
+class Trainer:
+    def __init__(
+        self,
+        loop: SimLoop,
+        network: Network,
+        history: History,
+        profile: Profile,
+        rng: random.Random,
+        fronts: tuple[str, ...],
+    ) -> None:
+        self._loop, self._network, self._history = loop, network, history
+        self._profile, self._rng, self._fronts = profile, rng, fronts
+        self.process: Process | None = None
+        self.version = 1
+        self.consumed: dict[str, Any] = {}
+        """The checkpoint: group → what was in it."""
+        self._held: dict[str, Any] = {}
+        self._acknowledged: set[str] = set()
+        """Nothing that the trainer knows: for counting."""
+        self.serving: dict[str, int] = {}
+        """Front → the version that it said it serves."""
+
+    def start(self) -> None:
+        if self.process is None or self.process.is_dead:
+            self.process = Process(self._loop, "trainer")
+            self._held = {}
+            self._network.serve("trainer", self.process, self._handle)
+            self.process.spawn(self._train())
+            for front in self._fronts:
+                self.process.spawn(self._publish(front))
+
+    def crash(self) -> None:
+        if self.process is not None and not self.process.is_dead:
+            self._history.sometimes("trainer crash")
+            self._history.sometimes("trainer crash with groups in hand", bool(self._held))
+            self._history.note("trainer", "crash")
+            self.process.kill()
+            self._loop.outside(0.1 + self._rng.random() * 0.3, self.start)
+
+    async def _handle(self, method: str, values: dict[str, Any]) -> bool:
+        """Whether the group is in a checkpoint; it is taken if it is new."""
+        assert method == "offer"
+        group, rollouts = values["group"], values["rollouts"]
+        self._history.note("trainer", "offered", group=group, rollouts=rollouts)
+        if group in self.consumed:
+            is_again = group in self._acknowledged
+            self._history.sometimes("acknowledgement lost, then redelivered", is_again)
+            self._acknowledged.add(group)
+            return True
+        self._held.setdefault(group, rollouts)
+        return False
+
+    async def _train(self) -> None:
+        waited_s = 0.0
+        while True:
+            await asyncio.sleep(0.02)
+            waited_s += 0.02
+            if len(self._held) < self._profile.batch_groups and not (self._held and waited_s > 0.5):
+                continue
+            waited_s = 0.0
+            batch = dict(list(self._held.items())[: self._profile.batch_groups])
+            await asyncio.sleep(self._profile.train_s * self._rng.random())
+            # one write: the checkpoint has both or neither
+            for group in batch:
+                self.consumed[group] = self._held.pop(group)
+            self.version += 1
+            self._history.note("trainer", "trained", groups=tuple(batch), version=self.version)
+
+    async def _publish(self, front: str) -> None:
+        """Tell a front of the newest version until it serves it."""
+        while True:
+            await asyncio.sleep(0.01 + 0.02 * self._rng.random())
+            version = self.version
+            if self.serving.get(front) == version:
+                continue
+            try:
+                process = self.process
+                assert process is not None
+                self.serving[front] = await self._network.call(
+                    process, front, "update", 1.0, version=version
+                )
+            except (NoAnswer, Refused):
+                self.serving.pop(front, None)
