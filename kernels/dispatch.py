@@ -71,13 +71,12 @@ class _Chosen:
         assert self._name is not None
         return self._name
 
-    def set(self, name: str | None) -> None:
-        if name is None:
-            self._ops, self._name = None, None
-        elif name == "torch":
+    def set(self, name: str | None, library: ctypes.CDLL | None = None) -> None:
+        if name is None or name == "torch":
             self._ops, self._name = None, name
         else:
-            self._ops, self._name = Ops(native.open_library(native.find_library(name))), name
+            library = library or native.open_library(native.find_library(name))
+            self._ops, self._name = Ops(library), name
 
 
 _chosen = _Chosen()
@@ -95,10 +94,13 @@ def library_in_use() -> ctypes.CDLL | None:
 
 
 @contextlib.contextmanager
-def use_level(name: str) -> Iterator[None]:
+def use_level(name: str, library: ctypes.CDLL | None = None) -> Iterator[None]:
     """Another level inside the block, for tests and comparisons; weights prepared outside keep
-    their own."""
-    _chosen.set(name)
+    their own.
+
+    library  None: that of this level; else one built otherwise
+    """
+    _chosen.set(name, library)
     try:
         yield
     finally:

@@ -72,7 +72,7 @@ def pack(weight: Weight, library: ctypes.CDLL | None = None) -> PackedWeight:
     library  None: that of `native.level()`
 
     FP8 stays FP8 where T is bf16 (the codes are expanded in registers, with the bits of
-    `weight.expanded()`); float32 models, codes that are NaN and scales of 2**100 and more are
+    `weight.expanded()`); float32 models, codes that are NaN and scales beyond 2**±100 are
     expanded here. Activations are not quantised: W8A8 has another product.
     Raises NotImplementedError for W8A8, and where the level is torch.
     """
@@ -225,7 +225,10 @@ def _is_plain(weight: Weight) -> bool:
     """True iff codes and scales are such as the decoder in the product handles."""
     assert weight.scale is not None
     codes = weight.data.view(torch.uint8) & 0x7F
-    return bool((codes != 0x7F).all()) and bool((weight.scale.float().abs() < 2.0**100).all())
+    scale = weight.scale.float().abs()
+    # no product is a subnormal, which AVX-512 would take for zero before it rounds it to bf16
+    is_usual = (scale == 0) | ((scale >= 2.0**-100) & (scale < 2.0**100))
+    return bool((codes != 0x7F).all()) and bool(is_usual.all())
 
 
 def _tile_scales(weight: Weight, chosen: int, tiles: int) -> torch.Tensor:

@@ -1,5 +1,5 @@
-// The AMX unit: eight tiles of 16 rows of 64 bytes. With EVERSTEP_EMULATE_AMX the same functions
-// in plain C++, so that the tile code is tested on machines without it.
+// The AMX unit: eight tiles of 16 rows of 64 bytes. tests/emulation runs these very instructions on
+// processors without it.
 //
 //   tiles 0-3  sums          row half · 2 + column tile
 //   tiles 4-5  x             rows 0-15, rows 16-31
@@ -8,13 +8,11 @@
 
 #include "common.h"
 
-#if defined(__AMX_BF16__) || defined(EVERSTEP_EMULATE_AMX)
+#if defined(__AMX_BF16__)
 #define EVERSTEP_HAS_AMX 1
 
-#if !defined(EVERSTEP_EMULATE_AMX)
 #include <sys/syscall.h>
 #include <unistd.h>
-#endif
 
 namespace everstep::amx {
 
@@ -35,50 +33,6 @@ inline Config config_of(int rows) {
     }
     return config;
 }
-
-#if defined(EVERSTEP_EMULATE_AMX)
-
-struct Unit {
-    Config config;
-    float sums[4][16][16];
-    bf16 inputs[4][16][32];
-};
-inline thread_local Unit unit;
-
-inline bool request() { return true; }
-inline void configure(const Config& config) {
-    std::memset(static_cast<void*>(&unit), 0, sizeof unit);
-    unit.config = config;
-}
-inline void release() {}
-template <int kTile>
-void clear() {
-    std::memset(unit.sums[kTile], 0, sizeof unit.sums[kTile]);
-}
-template <int kTile>
-void load(const void* from, std::int64_t stride_bytes) {
-    for (int row = 0; row < unit.config.rows[kTile]; ++row)
-        std::memcpy(unit.inputs[kTile - 4][row],
-                    static_cast<const char*>(from) + row * stride_bytes, 64);
-}
-template <int kSum, int kX, int kW>
-void multiply() {
-    for (int row = 0; row < unit.config.rows[kX]; ++row)
-        for (int pair = 0; pair < 16; ++pair)
-            for (int n = 0; n < 16; ++n)
-                for (int j = 0; j < 2; ++j)
-                    unit.sums[kSum][row][n] =
-                        fma1(to_float(unit.inputs[kX - 4][row][2 * pair + j]),
-                             to_float(unit.inputs[kW - 4][pair][2 * n + j]),
-                             unit.sums[kSum][row][n]);
-}
-template <int kTile>
-void store(float* to, std::int64_t stride_bytes) {
-    for (int row = 0; row < unit.config.rows[kTile]; ++row)
-        std::memcpy(reinterpret_cast<char*>(to) + row * stride_bytes, unit.sums[kTile][row], 64);
-}
-
-#else
 
 // Linux hands out the tiles' memory only to a process that asked (arch_prctl 0x1023, feature 18).
 inline bool request() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
@@ -105,8 +59,6 @@ EVERSTEP_INLINE void store(float* to, std::int64_t stride_bytes) {
     asm volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(kTile), "r"(to), "r"(stride_bytes)
                  : "memory");
 }
-
-#endif
 
 }  // namespace everstep::amx
 #endif

@@ -2,7 +2,7 @@
 //
 // A decoder turns 16 outputs × 2 k of codes into bf16 values, the very bits of Weight.expanded():
 // the product rounded to float32, then to bf16. Scales come 256 times their value (gemm.h); codes
-// are no NaN, scales below 2^100 (kernels/packed.py).
+// are no NaN, scales zero or within 2^±100 (kernels/packed.py): no product is subnormal.
 #pragma once
 
 #include "common.h"

@@ -3,7 +3,7 @@
 
 // The level that this library was compiled for.
 EVERSTEP_API const char* everstep_level() {
-#if defined(__AMX_BF16__) || defined(EVERSTEP_EMULATE_AMX)
+#if defined(__AMX_BF16__)
     return "amx";
 #elif defined(__AVX512BF16__)
     return "avx512";

@@ -20,6 +20,7 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <initializer_list>
 #include <mutex>
 
 #if defined(__x86_64__)
@@ -88,10 +89,12 @@ class Pool {
     // Up to `wanted` workers; fewer where the system refuses a thread.
     int hire(int wanted) {
         if (workers_ < wanted) {
-            // signals are for the threads of the host: Python's main thread must wake from them
-            sigset_t all, before;
-            sigfillset(&all);
-            pthread_sigmask(SIG_SETMASK, &all, &before);
+            // signals are for the threads of the host: Python's main thread must wake from them; but
+            // what a worker itself does wrong is its own, and blocked it would end the process unsaid
+            sigset_t blocked, before;
+            sigfillset(&blocked);
+            for (const int own : {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGTRAP}) sigdelset(&blocked, own);
+            pthread_sigmask(SIG_SETMASK, &blocked, &before);
             pthread_attr_t detached;
             pthread_attr_init(&detached);
             pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);

@@ -15,10 +15,11 @@ from everstep.engine import drawing
 from everstep.engine.drawing import Drawer, columns_of, rule_of, sampled_of
 from everstep.engine.plan import Row
 from everstep.engine.rollout import SAMPLED, TRUNCATED_SUPPORT, SamplingParams
-from everstep.kernels import Rule, native
+from everstep.kernels import Rule
+
+from ..levels import LEVELS, quick, use_level
 
 VOCAB = 700
-LEVELS = native.runnable(native.machine_flags())
 
 few = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 SAMPLINGS = [
@@ -33,9 +34,9 @@ SAMPLINGS = [
 ]
 
 
-@pytest.fixture(params=LEVELS, scope="module")
+@pytest.fixture(params=quick(LEVELS), scope="module")
 def level(request):
-    with kernels.use_level(request.param):
+    with use_level(request.param):
         yield request.param
 
 

@@ -39,8 +39,9 @@ from tests.engine.durable_world import (
     fake_core,
     half_tokenizer,
 )
-from tests.engine.test_exactness_machine import LEVELS, weights_of
+from tests.engine.test_exactness_machine import weights_of
 from tests.fakes import fake_logprob, fake_routing
+from tests.levels import REAL
 from tests.strategies import MAX_MODEL_LEN, batches, caches
 
 # most happens at one of the two, so that histories there are long
@@ -481,5 +482,5 @@ def test_every_history_gives_the_bits_of_the_rollout_alone(tiny_checkpoint, dtyp
         deadline=None,
         suppress_health_check=list(HealthCheck),
     )
-    with kernels.use_level(LEVELS[0]):
+    with kernels.use_level(REAL[0]):
         machine.TestCase().runTest()

@@ -23,7 +23,8 @@ from everstep.engine.determinism import BLOCK, Laboratory, Outcome, Trial, check
 from everstep.engine.messages import Add, Cancel, Pause, Resume
 from everstep.engine.rollout import SamplingParams
 from everstep.engine.weights import Weights, load_weights
-from everstep.kernels import native
+
+from ..levels import EMULATED, LEVELS, REAL, quick, use_level
 
 MAX_LEN = 96
 MAX_TOKENS = 14
@@ -38,13 +39,10 @@ SAMPLINGS = [
 PREFIX = [(7 * i * i + 3 * i) % 250 for i in range(60)]
 
 
-LEVELS = native.runnable(native.machine_flags())
-
-
 @cache
-def weights_of(folder: Path, dtype: str, level: str = LEVELS[0]) -> Weights:
+def weights_of(folder: Path, dtype: str, level: str = REAL[0]) -> Weights:
     config = msgspec.convert({"dtype": dtype}, ModelConfig)
-    with kernels.use_level(level):
+    with use_level(level):
         return load_weights(Checkpoint.open(folder), config, on_progress=lambda *_: None)
 
 
@@ -172,17 +170,17 @@ def machine_of(folder: Path, dtype: str, level: str) -> type[ExactnessMachine]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", quick(LEVELS))
 def test_every_schedule_gives_the_bits_of_the_rollout_alone(tiny_checkpoint, level, dtype) -> None:
     machine = machine_of(tiny_checkpoint, dtype, level)
     machine.TestCase.settings = settings(
-        max_examples=15,
+        max_examples=5 if level in EMULATED else 15,
         stateful_step_count=12,
         deadline=None,
         derandomize=True,
         suppress_health_check=list(HealthCheck),
     )
-    with kernels.use_level(level):
+    with use_level(level):
         machine.TestCase().runTest()
 
 
@@ -199,7 +197,7 @@ def test_thousands_of_schedules_give_the_bits_of_the_rollout_alone(
         deadline=None,
         suppress_health_check=list(HealthCheck),
     )
-    with kernels.use_level(level):
+    with use_level(level):
         machine.TestCase().runTest()
 
 

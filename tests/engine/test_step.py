@@ -1,6 +1,5 @@
 """A step as one C++ call against the forward pass operation by operation: equal to the bit."""
 
-import contextlib
 from dataclasses import replace
 
 import pytest
@@ -18,9 +17,9 @@ from everstep.engine.rollout import SamplingParams
 from everstep.engine.rotary import rotary_tables
 from everstep.engine.step import ForwardPass, batch_of
 from everstep.engine.weights import load_weights
-from everstep.kernels import dispatch, native, native_ops
+from everstep.kernels import native
 
-from ..kernels.test_native_gemm import levels, open_level
+from ..levels import NATIVE, quick, use_level
 from .ring_draws import Draw as Drawn
 from .ring_draws import base_config, ring_checkpoints, write_checkpoint
 
@@ -29,18 +28,9 @@ NUM_BLOCKS = 40
 FORMATS = ("none", "none", "block", "channel")
 
 
-@contextlib.contextmanager
-def use(level):
-    """`kernels.use_level`, for the emulated level too."""
-    library = open_level(level)
-    with kernels.use_level("torch"):
-        dispatch._chosen._ops = native_ops.Ops(library)
-        yield
-
-
-@pytest.fixture(params=levels(), scope="module")
+@pytest.fixture(params=quick(NATIVE), scope="module")
 def level(request):
-    with use(request.param):
+    with use_level(request.param):
         yield request.param
 
 

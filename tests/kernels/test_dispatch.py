@@ -1,4 +1,4 @@
-"""The operations as the engine calls them, at every level of this machine."""
+"""The operations as the engine calls them, at every level (../levels.py)."""
 
 import pytest
 import torch
@@ -6,9 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from everstep import kernels
-from everstep.kernels import Weight, native, reference
+from everstep.kernels import Weight, reference
 from everstep.kernels.packed import PackedWeight
 
+from ..levels import LEVELS, SUFFIX, use_level
 from .draws import (
     assert_same_bits,
     dtypes,
@@ -21,13 +22,12 @@ from .draws import (
 )
 from .test_experts import assert_experts_close, make_experts, make_routes, terms_of
 
-LEVELS = native.runnable(native.machine_flags())
 FORMATS = ("plain", "block", "channel", "block-group", "channel-token")
 
 
 @pytest.fixture(params=LEVELS)
 def level(request):
-    with kernels.use_level(request.param):
+    with use_level(request.param):
         yield request.param
 
 
@@ -52,7 +52,7 @@ def test_experts_are_the_definition(name, tokens, shape, sizes, dtype, kind, see
     x = random(seed, tokens, hidden, dtype=dtype)
     layers = make_experts(kind, shape[0], hidden, width, dtype, seed)
     routes = make_routes(tokens, *shape, seed)
-    with kernels.use_level(name):
+    with use_level(name):
         actual = kernels.experts(x, *routes, bank_of(layers))
     expected = reference.experts(x, *routes, *layers)
     assert_experts_close(actual, expected, terms_of(x, routes, layers))
@@ -105,8 +105,9 @@ def test_weights_take_the_levels_form_and_w8a8_stays_with_torch(level):
 
 
 def test_the_level_is_named_and_explained(level):
-    assert kernels.level_name() == level
-    assert kernels.explain()["level"].startswith(level)
+    name = level.removesuffix(SUFFIX)
+    assert kernels.level_name() == name
+    assert kernels.explain()["level"].startswith(name)
 
 
 def test_a_gate_and_an_up_of_different_formats_still_make_an_mlp(level):

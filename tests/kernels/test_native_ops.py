@@ -1,6 +1,6 @@
 """The C++ operations against their definitions, and the bits of a row against its company.
 
-Everything runs at every level that this machine has.
+Everything runs at every level (../levels.py).
 """
 
 import math
@@ -15,6 +15,7 @@ from everstep.kernels.activation import swiglu
 from everstep.kernels.norm import rms_norm
 from everstep.kernels.sampling import sample
 
+from ..levels import NATIVE, open_level, quick
 from ..tolerances import assert_close, logprob_tolerance
 from .draws import (
     DTYPES,
@@ -48,7 +49,6 @@ from .test_sampling import (
 )
 from .test_sampling import are_decided as draws_are_decided
 
-LEVELS = [name for name in native.runnable(native.machine_flags()) if name != "torch"]
 # groups of 1, 2, 3, 5, 8, 16 and 24; head sizes odd, below and above a vector, and real ones
 HEADS = [(1, 1, 8), (2, 1, 5), (4, 2, 16), (3, 1, 20), (5, 1, 33), (8, 1, 4), (16, 1, 8),
          (24, 1, 6), (4, 4, 1), (9, 3, 64), (4, 1, 128)]  # fmt: skip
@@ -57,12 +57,12 @@ WIDTHS = (1, 2, 7, 15, 16, 17, 63, 64, 65, 130, 257, 576, 1030)
 
 def load(name):
     try:
-        return native_ops.Ops(native.open_library(native.find_library(name)))
+        return native_ops.Ops(open_level(name))
     except native.BuildError as error:
         pytest.skip(f"no library of level {name}: {error}")
 
 
-@pytest.fixture(params=LEVELS, scope="module")
+@pytest.fixture(params=quick(NATIVE), scope="module")
 def ops(request):
     return load(request.param)
 

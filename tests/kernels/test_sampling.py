@@ -77,9 +77,8 @@ def make_rule(fields, vocab):
 
 def are_decided(lp, rule, kept):
     """Whether no id is so near a border of the support that float32 may put it on either side."""
-    ids = sorted(
-        (i for i in range(len(lp)) if i not in rule.banned), key=lambda i: (-lp[i], i)
-    ) or list(range(len(lp)))
+    alive = [i for i in range(len(lp)) if i not in rule.banned] or range(len(lp))
+    ids = sorted(alive, key=lambda i: (-lp[i], i))
     gaps = [lp[a] - lp[b] for a, b in pairwise(ids)]
     if any(1e-12 < gap < 1e-4 for gap in gaps):
         return False
