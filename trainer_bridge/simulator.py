@@ -6,16 +6,41 @@ rollout, so time grows with endings, not with tokens.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 from msgspec import Struct, structs
 
 from .c3po import C3po
 from .c3po_config import C3poConfig
-from .c3po_words import Abandoned, Command, Live, Purge, Sample, Submit, Train, TrainGroup
+from .c3po_words import (
+    Abandoned,
+    Command,
+    Ending,
+    Live,
+    Purge,
+    Sample,
+    Submit,
+    Train,
+    TrainGroup,
+)
 from .ledger import Books
 
 Lengths = Callable[[Sample], int]
 """Output tokens of a sample, from 1; may differ between attempts."""
+
+
+class Fate(Struct, frozen=True):
+    """What becomes of an attempt after `after` tokens, from 1, if it has not ended by then.
+
+    error: it fails, and is drawn anew; abort: somebody cancels it; lost: its tokens are gone.
+    """
+
+    after: int
+    what: Literal["error", "abort", "lost"]
+
+
+Fates = Callable[[Sample, int], Fate | None]
+"""By sample, and by how often its tokens were lost before."""
 
 
 class StepCost(Struct, frozen=True, kw_only=True):
@@ -57,15 +82,24 @@ class Simulator:
         prompts: Iterator[str],
         lengths: Lengths,
         *,
+        fates: Fates | None = None,
         cost: StepCost | None = None,
         prompt_tokens: int = 0,
+        recomputes_kv: bool = False,
     ) -> None:
-        """prompts: maybe endless; `prompt_tokens` of each are prefilled once per attempt."""
+        """prompts: maybe endless; `prompt_tokens` of each are prefilled once per attempt.
+
+        recomputes_kv: what is carried is prefilled again in each iteration, under new weights
+        """
         self.machine = C3po(config)
         self._prompts = prompts
         self._lengths = lengths
+        self._fates = fates
         self._cost = cost or StepCost()
-        self._prefill_s = prompt_tokens * self._cost.prefill_token_s
+        self._prompt_tokens = prompt_tokens
+        self._recomputes_kv = recomputes_kv
+        # of what is in the pool: after how many tokens what happens to it
+        self._fate: dict[Sample, tuple[int, Ending | Literal["lost"]]] = {}
         self._now = self._blank()
 
     def run(self, iterations: int) -> list[Iteration]:
@@ -80,6 +114,7 @@ class Simulator:
         machine = self.machine
         self._feed()
         before = {sample: live.length for sample, live in machine.pool.items()}
+        before |= {h.sample: h.length for held in machine.hold.values() for h in held.values()}
         self._now = now = self._blank()
         commands = machine.begin()
         if machine.phase == "done":
@@ -89,6 +124,10 @@ class Simulator:
             for command in commands
             if isinstance(command, Purge)
         ]
+        if self._recomputes_kv:
+            for live in machine.pool.values():
+                if live.spans:
+                    self._prefill(live.length)
         self._take(commands)
         while machine.phase == "open":
             self._feed()
@@ -118,32 +157,55 @@ class Simulator:
         """As many whole ticks as nothing ends before, or what is left of the budget."""
         machine, now = self.machine, self._now
         rows = list(machine.pool.values())
-        lengths = [self._lengths(live.sample) for live in rows]
-        count = min(length - live.length for live, length in zip(rows, lengths, strict=True))
-        assert count > 0, "a length below 1"
+        count = min(self._fate[live.sample][0] - live.length for live in rows)
         if machine.config.mode == "generated":
             left = machine.config.budget - machine.counted
-            if left < len(rows):
-                rows, count = rows[:left], 1
-            count = min(count, left // len(rows))
+            # the last, partial tick of a budget: those that were admitted first
+            rows = rows[:left]
+            count = min(count, max(1, left // len(rows)))
         now.ticks += count
         now.seconds += count * self._cost.step_s(len(rows))
-        version = now.number
         for live in rows:
-            self._take(machine.grew(live.sample, count, version))
-        for live, length in zip(rows, lengths, strict=False):
-            if live.length == length:
-                now.ended.append(_copy(live))
-                self._take(machine.ended(live.sample, "stop", length))
+            self._take(machine.grew(live.sample, count, now.number))
+        for live in rows:
+            # one whose group was abandoned just now has none
+            after, ending = self._fate.get(live.sample, (0, "abort"))
+            if live.length == after:
+                del self._fate[live.sample]
+                self._end(live, ending)
+
+    def _end(self, live: Live, ending: Ending | Literal["lost"]) -> None:
+        if ending == "lost":
+            self._take(self.machine.lost(live.sample))
+            return
+        if ending == "stop":
+            self._now.ended.append(_copy(live))
+        self._take(self.machine.ended(live.sample, ending, live.length))
 
     def _take(self, commands: Sequence[Command]) -> None:
         for command in commands:
             if isinstance(command, Submit):
-                self._now.seconds += self._prefill_s
+                self._submit(command.sample)
+            elif isinstance(command, Purge):
+                self._fate.pop(command.sample, None)
             elif isinstance(command, Train):
                 self._now.groups = command.groups
             elif isinstance(command, Abandoned):
                 self._now.abandoned.append(command.prompt)
+
+    def _submit(self, sample: Sample) -> None:
+        self._prefill(0)
+        length = self._lengths(sample)
+        assert length > 0, f"{sample} has length {length}"
+        self._fate[sample] = length, "stop"
+        if self._fates is not None:
+            fate = self._fates(sample, self.machine.pool[sample].losses)
+            if fate is not None and fate.after < length:
+                self._fate[sample] = fate.after, fate.what
+
+    def _prefill(self, num_output: int) -> None:
+        tokens = self._prompt_tokens + num_output
+        self._now.seconds += tokens * self._cost.prefill_token_s
 
 
 def _copy(live: Live) -> Live:
