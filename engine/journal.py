@@ -9,6 +9,7 @@ from itertools import islice
 from typing import Any, Self
 
 import apsw
+from msgspec.structs import replace
 
 from . import journal_files as files
 from .config import JournalConfig
@@ -109,6 +110,15 @@ class Journal:
         return self._num_bytes
 
     @property
+    def schema(self) -> int:
+        """Number of its schema: ours, but of an older file that is only read."""
+        return files.schema_of(self._db)
+
+    @property
+    def num_budgets(self) -> int:
+        return len(self._memory.budgets.by_id)
+
+    @property
     def num_rollouts(self) -> int:
         return self._memory.num_unacked
 
@@ -131,6 +141,7 @@ class Journal:
             ],
             flip=memory.books.flip,
             num_accepted=memory.books.num_accepted,
+            budgets=[replace(row.budget) for row in memory.budgets.by_id.values()],
         )
 
     def read(self, rollout_id: str) -> Rollout | None:

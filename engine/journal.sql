@@ -51,3 +51,12 @@ FROM keys ORDER BY number
 
 -- name: drop-key
 DELETE FROM keys WHERE number = ?
+
+-- name: put-budget
+INSERT OR REPLACE INTO budgets VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
+
+-- name: budgets
+SELECT number, id, pool, tokens, used, state, created_s, ended_s, sum FROM budgets ORDER BY number
+
+-- name: drop-budget
+DELETE FROM budgets WHERE number = ?

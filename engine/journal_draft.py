@@ -9,19 +9,23 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import apsw
+import msgspec
 from msgspec import Struct
 
 from .config import JournalConfig
 from .errors import Conflict, IllegalState, InvalidTrajectory
-from .journal_files import SQL
+from .journal_budgets import BudgetBooks, BudgetDraft, BudgetRow
+from .journal_files import SQL, schema_of
 from .journal_ops import (
     Accept,
     Ack,
     Append,
+    CloseBudget,
     End,
     Flip,
     Grown,
     Op,
+    OpenBudget,
     Origin,
     Pause,
     RequestKey,
@@ -71,6 +75,7 @@ class Memory(Struct, kw_only=True):
     by_number: dict[int, Entry] = {}
     keys: dict[KeyName, KnownKey] = {}
     origins: dict[Origin, int] = {}
+    budgets: BudgetBooks = msgspec.field(default_factory=BudgetBooks)
     first_rows: dict[int, int] = {}
     """Live rollout → its first row in `tokens`; in the order of these rows."""
     low_row: int = 1
@@ -135,6 +140,9 @@ def load_memory(db: apsw.Connection) -> Memory:
         number, key, rollout_ids = key_of(values)
         found.tables["keys"].add(values[-1])
         memory.keys[key.name] = KnownKey(number, key, rollout_ids, values[-1])
+    for values in rows_of(db, "budgets") if schema_of(db) >= 2 else ():
+        memory.budgets.put(BudgetRow.of(values))
+        found.tables["budgets"].add(values[-1])
     _load_tokens(db, memory, found)
     for name, tally in memory.books.tables.items():
         if tally != found.tables[name]:
@@ -176,6 +184,7 @@ class Draft:
         self._entries: dict[str, Entry] = {}
         self._keys: dict[KeyName, KnownKey] = {}
         self._origins: dict[Origin, int] = {}
+        self._budgets = BudgetDraft(db, memory.budgets, self._books.tables["budgets"], now_s)
         self._rows: list[TokenRow] = []
         self._first_rows: dict[int, int] = {}
         self._ended: set[int] = set()
@@ -202,17 +211,24 @@ class Draft:
             case Ack():
                 for rollout_id in op.rollout_ids:
                     self._acknowledge(rollout_id)
+            case OpenBudget():
+                self._budgets.open(op.budget)
+                if op.key is not None:
+                    self._remember(op.key, [op.budget.id])
+            case CloseBudget():
+                self._budgets.close(op.budget_id)
             case Flip():
                 self._books.flip = (op.version, op.digest)
 
     def write(self) -> None:
-        """The rows of tokens, and the books: the last thing before COMMIT."""
+        """The rows of tokens and budgets, and the books: the last thing before COMMIT."""
         for row in self._rows:
             self._db.execute(SQL["add-tokens"], columns := row.columns())
             self._books.tables["tokens"].add(columns[-1])
             self._num_row_tokens += len(row.ids)
         if self._ended:
             self._trim()
+        self._budgets.write()
         self._db.execute(SQL["put-books"], self._books.columns())
 
     def take_over(self) -> None:
@@ -223,6 +239,7 @@ class Draft:
             memory.entries[entry.id] = memory.by_number[entry.number] = entry
         memory.keys |= self._keys
         memory.origins |= self._origins
+        self._budgets.take_over()
         memory.first_rows |= self._first_rows
         for number in self._ended:
             memory.first_rows.pop(number, None)
@@ -284,6 +301,7 @@ class Draft:
             row = self._row(origin)
             row.add(entry.number, grown, _rest(entry, grown, op.time_s))
             entry.num_appended += len(grown.ids)
+            self._budgets.count(entry.pool, len(grown.ids))
             if entry.number not in self._memory.first_rows:
                 self._first_rows.setdefault(entry.number, row.row)
 
@@ -320,6 +338,8 @@ class Draft:
         if not rollout.state.is_ended:
             raise IllegalState(f"rollout {rollout.id}: {rollout.state} is no ending")
         entry = self._live(rollout.id)
+        num_known = entry.num_tokens + entry.num_appended
+        self._budgets.count(entry.pool, len(rollout.output_ids) - num_known)
         entry.num_appended = 0
         self._ended.add(entry.number)
         self._put(entry, rollout)

@@ -26,7 +26,7 @@ from .journal_rows import Books, DamagedRecord
 from .named_sql import load
 
 APPLICATION_ID = 0x45565354  # "EVST"
-SCHEMA = 1
+SCHEMA = 2
 _MAGIC = b"SQLite format 3\0"
 _FOLDER = Path(__file__).parent
 SQL = load(_FOLDER / "journal.sql")
@@ -235,22 +235,27 @@ def _prepare(db: apsw.Connection, path: str, *, is_real_file: bool) -> None:
         raise JournalError(f"journal {path}: this place has no write-ahead log (mode {mode})")
 
 
-def _migrate(db: apsw.Connection, schema: int) -> None:
-    for number in range(schema + 1, SCHEMA + 1):
+def _migrate(db: apsw.Connection, schema: int, to: int = SCHEMA) -> None:
+    for number in range(schema + 1, to + 1):
         db.execute((_FOLDER / f"journal_schema_{number}.sql").read_text(encoding="utf-8"))
-    db.execute(f"PRAGMA user_version = {SCHEMA}")
+    db.execute(f"PRAGMA user_version = {to}")
+
+
+def schema_of(db: apsw.Connection) -> int:
+    """Ours, but of an older file that is only read."""
+    return _pragma(db, "user_version")
 
 
 def _check_schema(db: apsw.Connection, path: str) -> None:
     """The tables must be the ones that the migrations make: SQLite trusts their text."""
-    if db.execute(_TABLES).fetchall() != _expected_tables():
+    if db.execute(_TABLES).fetchall() != _expected_tables(schema_of(db)):
         raise JournalDamaged(f"journal {path}: damaged: table sqlite_schema: not our schema")
 
 
 @functools.cache
-def _expected_tables() -> list[tuple[Any, ...]]:
+def _expected_tables(schema: int) -> list[tuple[Any, ...]]:
     with contextlib.closing(apsw.Connection(":memory:")) as model:
-        _migrate(model, 0)
+        _migrate(model, 0, schema)
         return model.execute(_TABLES).fetchall()
 
 

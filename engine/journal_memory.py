@@ -16,9 +16,13 @@ from .journal_ops import (
     Accept,
     Ack,
     Append,
+    Budget,
+    BudgetState,
+    CloseBudget,
     End,
     Flip,
     Op,
+    OpenBudget,
     Pause,
     Query,
     Recovered,
@@ -45,6 +49,7 @@ class _State(Struct):
 
     entries: dict[str, _Entry]
     keys: dict[tuple[str, str, str], tuple[RequestKey, list[str]]]
+    budgets: dict[str, Budget] = {}
     is_all_paused: bool = False
     flip: tuple[int, str] | None = None
     num_accepted: int = 0
@@ -87,6 +92,7 @@ class MemoryJournal:
             keys=keys,
             flip=state.flip,
             num_accepted=state.num_accepted,
+            budgets=[msgspec.structs.replace(budget) for budget in state.budgets.values()],
         )
 
     def check(self) -> list[str]:
@@ -96,7 +102,12 @@ class MemoryJournal:
     def commit(self, ops: Sequence[Op]) -> None:
         self._check_open()
         state = self._state
-        draft = msgspec.structs.replace(state, entries=dict(state.entries), keys=dict(state.keys))
+        draft = msgspec.structs.replace(
+            state,
+            entries=dict(state.entries),
+            keys=dict(state.keys),
+            budgets={name: msgspec.structs.replace(one) for name, one in state.budgets.items()},
+        )
         for op in ops:
             self._apply(draft, op)
         self._state = draft
@@ -147,6 +158,14 @@ class MemoryJournal:
             for name, (key, ids) in state.keys.items()
             if key.created_s + self._config.retain_keys_s > now or not live.isdisjoint(ids)
         }
+        newest = {budget.pool: name for name, budget in state.budgets.items()}
+        state.budgets = {
+            name: budget
+            for name, budget in state.budgets.items()
+            if newest[budget.pool] == name
+            or budget.ended_s is None
+            or budget.ended_s + self._config.retain_keys_s > now
+        }
         return False
 
     def close(self) -> None:
@@ -165,11 +184,14 @@ class MemoryJournal:
                     entry = _live(draft, grown.rollout_id)
                     rollout = _restore(entry)
                     grow(rollout, op.origin, grown, op.time_s)
+                    self._count(draft, entry, rollout)
                     _put(draft, entry, rollout)
             case End():
                 if not op.rollout.state.is_ended:
                     raise IllegalState(f"rollout {op.rollout.id}: {op.rollout.state} is no ending")
-                _put(draft, _live(draft, op.rollout.id), op.rollout)
+                entry = _live(draft, op.rollout.id)
+                self._count(draft, entry, op.rollout)
+                _put(draft, entry, op.rollout)
             case Pause():
                 draft.is_all_paused |= op.rollout_ids is None
                 _mark(draft, op.rollout_ids, RolloutState.PAUSED)
@@ -179,6 +201,12 @@ class MemoryJournal:
             case Ack():
                 for rollout_id in op.rollout_ids:
                     self._acknowledge(draft, rollout_id)
+            case OpenBudget():
+                self._open(draft, op)
+            case CloseBudget():
+                if op.budget_id not in draft.budgets:
+                    raise IllegalState(f"budget {op.budget_id} is not in the journal")
+                self._end(draft.budgets[op.budget_id], BudgetState.CLOSED)
             case Flip():
                 draft.flip = (op.version, op.digest)
 
@@ -206,12 +234,39 @@ class MemoryJournal:
             )
             _put(draft, _Entry(summary, b""), rollout)
         if op.key is not None:
-            key = op.key
-            name = key.name
-            known = draft.keys.get(name)
-            if known and known[0].created_s + self._config.retain_keys_s > self._clock():
-                raise Conflict(f"the Idempotency-Key {key.key!r} is in the journal already")
-            draft.keys[name] = (key, [rollout.id for rollout in op.rollouts])
+            self._remember(draft, op.key, [rollout.id for rollout in op.rollouts])
+
+    def _remember(self, draft: _State, key: RequestKey, ids: Sequence[str]) -> None:
+        known = draft.keys.get(key.name)
+        if known and known[0].created_s + self._config.retain_keys_s > self._clock():
+            raise Conflict(f"the Idempotency-Key {key.key!r} is in the journal already")
+        draft.keys[key.name] = (key, [*ids])
+
+    def _open(self, draft: _State, op: OpenBudget) -> None:
+        budget = op.budget
+        if _open_budget(draft, budget.pool) is not None:
+            raise Conflict(f"pool {budget.pool!r} has an open budget")
+        if budget.id in draft.budgets:
+            raise Conflict(f"budget {budget.id} is in the journal already")
+        draft.budgets[budget.id] = msgspec.structs.replace(budget, used=0)
+        if op.key is not None:
+            self._remember(draft, op.key, [budget.id])
+
+    def _count(self, draft: _State, entry: _Entry, grown: Rollout) -> None:
+        """What it grows by is of its pool's budget."""
+        budget = _open_budget(draft, entry.summary.pool)
+        num_tokens = len(grown.output_ids) - entry.summary.num_output_tokens
+        if budget is None or num_tokens <= 0:
+            return
+        if budget.used + num_tokens > budget.tokens:
+            raise IllegalState(f"budget {budget.id} does not hold {num_tokens} more tokens")
+        budget.used += num_tokens
+        if budget.used == budget.tokens:
+            self._end(budget, BudgetState.SPENT)
+
+    def _end(self, budget: Budget, state: BudgetState) -> None:
+        if budget.state is BudgetState.OPEN:
+            budget.state, budget.ended_s = state, self._clock()
 
     def _acknowledge(self, draft: _State, rollout_id: str) -> None:
         entry = draft.entries.get(rollout_id)
@@ -221,6 +276,11 @@ class MemoryJournal:
             raise IllegalState(f"rollout {rollout_id} has not ended: it cannot be acknowledged")
         summary = msgspec.structs.replace(entry.summary, is_acked=True)
         draft.entries[rollout_id] = _Entry(summary, b"", self._clock())
+
+
+def _open_budget(draft: _State, pool: str) -> Budget | None:
+    budgets = [one for one in draft.budgets.values() if one.pool == pool]
+    return next((one for one in budgets if one.state is BudgetState.OPEN), None)
 
 
 def _live(draft: _State, rollout_id: str) -> _Entry:

@@ -51,7 +51,7 @@ class Compaction:
         return self._forget() or self._merge() or self._give_back()
 
     def _forget(self) -> bool:
-        """Tombstones and keys whose time is over."""
+        """Tombstones, keys and budgets whose time is over."""
         memory, books = self._memory, self._memory.books.next()
         old = self._now_s - self._config.retain_acked_s
         gone = [e for e in memory.entries.values() if e.acked_s is not None and e.acked_s <= old]
@@ -61,8 +61,9 @@ class Compaction:
             for name, known in memory.keys.items()
             if known.key.created_s <= old and not memory.has_unread(known)
         ]
-        gone, names = gone[:_NAMES], names[:_NAMES]
-        if not gone and not names:
+        budgets = memory.budgets.old(old)
+        gone, names, budgets = gone[:_NAMES], names[:_NAMES], budgets[:_NAMES]
+        if not gone and not names and not budgets:
             return False
         with files.transaction(self._db):
             for entry in gone:
@@ -71,8 +72,13 @@ class Compaction:
             for name in names:
                 self._db.execute(files.SQL["drop-key"], (memory.keys[name].number,))
                 books.tables["keys"].drop(memory.keys[name].sum)
+            for row in budgets:
+                self._db.execute(files.SQL["drop-budget"], (row.number,))
+                books.tables["budgets"].drop(row.sum)
             self._db.execute(files.SQL["put-books"], books.columns())
         memory.books = books
+        for row in budgets:
+            memory.budgets.drop(row)
         for entry in gone:
             del memory.entries[entry.id], memory.by_number[entry.number]
         for name in names:

@@ -6,6 +6,7 @@ of it until the commit is done.
 """
 
 from collections.abc import Sequence
+from enum import StrEnum
 from typing import Protocol
 
 from msgspec import Struct
@@ -128,6 +129,44 @@ class Ack(Struct, tag="ack"):
     rollout_ids: list[str]
 
 
+class BudgetState(StrEnum):
+    """spent: as many tokens were used as it had; closed: ended before."""
+
+    OPEN = "open"
+    SPENT = "spent"
+    CLOSED = "closed"
+
+
+class Budget(Struct, kw_only=True):
+    """Output tokens that a pool may grow by, as stored and as shown.
+
+    A pool is metered from its first budget on, for ever: it grows under an open one only, and has
+    at most one of these. used: tokens of it that are journaled since the budget was opened.
+    """
+
+    id: str
+    pool: str
+    tokens: int
+    used: int = 0
+    state: BudgetState = BudgetState.OPEN
+    created_s: float = 0.0
+    """Unix time, as `ended_s`."""
+    ended_s: float | None = None
+
+
+class OpenBudget(Struct, tag="open_budget"):
+    """From here on new tokens of its pool are counted; it ends by itself when it is used up."""
+
+    budget: Budget
+    key: RequestKey | None = None
+
+
+class CloseBudget(Struct, tag="close_budget"):
+    """It ends here. One that has ended is left as it is."""
+
+    budget_id: str
+
+
 class Flip(Struct, tag="flip"):
     """From here on these weights are current."""
 
@@ -135,7 +174,9 @@ class Flip(Struct, tag="flip"):
     digest: str
 
 
-Op = Accept | Append | End | Pause | Resume | Ack | Flip
+Op = Accept | Append | End | Pause | Resume | Ack | OpenBudget | CloseBudget | Flip
+# what is refused where there is no room; all else was promised, and is kept until there is some
+NEW = Accept | OpenBudget
 
 
 class Summary(Struct, kw_only=True):
@@ -171,6 +212,7 @@ class Recovered(Struct, kw_only=True):
     live          in order of acceptance, tokens and segments in place, text empty (the manager
                   rebuilds it), state QUEUED or PAUSED
     num_accepted  the largest number of a submission, or how many there were if that is more
+    budgets       in order of opening; those that ended long ago are gone, but the newest of a pool
     """
 
     live: list[Rollout]
@@ -178,18 +220,19 @@ class Recovered(Struct, kw_only=True):
     keys: list[tuple[RequestKey, list[str]]]
     flip: tuple[int, str] | None
     num_accepted: int
+    budgets: list[Budget] = []
 
 
 class JournalStore(Protocol):
     """What every journal does. One thread uses it.
 
     commit     all or nothing, durable at return as its level says. Raises JournalFull (may be
-               retried), Conflict and InvalidTrajectory (the ops contradict what is there, or
-               cannot be written): nothing of the call is written, and it goes on. Any other
+               retried), Conflict, IllegalState and InvalidTrajectory (the ops contradict what
+               is there, or cannot be written): nothing of the call is written, and it goes on. Any other
                JournalError poisons: every later call raises it.
     read       live or ended, whole; None for what is unknown or acknowledged
     summary    acknowledged ones too, for `retain_acked_s`
-    compact    forgets what was acknowledged long ago and expired keys, gives back free space;
+    compact    forgets what was acknowledged long ago, expired keys and budgets as old, gives back free space;
                does a part of it, and True says that more is left; acknowledges what has ended
                under an expired key `is_all_that_reads`, and keeps such a key while one of its
                rollouts is live

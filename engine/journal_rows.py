@@ -87,7 +87,7 @@ class Books(Struct):
     next_key: int = 1
     tables: dict[str, Tally] = msgspec.field(
         default_factory=lambda: {
-            name: Tally() for name in ("rollouts", "tokens", "origins", "keys")
+            name: Tally() for name in ("rollouts", "tokens", "origins", "keys", "budgets")
         }
     )
 
@@ -127,7 +127,8 @@ class Books(Struct):
             next_row=row,
             next_origin=origin,
             next_key=key,
-            tables={name: Tally(*tally) for name, tally in tallies.items()},
+            # a table that a later schema has brought is empty
+            tables=cls().tables | {name: Tally(*tally) for name, tally in tallies.items()},
         )
 
     def next(self) -> "Books":

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from . import log
 from .errors import EverstepError, JournalError, JournalFull
-from .journal_ops import Accept, JournalStore, Op, Query, Recovered, Summary
+from .journal_ops import NEW, JournalStore, Op, Query, Recovered, Summary
 from .metrics import Registry
 from .rollout import Rollout
 
@@ -96,7 +96,7 @@ class JournalThread:
     def commit(self, op: Op) -> asyncio.Future[None]:
         """A future that is done once `op` is durable; futures are done in the order of calls.
 
-        It raises JournalFull (Accept only), Conflict, IllegalState, InvalidTrajectory: then `op`
+        It raises JournalFull (of what is NEW), Conflict, IllegalState, InvalidTrajectory: then `op`
         is not written; JournalError: the journal has failed, or was closed.
         """
         return self._put(_Item(op=op))
@@ -218,10 +218,10 @@ class JournalThread:
                 self._settle(batch, None, started_s)
                 break
             if isinstance(error, JournalFull):
-                accepts = [item for item in batch if isinstance(item.op, Accept)]
-                self._settle(accepts, error)
-                batch = [item for item in batch if not isinstance(item.op, Accept)]
-                if accepts or not batch:
+                refused = [item for item in batch if isinstance(item.op, NEW)]
+                self._settle(refused, error)
+                batch = [item for item in batch if not isinstance(item.op, NEW)]
+                if refused or not batch:
                     continue
                 if not (yield from self._stall(str(error), batch, tries)):
                     break
@@ -269,7 +269,7 @@ class JournalThread:
             for item in arrived:
                 if item.call is not None:
                     self._answer(item)
-                elif isinstance(item.op, Accept):
+                elif isinstance(item.op, NEW):
                     self._settle([item], JournalFull(reason))
                 else:
                     batch.append(item)

@@ -26,7 +26,7 @@ def run_check(path: Path) -> int:
         with _open(path) as journal:
             found = journal.check()
             summaries = journal.list(_ALL)
-            num_bytes = journal.num_bytes
+            num_bytes, schema, num_budgets = journal.num_bytes, journal.schema, journal.num_budgets
     except JournalDamaged as error:
         sys.stdout.write(f"{error}\n")
         return 1
@@ -36,9 +36,9 @@ def run_check(path: Path) -> int:
     num_acked = sum(summary.is_acked for summary in summaries)
     num_tokens = sum(summary.num_output_tokens for summary in summaries if not summary.is_acked)
     sys.stdout.write(
-        f"{path}: schema {files.SCHEMA}, {num_bytes} bytes, {num_live} live rollouts, "
+        f"{path}: schema {schema}, {num_bytes} bytes, {num_live} live rollouts, "
         f"{len(summaries) - num_live - num_acked} ended, {num_acked} acknowledged, "
-        f"{num_tokens} output tokens, {len(found)} damaged records\n"
+        f"{num_tokens} output tokens, {num_budgets} budgets, {len(found)} damaged records\n"
     )
     return 1 if found else 0
 

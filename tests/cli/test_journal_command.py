@@ -38,7 +38,7 @@ def test_check_says_what_is_in_it_and_changes_nothing(path, capsys):
     before = files_of(path)
     code, out, err = call(capsys, "check", path)
     assert (code, err) == (0, "")
-    assert "1 live rollouts, 1 ended, 1 acknowledged, 6 output tokens, 0 damaged" in out
+    assert "1 live rollouts, 1 ended, 1 acknowledged, 6 output tokens, 0 budgets, 0 damaged" in out
     assert files_of(path) == before
 
 

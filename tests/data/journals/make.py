@@ -18,9 +18,12 @@ from everstep.engine.journal_ops import (  # noqa: E402
     Accept,
     Ack,
     Append,
+    Budget,
+    CloseBudget,
     End,
     Extra,
     Flip,
+    OpenBudget,
     Pause,
     Query,
     RequestKey,
@@ -41,6 +44,7 @@ def described(journal: Journal) -> dict[str, object]:
             "keys": recovered.keys,
             "flip": recovered.flip,
             "num_accepted": recovered.num_accepted,
+            "budgets": recovered.budgets,
             "list": journal.list(Query(limit=1000)),
             "ended": [
                 journal.read(s.id) for s in journal.list(Query(limit=1000)) if s.state.is_ended
@@ -57,7 +61,14 @@ def fill(journal: Journal) -> None:
     key = RequestKey("holder", "/rollouts", "key-1", "digest", created_s=4e9)
     journal.commit([Accept(group, key, 3)])
     journal.commit([Accept([make_rollout("ro-2", sampling=recording, pool="train")])])
+    first = Budget(id="bud-1", pool="train", tokens=4, created_s=1_800_000_000.0)
+    other = Budget(id="bud-2", pool="eval", tokens=9, created_s=1_800_000_000.0)
+    journal.commit([OpenBudget(first), OpenBudget(other), CloseBudget("bud-2")])
     for step in range(6):
+        if step == 4:
+            second = Budget(id="bud-3", pool="train", tokens=100, created_s=1_800_000_004.0)
+            key = RequestKey("holder", "/rollouts/budget", "key-2", "digest", created_s=4e9)
+            journal.commit([OpenBudget(second, key)])
         news = [make_grown(f"ro-{index}", step, 1) for index in range(3)]
         news[2].extra = Extra(
             lp_raw=[-0.5],

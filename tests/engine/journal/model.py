@@ -9,6 +9,7 @@ I2   an ending is delivered with the same bytes until it is acknowledged
 I3   any two observations of a rollout are prefix-ordered
 I5   books balance: numbers, counts of tokens, submissions
 I6   an id is there once
+I7   a budget has used what its pool grew by while it was open, and no more than it has
 I10  no answer from a record that is not what was written
 """
 
@@ -37,12 +38,31 @@ class Rollout:
     def is_live(self) -> bool:
         return self.state in ("queued", "paused")
 
+    @property
+    def is_metered(self) -> bool:
+        return self.index == 0
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Of the one pool that there is: the first samples of all groups."""
+
+    id: str
+    tokens: int
+    used: int = 0
+    state: str = "open"
+
+    @property
+    def left(self) -> int:
+        return self.tokens - self.used
+
 
 @dataclass(frozen=True)
 class Model:
-    """rollouts in order of acceptance; keys: (key, ids) in order."""
+    """rollouts in order of acceptance; keys: (key, ids) in order; budgets in order of opening."""
 
     rollouts: tuple[Rollout, ...] = ()
+    budgets: tuple[Budget, ...] = ()
     keys: tuple[tuple[str, tuple[str, ...]], ...] = ()
     flip: Origin | None = None
     is_all_paused: bool = False
@@ -79,12 +99,28 @@ class Model:
 
     def append(self, name: str, tokens: tuple[Token, ...], origin: Origin) -> "Model":
         rollout = self.find(name)
-        return self._with(
-            replace(
-                rollout,
-                tokens=rollout.tokens + tokens,
-                origins=rollout.origins + (origin,) * len(tokens),
-            )
+        budgets, budget = self.budgets, self.open_budget()
+        if budget is not None and rollout.is_metered:
+            used = budget.used + len(tokens)
+            state = "spent" if used == budget.tokens else "open"
+            budgets = (*budgets[:-1], replace(budget, used=used, state=state))
+        grown = replace(
+            rollout,
+            tokens=rollout.tokens + tokens,
+            origins=rollout.origins + (origin,) * len(tokens),
+        )
+        return replace(self._with(grown), budgets=budgets)
+
+    def open(self, name: str, tokens: int, key: str) -> "Model":
+        return replace(
+            self,
+            budgets=(*self.budgets, Budget(name, tokens)),
+            keys=(*self.keys, (key, (name,))),
+        )
+
+    def close(self) -> "Model":
+        return replace(
+            self, budgets=(*self.budgets[:-1], replace(self.budgets[-1], state="closed"))
         )
 
     def finish(self, name: str, text: str) -> "Model":
@@ -106,13 +142,16 @@ class Model:
         return replace(self, flip=origin)
 
     def compact(self) -> "Model":
-        """Names of acknowledged ones are kept for no time at all."""
+        """Names of acknowledged ones are kept for no time at all; budgets and keys for long."""
         return replace(self, rollouts=tuple(r for r in self.rollouts if not r.is_acked))
 
     # --- questions -----------------------------------------------------------------------
 
     def find(self, name: str) -> Rollout:
         return next(r for r in self.rollouts if r.id == name)
+
+    def open_budget(self) -> Budget | None:
+        return self.budgets[-1] if self.budgets and self.budgets[-1].state == "open" else None
 
     def live(self) -> list[Rollout]:
         return [r for r in self.rollouts if r.is_live]
@@ -151,6 +190,8 @@ def violations(seen: Model, allowed: list[Model], final: Model) -> list[str]:
             if rollout.state == "finished" and same and same[0] != rollout:
                 found.append(f"I2: the ending of {rollout.id} is another one")
                 break
+    if seen.budgets not in {model.budgets for model in allowed}:
+        found.append(f"I7: budgets {seen.budgets}")
     if seen.num_accepted not in {model.num_accepted for model in allowed}:
         found.append(f"I5: {seen.num_accepted} submissions")
     return found or [f"no prefix of what was done: {seen}"]

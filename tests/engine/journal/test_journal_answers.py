@@ -11,12 +11,16 @@ from everstep.engine.journal_ops import (
     Accept,
     Ack,
     Append,
+    Budget,
+    CloseBudget,
     End,
     Flip,
+    OpenBudget,
     Pause,
     Query,
     RequestKey,
     Resume,
+    grow,
 )
 from everstep.engine.rollout import RolloutState
 from tests.engine.journal.drawn import ORIGINS, end, make_grown, make_rollout
@@ -205,3 +209,99 @@ def test_a_closed_journal_says_so(journal):
     journal.close()
     with pytest.raises(JournalError, match="closed"):
         journal.commit([])
+
+
+# token budgets
+
+
+def open_budget(journal, budget_id, pool, tokens, key=None):
+    journal.commit([OpenBudget(Budget(id=budget_id, pool=pool, tokens=tokens), key)])
+
+
+def budgets_of(journal):
+    return {b.id: (b.tokens, b.used, str(b.state)) for b in journal.recover().budgets}
+
+
+def test_a_budget_counts_what_its_pool_grows_by_while_it_is_open(journal):
+    known = make_rollout("c", pool="train")
+    journal.commit([Accept([known])])
+    append(journal, "c", 0, 2)
+    open_budget(journal, "x", "train", 7)
+    with pytest.raises(Conflict, match="open budget"):
+        open_budget(journal, "y", "train", 7)
+    append(journal, "c", 2, 3)
+    append(journal, "a", 0, 3)  # of no pool
+    assert budgets_of(journal) == {"x": (7, 3, "open")}
+    # imports and forks come with tokens that were not sampled here
+    fork = journal.read("c")
+    fork.id = "d"
+    journal.commit([Accept([fork])])
+    with pytest.raises(IllegalState, match="x"):
+        append(journal, "d", 5, 5)
+    assert len(journal.read("d").output_ids) == 5
+    # an ending brings its last tokens itself
+    grow(fork, ORIGINS[0], make_grown("d", 5, 4))
+    journal.commit([End(end(fork))])
+    [budget] = journal.recover().budgets
+    assert (budget.used, budget.state, budget.ended_s) == (7, "spent", 1000.0)
+    append(journal, "c", 5, 1)
+    open_budget(journal, "y", "train", 1)
+    assert budgets_of(journal) == {"x": (7, 7, "spent"), "y": (1, 0, "open")}
+
+
+def test_a_closed_budget_counts_no_more_and_is_closed_once(journal, clock):
+    journal.commit([Accept([make_rollout("c", pool="train")])])
+    open_budget(journal, "x", "train", 7)
+    append(journal, "c", 0, 2)
+    journal.commit([CloseBudget("x")])
+    clock.advance(5)
+    journal.commit([CloseBudget("x")])
+    append(journal, "c", 2, 2)
+    [budget] = journal.recover().budgets
+    assert (budget.used, budget.state, budget.ended_s) == (2, "closed", 1000.0)
+    with pytest.raises(IllegalState, match="unknown"):
+        journal.commit([CloseBudget("unknown")])
+    with pytest.raises(Conflict, match="already"):
+        open_budget(journal, "x", "other", 7)
+
+
+def test_a_budget_is_opened_once_under_a_key(journal):
+    key = RequestKey("", "/rollouts/budget", "k-2", "digest", created_s=1000.0)
+    open_budget(journal, "x", "train", 7, key)
+    assert (key, ["x"]) in journal.recover().keys
+    with pytest.raises(Conflict, match="k-2"):
+        open_budget(journal, "y", "other", 7, key)
+    assert budgets_of(journal) == {"x": (7, 0, "open")}
+
+
+def test_old_budgets_are_forgotten_but_the_newest_of_a_pool(journal, clock):
+    for number in range(3):
+        open_budget(journal, f"x{number}", "train", 7)
+        journal.commit([CloseBudget(f"x{number}")])
+        clock.advance(9)
+    open_budget(journal, "y", "other", 7)
+    clock.advance(1)
+    journal.compact()
+    # x0 ended 28 s ago, x1 19: keys are retained for 20
+    assert list(budgets_of(journal)) == ["x1", "x2", "y"]
+    clock.advance(100)
+    journal.compact()
+    assert list(budgets_of(journal)) == ["x2", "y"]
+    open_budget(journal, "z", "train", 1)
+    assert list(budgets_of(journal)) == ["x2", "y", "z"]
+
+
+def test_a_file_has_its_budgets_when_it_is_opened_again(open_journal):
+    config = JournalConfig()
+    journal = open_journal(config)
+    journal.commit([Accept([make_rollout("c", pool="train")])])
+    open_budget(journal, "x", "train", 7)
+    append(journal, "c", 0, 2)
+    open_budget(journal, "y", "other", 7)
+    journal.commit([CloseBudget("y")])
+    if isinstance(journal, Journal):
+        journal = open_journal(config)
+    assert budgets_of(journal) == {"x": (7, 2, "open"), "y": (7, 0, "closed")}
+    append(journal, "c", 2, 5)
+    assert budgets_of(journal)["x"] == (7, 7, "spent")
+    assert journal.check() == []

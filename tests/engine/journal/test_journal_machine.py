@@ -15,8 +15,11 @@ from everstep.engine.journal_ops import (
     Accept,
     Ack,
     Append,
+    Budget,
+    CloseBudget,
     End,
     Flip,
+    OpenBudget,
     Pause,
     Query,
     RequestKey,
@@ -33,7 +36,13 @@ RECORDING = NAMES[::2]
 CONFIG = JournalConfig(retain_acked_s=10, retain_keys_s=20, durability="process")
 
 
-KINDS = [*["accept"] * 3, *["append"] * 8, *["end"] * 3, "pause", "resume", "ack", "ack", "flip"]
+KINDS = [
+    *["accept"] * 3,
+    *["append"] * 8,
+    *["end"] * 3,
+    *("pause", "resume", "ack", "ack", "flip"),
+    *("open_budget", "open_budget", "close_budget"),
+]
 
 
 class JournalMachine(RuleBasedStateMachine):
@@ -78,6 +87,12 @@ class JournalMachine(RuleBasedStateMachine):
     def draw_op(self, data, kind, live):
         """live: name → tokens, as the ops before it leave them."""
         some = st.lists(st.sampled_from(NAMES), max_size=3)
+        key = st.builds(
+            RequestKey,
+            *(st.just("h"), st.just("/r"), st.sampled_from("klm"), st.just("d")),
+            st.just(self.clock()),
+        )
+        keys = st.one_of(st.none(), st.none(), key)
         match kind:
             case "accept":
                 free = [name for name in NAMES if self.memory.summary(name) is None] or NAMES
@@ -87,13 +102,7 @@ class JournalMachine(RuleBasedStateMachine):
                 rollout = data.draw(rollouts(rollout_id=name, records=name in RECORDING))
                 if not rollout.state.is_ended:
                     live[name] = len(rollout.output_ids)
-                key = st.builds(
-                    RequestKey,
-                    *(st.just("h"), st.just("/r"), st.sampled_from("klm"), st.just("d")),
-                    st.just(self.clock()),
-                )
-                key = data.draw(st.one_of(st.none(), st.none(), key))
-                return Accept([rollout], key, data.draw(st.integers(0, 9)))
+                return Accept([rollout], data.draw(keys), data.draw(st.integers(0, 9)))
             case "append":
                 origin, news = data.draw(st.sampled_from(ORIGINS)), []
                 for name in data.draw(st.lists(st.sampled_from(sorted(live) or NAMES), max_size=3)):
@@ -114,6 +123,15 @@ class JournalMachine(RuleBasedStateMachine):
             case "ack":
                 ended = [name for name in NAMES if name not in live]
                 return Ack(data.draw(st.lists(st.sampled_from(ended or NAMES), max_size=3)))
+            case "open_budget":
+                name, tokens = data.draw(st.sampled_from("wxyz")), data.draw(st.integers(1, 20))
+                pool = data.draw(st.sampled_from(["train", "train", "eval"]))
+                return OpenBudget(
+                    Budget(id=name, pool=pool, tokens=tokens, created_s=self.clock()),
+                    data.draw(keys),
+                )
+            case "close_budget":
+                return CloseBudget(data.draw(st.sampled_from("wxyz")))
         return Flip(data.draw(st.integers(0, 3)), "digest")
 
     @rule(is_thorough=st.booleans())

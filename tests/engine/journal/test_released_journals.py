@@ -37,6 +37,8 @@ def test_there_is_one_for_every_schema():
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.db")), ids=lambda path: path.stem)
 def test_an_old_journal_is_read_and_finished_identically(path, make, tmp_path):
     expected = json.loads(path.with_suffix(".json").read_text())
+    # what a later schema has brought
+    expected.setdefault("budgets", [])
     copy = tmp_path / path.name
     shutil.copy(path, copy)
     journal = Journal.open(copy, clock=lambda: 2e9)

@@ -14,10 +14,13 @@ from everstep.engine.journal_ops import (
     Accept,
     Ack,
     Append,
+    Budget,
+    CloseBudget,
     End,
     Flip,
     Grown,
     Op,
+    OpenBudget,
     Origin,
     Pause,
     Query,
@@ -32,7 +35,11 @@ from tests.engine.journal.disk import Change, Disk, DiskVFS, Files, after_kill, 
 from tests.engine.journal.drawn import end, make_grown, make_rollout
 
 PATH = "journal.db"
-OPERATIONS = ("accept", "append", "pause", "flip", "finish", "ack", "export", "import", "compact")
+POOL = "train"
+OPERATIONS = (
+    *("accept", "append", "pause", "flip", "finish", "ack", "export", "import", "compact"),
+    "budget",
+)
 LEVELS = ("process", "accepts", "power")
 # what a level may lose by power loss: these operations, if nothing else came after them
 MAY_BE_LOST = {"process": set(OPERATIONS), "accepts": {"append", "compact"}, "power": set()}
@@ -44,6 +51,11 @@ def open_journal(disk: Disk, level: str = "accepts") -> Journal:
     config = JournalConfig(durability=level, retain_acked_s=0)
     vfs.disk = disk
     return Journal.open(PATH, config, vfs=DiskVFS.NAME, clock=lambda: NOW_S)
+
+
+def pool_of(index: int) -> str:
+    """The first samples are in a pool, which has budgets."""
+    return "" if index else POOL
 
 
 def origin_of(version: int) -> Origin:
@@ -85,17 +97,19 @@ class Run:
             case "accept":
                 group = f"g{model.num_accepted}"
                 names = [(f"{group}-{index}", group, index) for index in range(2)]
-                rollouts = [make_rollout(i, group_id=g, index=n) for i, g, n in names]
+                rollouts = [
+                    make_rollout(i, group_id=g, index=n, pool=pool_of(n)) for i, g, n in names
+                ]
                 key = RequestKey("", "/rollouts", group, "digest", created_s=NOW_S)
                 number = model.num_accepted + 1
                 return [Accept(rollouts, key, number)], model.accept(*names, key=group)
             case "append":
-                news = [make_grown(r.id, len(r.tokens), 2, salt=version) for r in live]
-                origin = origin_of(version)
-                for grown in news:
-                    model = model.append(
-                        grown.rollout_id, tokens_of(grown), (version, origin.digest)
-                    )
+                news, origin = [], origin_of(version)
+                for r in live:
+                    budget = model.open_budget() if r.is_metered else None
+                    num = 2 if budget is None else min(2, budget.left)
+                    news.append(make_grown(r.id, len(r.tokens), num, salt=version))
+                    model = model.append(r.id, tokens_of(news[-1]), (version, origin.digest))
                 return [Append(origin, news, NOW_S)], model
             case "pause" if model.is_all_paused or any(r.state == "paused" for r in live):
                 return [Resume(None)], model.mark("queued", None)
@@ -124,6 +138,14 @@ class Run:
                 origin = (version, f"d{version}")
                 known = m.Rollout(0, name, "imported", 0, "queued", tokens_of(grown), (origin,) * 3)
                 return [Accept([restored(known)])], model.take_in(known)
+            case "budget" if (budget := model.open_budget()) is not None:
+                return [CloseBudget(budget.id)], model.close()
+            case "budget":
+                # two appends do not use it up, the third does, with the first of its tokens
+                name, tokens = f"b{len(model.budgets)}", 5
+                key = RequestKey("", "/rollouts/budget", name, "digest", created_s=NOW_S)
+                opened = Budget(id=name, pool=POOL, tokens=tokens, created_s=NOW_S)
+                return [OpenBudget(opened, key)], model.open(name, tokens, name)
             case "compact":
                 return [], model.compact()
         return [], model
@@ -131,7 +153,9 @@ class Run:
 
 def restored(known: m.Rollout) -> Rollout:
     """The whole rollout that the model speaks of."""
-    rollout = make_rollout(known.id, group_id=known.group, index=known.index)
+    rollout = make_rollout(
+        known.id, group_id=known.group, index=known.index, pool=pool_of(known.index)
+    )
     for token, (version, _) in zip(known.tokens, known.origins, strict=True):
         columns = dict(
             zip(
@@ -182,6 +206,7 @@ def observe(journal: Journal) -> m.Model:
         rollouts.append(seen)
     return m.Model(
         tuple(rollouts),
+        tuple(m.Budget(b.id, b.tokens, b.used, str(b.state)) for b in recovered.budgets),
         tuple((key.key, tuple(ids)) for key, ids in recovered.keys),
         recovered.flip,
         recovered.is_all_paused,
@@ -213,7 +238,7 @@ class Recorded:
     """borders[i]: number of changes when operation i began; the last: when all were done."""
 
 
-_PREFACE = ("accept", "append", "import", "finish", "append")
+_PREFACE = ("accept", "append", "import", "finish", "budget", "append")
 
 
 def prefaced() -> tuple[Files, m.Model]:
