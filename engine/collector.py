@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from . import log
 from .backend import Backend
+from .budgets import Budgets
 from .config import RestartConfig
 from .errors import EngineUnavailable, EverstepError
 from .growth import Growth, News
@@ -22,6 +23,8 @@ from .messages import (
     Cancel,
     Died,
     FromCore,
+    Meter,
+    Metered,
     Pause,
     Ready,
     Rejected,
@@ -49,6 +52,7 @@ class Collector:
         tokenizer: Tokenizer | None,
         *,
         keeper: Keeper | None,
+        budgets: Budgets,
         restarts: RestartConfig,
         metrics: Registry,
     ) -> None:
@@ -60,6 +64,8 @@ class Collector:
         self._holdings = holdings
         self._tokenizer = tokenizer
         self._keeper = keeper
+        self._budgets = budgets
+        budgets.send = self._meter
         self._restarts = restarts
         self._info: Ready | None = None
         self._last_info: Ready | None = None
@@ -122,7 +128,7 @@ class Collector:
         if reason.type == "error":
             log.event("rollout.failed", level="error", rollout=final.id, detail=reason.detail)
         if final.is_durable and self._keeper is not None:
-            self._keeper.end(growth, final)
+            self._keeper.end(growth, final, self._show_ending)
         else:
             self._holdings.end(growth, final)
 
@@ -144,6 +150,13 @@ class Collector:
         else:
             ids = [g.rollout.id for g in durable if g.rollout.id not in self._holdings.paused]
             self.tell(Resume(ids))
+
+    def _meter(self, meter: Meter) -> bool:
+        """Limit a pool, if there is a core to be told."""
+        if self._info is None:
+            return False
+        self.tell(meter)
+        return True
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -171,6 +184,7 @@ class Collector:
             banned_ids=sorted(stop_ids | set(self.eos_ids)),
             priority=rollout.priority,
             client=rollout.client,
+            pool=rollout.pool,
             start_paused=is_held or rollout.id in self._holdings.paused,
         )
 
@@ -208,6 +222,8 @@ class Collector:
                 for rollout_id, state in message.moves:
                     for growth in self._holdings.live([rollout_id]):
                         growth.move(RolloutState(state))
+            case Metered():
+                self._budgets.take_answer(message)
             case Rejected():
                 for growth in self._holdings.live([message.rollout_id]):
                     reason = FinishReason("error", detail=message.message)
@@ -226,6 +242,8 @@ class Collector:
             news = growth.prepare(tokens, origin, info)
             if news is None:
                 return
+            if growth.rollout.pool:
+                self._budgets.take(growth.rollout.pool, len(news.grown.ids))
             if news.finish is not None:
                 self._finish(growth, news.finish)
                 if news.finish is not tokens.finish:
@@ -247,13 +265,24 @@ class Collector:
                 take(growth, tokens_of(row))
         if durable and self._keeper is not None:
             self._keeper.append(origin, durable, self._show)
+        if message.drawn:
+            self._budgets.note_drawn(message.drawn)
 
     def _show(self, growth: Growth) -> None:
         is_first = not growth.rollout.output_ids
-        growth.apply()
+        num_tokens = growth.apply()
+        if growth.rollout.pool:
+            self._budgets.use(growth.rollout.pool, num_tokens)
         if is_first and growth.rollout.output_ids:
             self._holdings.note_first_token(growth.rollout)
         growth.publish()
+
+    def _show_ending(self, growth: Growth, final: Rollout) -> None:
+        """Of a durable one: its last tokens come with it."""
+        num_tokens = len(final.output_ids) - len(growth.rollout.output_ids)
+        self._holdings.end(growth, final)
+        if final.pool:
+            self._budgets.use(final.pool, num_tokens)
 
     def _finish(self, growth: Growth, reason: FinishReason) -> None:
         if not growth.rollout.is_durable:
@@ -279,6 +308,7 @@ class Collector:
         if self._is_closing:
             return False
         self._info = None
+        self._budgets.lose_core()
         try:
             info = await restart(self._backend, died, deaths, self._restarts)
         except EverstepError as error:
@@ -295,12 +325,14 @@ class Collector:
         for growth in growths:
             is_paused = growth.rollout.id in self._holdings.paused
             growth.move(RolloutState.PAUSED if is_paused else RolloutState.QUEUED)
-        if growths:
-            self.tell(*map(self._add, growths))
+        messages: list[ToCore] = [*self._budgets.meters(), *map(self._add, growths)]
+        if messages:
+            self.tell(*messages)
 
     def give_up(self, reason: str) -> None:
         """No core will come: all fail, but what is durable, which waits in the journal."""
         self._info, self.failure = None, reason
+        self._budgets.lose_core()
         for growth in self._holdings.live():
             if growth.rollout.is_durable:
                 growth.publish()

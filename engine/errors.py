@@ -11,6 +11,7 @@
     │   ├── StaleVersion          409  weights whose number would run backwards, or of another lineage
     │   └── WeightsRefused        409  weights that do not pass; the old ones go on serving
     ├── UnknownRollout            404
+    ├── UnknownBudget             404
     ├── Overloaded                429  a queue is full; `retry_after_s`
     ├── EngineUnavailable         503  not ready
     │   ├── EngineDied            503
@@ -111,6 +112,13 @@ class UnknownRollout(EverstepError):
     """No rollout has this id."""
 
     code = "rollout_not_found"
+    status = 404
+
+
+class UnknownBudget(EverstepError):
+    """No token budget has this id."""
+
+    code = "budget_not_found"
     status = 404
 
 

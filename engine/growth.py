@@ -141,8 +141,9 @@ class Growth:
         self._ahead.append(news)
         return news
 
-    def apply(self) -> None:
-        """Show the oldest news that were prepared. (`publish` is the caller's: several may come.)"""
+    def apply(self) -> int:
+        """Show the oldest news that were prepared; how many tokens. (`publish` is the caller's:
+        several may come.)"""
         news = self._ahead.popleft()
         _write(self.rollout, news)
         if news.grown.ids:
@@ -151,15 +152,17 @@ class Growth:
             moves, self._moves = self._moves, []
             for state in moves:
                 self.move(state)
+        return len(news.grown.ids)
 
     def take_plain(self, row: PlainToken, origin: Origin) -> bool:
         """Prepare, apply and publish at once one token, the common case; False, and nothing done,
-        where it takes more: a durable rollout, a stop string that may end it, a new segment."""
+        where it takes more: a durable rollout, a pool, a stop string that may end it, a new
+        segment."""
         rollout, detokenizer = self.rollout, self._detokenizer
         _, start, token_id, lp_sampled, lp_temp, kept_mass, flags = row
         if self._origin is not origin or start != self._num_ids or self._ahead:
             return False
-        if rollout.is_durable or rollout.sampling.stop:
+        if rollout.is_durable or rollout.pool or rollout.sampling.stop:
             return False
         if detokenizer is not None:
             text = detokenizer.push(token_id)

@@ -115,7 +115,7 @@ class Keeper:
             await self._durable(future)
             return [rollout.id for rollout in rollouts]
 
-        rollout_ids, is_replay = await self._whole(self.keys.once(key, once))
+        rollout_ids, is_replay = await self.whole(self.keys.once(key, once))
         return Accepted(await self._group_of(rollout_ids[0]), rollout_ids, is_replay)
 
     def append(
@@ -130,9 +130,9 @@ class Keeper:
         op = ops.Append(origin, [news.grown for _, news in fresh], time_s=fresh[0][1].time_s)
         self._then(self.journal.commit(op), shown)
 
-    def end(self, growth: Growth, final: Rollout) -> None:
+    def end(self, growth: Growth, final: Rollout, show: Callable[[Growth, Rollout], None]) -> None:
         """Journal an ending, then show it."""
-        self._then(self.journal.commit(ops.End(final)), lambda: self._holdings.end(growth, final))
+        self._then(self.journal.commit(ops.End(final)), lambda: show(growth, final))
 
     async def commit(self, op: ops.Op) -> None:
         """Return once it is durable, or raise why it is not; a caller that leaves stops nothing."""
@@ -149,16 +149,16 @@ class Keeper:
     async def pause(self, growths: Sequence[Growth], *, is_all: bool) -> None:
         durable = [growth.rollout.id for growth in growths if growth.rollout.is_durable]
         if durable or is_all:
-            await self._whole(self.commit(ops.Pause(None if is_all else durable)))
+            await self.whole(self.commit(ops.Pause(None if is_all else durable)))
 
     async def resume(self, growths: Sequence[Growth], *, is_all: bool) -> None:
         durable = [growth.rollout.id for growth in growths if growth.rollout.is_durable]
         if durable or is_all:
-            await self._whole(self.commit(ops.Resume(None if is_all else durable)))
+            await self.whole(self.commit(ops.Resume(None if is_all else durable)))
 
     async def flush(self) -> None:
         """Return once all that was given is durable, and shown."""
-        await self._whole(self.journal.flush())
+        await self.whole(self.journal.flush())
 
     async def acknowledge(self, ids: Sequence[str] | None, group: str | None) -> Ids:
         """The reader of these ended rollouts has them (both None: of all that have ended)."""
@@ -166,7 +166,7 @@ class Keeper:
             ids = await self._ended_ids(group)
         else:
             await self._check_ended(ids)
-        await self._whole(self.commit(ops.Ack(list(ids))))
+        await self.whole(self.commit(ops.Ack(list(ids))))
         for rollout_id in ids:
             self._holdings.forget(rollout_id)
         return list(ids)
@@ -257,7 +257,7 @@ class Keeper:
 
     # --- parts of these ------------------------------------------------------------------
 
-    async def _whole(self, work: Coroutine[Any, Any, T]) -> T:
+    async def whole(self, work: Coroutine[Any, Any, T]) -> T:
         """Its result; if the caller is cancelled the work goes on to its end."""
         task = asyncio.ensure_future(work)
         self._tasks.add(task)

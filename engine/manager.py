@@ -8,6 +8,7 @@ time. `Keeper` (engine/keeping.py) speaks with the journal: what is durable outl
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 from .backend import Backend
+from .budgets import Budgets
 from .collector import Collector
 from .config import RestartConfig
 from .errors import (
@@ -17,6 +18,7 @@ from .errors import (
     EngineUnavailable,
     EverstepError,
     IllegalState,
+    InvalidRequest,
     JournalError,
     Overloaded,
     UnknownRollout,
@@ -24,7 +26,7 @@ from .errors import (
 from .growth import Growth, durable_growth
 from .holdings import Holdings
 from .intake import Accepted, Submission
-from .journal_ops import Query, RequestKey
+from .journal_ops import Budget, Query, RequestKey
 from .journal_thread import JournalThread
 from .keeping import Ids, Keeper, Page, ids_of
 from .messages import Pause, Ready, Resume, Stats
@@ -41,6 +43,7 @@ __all__ = ["Delta", "RolloutManager"]
 Rollouts = list[Rollout]
 Growths = list[Growth]
 Metrics = list[Counter | Gauge | Histogram]
+BudgetList = list[Budget]
 
 
 class RolloutManager:
@@ -78,11 +81,14 @@ class RolloutManager:
         self._keeper: Keeper | None = None
         if journal is not None:
             self._keeper = Keeper(journal, self._holdings, retain_keys_s=retain_keys_s)
+        self._budgets = Budgets(self._keeper, retain_keys_s=retain_keys_s, metrics=self.metrics)
+        self._budgets.why_not_here = self._why_not_here
         self._core = Collector(
             backend,
             self._holdings,
             tokenizer,
             keeper=self._keeper,
+            budgets=self._budgets,
             restarts=restarts,
             metrics=self.metrics,
         )
@@ -117,6 +123,7 @@ class RolloutManager:
     def current_metrics(self) -> Metrics:
         """All that this process counts, as it is now."""
         self._holdings.count_states()
+        self._budgets.count()
         return self.metrics.metrics
 
     @property
@@ -131,8 +138,10 @@ class RolloutManager:
         """
         await self._core.start()
         if self._keeper is not None:
+            recovered = await self._keeper.recover()
+            self._budgets.restore(recovered.budgets)
             self.num_recovered = await bring_back(
-                await self._keeper.recover(),
+                recovered,
                 self._keeper,
                 self._core,
                 self._holdings,
@@ -148,6 +157,7 @@ class RolloutManager:
         for growth in self._holdings:
             if growth.rollout.is_durable:
                 growth.publish()
+        self._budgets.publish()
 
     async def close(self) -> None:
         """Abort what is live and not durable, end the backend, write the journal and close it."""
@@ -166,6 +176,12 @@ class RolloutManager:
         Raises InvalidRequest (ContextTooLong), Overloaded, EngineUnavailable, Draining.
         """
         max_tokens = self._check(submission, self.info)
+        if submission.pool and self._keeper is not None:
+            raise InvalidRequest(
+                f"pool: {submission.pool!r} may have token budgets, which outlive this process as "
+                "the journal does; what it counts must be durable (`accept`)",
+                field="pool",
+            )
         self._check_room(submission.samples)
         self._num_submitted += 1
         source = ("rollout", self.run_seed, self._num_submitted)
@@ -412,6 +428,36 @@ class RolloutManager:
             if growth is not None and not growth.rollout.is_durable:
                 self._holdings.forget(rollout_id)
 
+    # --- token budgets of pools ----------------------------------------------------------
+
+    async def open_budget(self, pool: str, tokens: int, key: RequestKey | None = None) -> Budget:
+        """Let the rollouts of a pool grow by so many tokens in all, then stand still; the same key
+        gives the same budget. From its first one on a pool grows under an open budget only.
+
+        Raises InvalidRequest naming the field, Conflict where it has an open one, KeyReused,
+        Draining, EngineUnavailable, JournalFull, JournalError.
+        """
+        self._check_room(0)
+        return await self._told_budgets.open(pool, tokens, key)
+
+    async def close_budget(self, budget_id: str) -> Budget:
+        """End it; what was in flight is counted. Raises UnknownBudget, JournalFull, JournalError."""
+        return await self._told_budgets.close(budget_id)
+
+    async def wait_budget(self, budget_id: str, timeout_s: float | None = None) -> Budget:
+        """It once it is spent or closed, or the time is up. Raises UnknownBudget, and as `wait`."""
+        return await self._told_budgets.wait(budget_id, timeout_s)
+
+    def budgets(self, pool: str | None = None) -> BudgetList:
+        """In order of opening, as they are now."""
+        return self._told_budgets.of(pool)
+
+    @property
+    def _told_budgets(self) -> Budgets:
+        """Those of the journal among them; raises EngineUnavailable before."""
+        self._kept  # noqa: B018
+        return self._budgets
+
     async def _named(self, ids: Sequence[str] | None, group: str | None) -> Growths:
         """The live ones that are meant; raises UnknownRollout where one was never here."""
         keeper, holdings = self._kept, self._holdings
@@ -432,3 +478,4 @@ class RolloutManager:
         if self._keeper is not None and self._keeper.failure is not None:
             for growth in self._holdings:
                 growth.publish()
+            self._budgets.publish()

@@ -21,7 +21,7 @@ from everstep.engine.config import BatchConfig, ResolvedKV, RestartConfig
 from everstep.engine.core import Core
 from everstep.engine.errors import EverstepError, JournalFull
 from everstep.engine.journal_memory import MemoryJournal
-from everstep.engine.journal_ops import Accept, Op
+from everstep.engine.journal_ops import NEW, Accept, Append, CloseBudget, End, Op, OpenBudget
 from everstep.engine.manager import RolloutManager
 from everstep.engine.messages import Died, FromCore, Ready, ToCore
 from everstep.engine.rollout import FinishReason, Rollout
@@ -119,20 +119,61 @@ def _whole_text(spoken: Sequence[int], ids: Sequence[int], is_stop: bool) -> str
 
 
 class Store(MemoryJournal):
-    """Outlives its fronts, as a file does; knows the first form of all that was accepted."""
+    """Outlives its fronts, as a file does; knows the first form of all that was accepted.
+
+    It counts by itself what its pools grow by, and under which budget.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.accepted: dict[str, Rollout] = {}
+        # tokens of each rollout; of each budget: what it has, and what its pool grew by under it
+        self.lengths: dict[str, int] = {}
+        self.tokens: dict[str, int] = {}
+        self.used: dict[str, int] = {}
+        # pool → its open budget, None: it is metered, and has none; what it grew by before
+        self.open: dict[str, str | None] = {}
+        self.before: dict[str, int] = {}
 
     def commit(self, ops: Sequence[Op]) -> None:
         super().commit(ops)
         for op in ops:
-            if isinstance(op, Accept):
-                for rollout in op.rollouts:
-                    found = self.read(rollout.id)
-                    assert found is not None
-                    self.accepted[rollout.id] = found
+            match op:
+                case Accept():
+                    for rollout in op.rollouts:
+                        found = self.read(rollout.id)
+                        assert found is not None
+                        self.accepted[rollout.id] = found
+                        self.lengths[rollout.id] = len(found.output_ids)
+                case Append():
+                    for grown in op.grown:
+                        self._grew(grown.rollout_id, len(grown.ids))
+                case End():
+                    known = self.lengths[op.rollout.id]
+                    self._grew(op.rollout.id, len(op.rollout.output_ids) - known)
+                case OpenBudget():
+                    budget = op.budget
+                    assert self.open.get(budget.pool) is None
+                    self.open[budget.pool] = budget.id
+                    self.tokens[budget.id], self.used[budget.id] = budget.tokens, 0
+                case CloseBudget():
+                    self.open = {p: None if b == op.budget_id else b for p, b in self.open.items()}
+
+    def _grew(self, rollout_id: str, count: int) -> None:
+        assert count >= 0
+        self.lengths[rollout_id] += count
+        pool = self.accepted[rollout_id].pool
+        if not count:
+            return
+        if pool not in self.open:
+            self.before[pool] = self.before.get(pool, 0) + count
+            return
+        budget_id = self.open[pool]
+        assert budget_id is not None, f"{count} tokens of a metered pool without a budget"
+        self.used[budget_id] += count
+        assert self.used[budget_id] <= self.tokens[budget_id], "beyond the budget"
+        if self.used[budget_id] == self.tokens[budget_id]:
+            self.open[pool] = None
 
     def close(self) -> None:
         return None
@@ -149,7 +190,7 @@ class HandJournal:
         self.pending: deque[tuple[Callable[[], Any], Op | None, asyncio.Future[Any]]] = deque()
 
     def commit(self, op: Op) -> asyncio.Future[None]:
-        if self.stalled is not None and isinstance(op, Accept):
+        if self.stalled is not None and isinstance(op, NEW):
             future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             future.set_exception(JournalFull(self.stalled))
             return future
@@ -200,7 +241,7 @@ class HandJournal:
         self.stalled = reason
         waiting, self.pending = self.pending, deque()
         for call, op, future in waiting:
-            if reason is None or (op is not None and not isinstance(op, Accept)):
+            if reason is None or (op is not None and not isinstance(op, NEW)):
                 self.pending.append((call, op, future))
             elif op is None:
                 future.set_result(call())
@@ -242,8 +283,11 @@ class HandBackend:
         return events is not None
 
     def die(self) -> None:
+        """What it said and nobody heard is lost with it."""
         if self.core is not None:
             self.core = None
+            while not self._inbox.empty():
+                self._inbox.get_nowait()
             self._inbox.put_nowait([Died("killed")])
 
     async def close(self) -> None:
@@ -350,6 +394,11 @@ class World:
             is_busy |= self.backend.step()
             self.settle()
         return is_busy
+
+    def run_ahead(self, count: int) -> None:
+        """Steps of the core before the front hears of any."""
+        for _ in range(count):
+            self.backend.step()
 
     def kill_core(self) -> None:
         self.backend.die()

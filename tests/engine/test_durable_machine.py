@@ -6,6 +6,8 @@ its front does not hold.
 """
 
 import asyncio
+import random
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,9 +23,9 @@ from everstep.engine.checkpoint import Checkpoint
 from everstep.engine.config import BatchConfig, ModelConfig, ResolvedKV
 from everstep.engine.core import Core
 from everstep.engine.determinism import Laboratory, Outcome
-from everstep.engine.errors import IllegalState, JournalFull, UnknownRollout
+from everstep.engine.errors import Conflict, IllegalState, JournalFull, UnknownRollout
 from everstep.engine.intake import Submission
-from everstep.engine.journal_ops import RequestKey
+from everstep.engine.journal_ops import BudgetState, RequestKey
 from everstep.engine.messages import Add, Ready
 from everstep.engine.rollout import Rollout, RolloutState, SamplingParams
 from everstep.engine.runner import ModelRunner
@@ -44,6 +46,7 @@ from tests.fakes import fake_logprob, fake_routing
 from tests.levels import REAL
 from tests.strategies import MAX_MODEL_LEN, batches, caches
 
+POOL = "math"
 # most happens at one of the two, so that histories there are long
 sides = st.sampled_from([0, 0, 0, 1])
 prompts = st.builds(
@@ -81,6 +84,8 @@ class DurableMachine(RuleBasedStateMachine):
         self.promised: set[tuple[int, str]] = set()
         self.keys: dict[tuple[int, str], list[str]] = {}
         self.num_plain = 0
+        # (world, budget) → tokens used of it that somebody has seen
+        self.seen_used: dict[tuple[int, str], int] = {}
 
     @initialize(kv=caches(), batch=batches)
     def start(self, kv: ResolvedKV, batch: BatchConfig) -> None:
@@ -114,13 +119,14 @@ class DurableMachine(RuleBasedStateMachine):
         samples=st.integers(1, 3),
         priority=st.integers(0, 1),
         name=st.sampled_from(["", "k1"]),
+        pool=st.sampled_from(["", POOL]),
         is_hasty=st.sampled_from([False, False, True]),
     )
     def accept(
-        self, which, prompt, sampling, max_tokens, samples, priority, name, is_hasty
+        self, which, prompt, sampling, max_tokens, samples, priority, name, pool, is_hasty
     ) -> None:
         """is_hasty: the client does not wait for the answer, which may never come."""
-        self.ask(which, prompt, sampling, max_tokens, samples, priority, name, is_hasty)
+        self.ask(which, prompt, sampling, max_tokens, samples, priority, name, is_hasty, pool)
 
     @precondition(lambda self: not self.is_stalled(0))
     @rule(prompt=prompts, sampling=samplings, is_keyed=st.booleans(), num_untold=st.integers(0, 3))
@@ -131,12 +137,16 @@ class DurableMachine(RuleBasedStateMachine):
         self.world(0).kill_front(num_untold)
         self.ask(0, prompt, sampling, 9, 2, 0, name, False)
 
-    def ask(self, which, prompt, sampling, max_tokens, samples, priority, name, is_hasty) -> None:
+    def ask(
+        self, which, prompt, sampling, max_tokens, samples, priority, name, is_hasty, pool=""
+    ) -> None:
         params = SamplingParams(
             **{f: getattr(sampling, f) for f in sampling.__struct_fields__}
             | {"max_tokens": max(max_tokens, sampling.min_tokens)}
         )
-        ask = Submission(prompt_ids=prompt, sampling=params, samples=samples, priority=priority)
+        ask = Submission(
+            prompt_ids=prompt, sampling=params, samples=samples, priority=priority, pool=pool
+        )
         key = RequestKey(holder="", route="/", key=name, body_digest="b") if name else None
         manager = self.world(which).manager
         if is_hasty:
@@ -167,6 +177,14 @@ class DurableMachine(RuleBasedStateMachine):
     def step(self, which, count, pumps) -> None:
         self.world(which).step(count)
         self.world(which).journal.pump(pumps)
+        self.world(which).settle()
+
+    @rule(which=sides, count=st.integers(1, 4), is_heard=st.booleans())
+    def run_ahead(self, which, count, is_heard) -> None:
+        """The core makes steps before the front hears of any, or it dies before."""
+        self.world(which).run_ahead(count)
+        if not is_heard:
+            self.world(which).backend.die()
         self.world(which).settle()
 
     @precondition(lambda self: not self.is_stalled(0) and not self.is_stalled(1))
@@ -259,6 +277,48 @@ class DurableMachine(RuleBasedStateMachine):
         finally:
             await stream.aclose()
 
+    @rule(
+        which=sides,
+        tokens=st.integers(1, 12),
+        name=st.sampled_from(["", "", "k2"]),
+        is_hasty=st.sampled_from([False, False, True]),
+    )
+    def open_budget(self, which, tokens, name, is_hasty) -> None:
+        world = self.world(which)
+        key = RequestKey(holder="", route="/b", key=name, body_digest="b") if name else None
+        work = world.manager.open_budget(POOL, tokens, key)
+        if is_hasty:
+            world.begin(work)
+            return
+        try:
+            budget = world.do(work)
+        except JournalFull:
+            assert self.is_stalled(which)
+        except Conflict:
+            # or it is being opened, or closed, at this moment
+            assert world.store.open.get(POOL) is not None or world.clients
+        else:
+            known = self.keys.setdefault((which, name), [budget.id]) if name else [budget.id]
+            assert known == [budget.id]
+            if not world.clients:
+                assert (budget.tokens, budget.pool) == (world.store.tokens[budget.id], POOL)
+
+    @rule(which=sides, is_hasty=st.sampled_from([False, False, True]))
+    def close_budget(self, which, is_hasty) -> None:
+        world = self.world(which)
+        for budget in world.manager.budgets(POOL)[-1:]:
+            work = world.manager.close_budget(budget.id)
+            if is_hasty:
+                world.begin(work)
+                continue
+            try:
+                closed = world.do(work)
+            except JournalFull:
+                assert self.is_stalled(which)
+            else:
+                assert closed.state is not BudgetState.OPEN
+                assert closed.used == world.store.used[budget.id]
+
     # --- what the world does
 
     @rule(which=sides)
@@ -304,6 +364,36 @@ class DurableMachine(RuleBasedStateMachine):
                 seen = self.seen.setdefault((which, rollout.id), [])
                 assert rollout.output_ids[: len(seen)] == seen, "what was seen has changed"
                 self.seen[which, rollout.id] = list(rollout.output_ids)
+
+    @invariant()
+    def budgets_are_exact(self) -> None:
+        for which, world in enumerate(self.worlds):
+            kept = {budget.id: budget for budget in world.store.recover().budgets}
+            assert {name: budget.used for name, budget in kept.items()} == world.store.used
+            shown = world.manager.budgets(POOL)
+            for budget in shown:
+                assert budget.used <= kept[budget.id].used <= budget.tokens
+                assert (budget.used == budget.tokens) == (budget.state is BudgetState.SPENT)
+                assert self.seen_used.get((which, budget.id), 0) <= budget.used
+                self.seen_used[which, budget.id] = budget.used
+                if not world.journal.pending:
+                    assert (budget.used, budget.state) == (
+                        kept[budget.id].used,
+                        kept[budget.id].state,
+                    )
+            if shown:
+                grown = sum(self.num_shown(world, name) for name in world.store.accepted)
+                used = sum(budget.used for budget in shown)
+                assert grown == world.store.before.get(POOL, 0) + used
+
+    def num_shown(self, world: World, rollout_id: str) -> int:
+        """Tokens that a rollout of the pool has grown by, as everybody sees it."""
+        first = world.store.accepted[rollout_id]
+        if first.pool != POOL:
+            return 0
+        growth = world.manager._holdings.get(rollout_id)
+        num = world.store.lengths[rollout_id] if growth is None else len(growth.rollout.output_ids)
+        return num - len(first.output_ids)
 
     def expected(self, rollout: Rollout) -> Any:
         kept: list[int] = []
@@ -356,13 +446,17 @@ class DurableMachine(RuleBasedStateMachine):
         if world.journal.stalled is not None:
             world.journal.stall(None)
         world.do(world.manager.resume())
-        for _ in range(3000):
-            is_busy = world.step()
-            world.journal.pump()
-            world.settle()
-            if not is_busy and not world.manager.num_live:
-                break
-        assert not world.manager.num_live, "something never ended"
+        self.run(world)
+        # whoever is left belongs to the pool; it goes on budget by budget
+        while world.manager.num_live:
+            assert POOL in world.store.open, "something never ended"
+            assert world.store.open[POOL] is None, "a budget is open, and nobody grows"
+            live = [g.rollout for g in world.manager._holdings if g.is_live]
+            assert {(r.pool, r.state) for r in live} == {(POOL, RolloutState.PAUSED)}
+            budget = world.do(world.manager.open_budget(POOL, 5))
+            self.run(world)
+            [budget] = [b for b in world.manager.budgets(POOL) if b.id == budget.id]
+            assert budget.state is BudgetState.SPENT or not world.manager.num_live
         assert not world.store.recover().live
         derived = [
             rollout.seed
@@ -378,6 +472,15 @@ class DurableMachine(RuleBasedStateMachine):
                 seen = self.seen.get((which, rollout_id), [])
                 assert rollout.output_ids[: len(seen)] == seen
         self.everybody_sees_a_beginning_that_is_in_the_journal()
+
+    def run(self, world: World) -> None:
+        for _ in range(3000):
+            is_busy = world.step()
+            world.journal.pump()
+            world.settle()
+            if not is_busy and not world.journal.pending:
+                return
+        raise AssertionError("it never comes to rest")
 
     def promised_in(self, which: int) -> set[str]:
         return {rollout_id for other, rollout_id in self.promised if other == which}
@@ -469,6 +572,95 @@ DurableMachine.TestCase.settings = settings(
 
 def test_every_history_gives_the_rollout_alone() -> None:
     DurableMachine.TestCase().runTest()
+
+
+def draw_sampling(rng: random.Random) -> SamplingParams:
+    return SamplingParams(
+        stop=tuple(rng.sample(STOPS, rng.choice([0, 0, 1, 2]))),
+        ignore_eos=rng.random() < 0.7,
+        min_tokens=rng.choice([0, 0, 2]),
+        record=rng.choice([(), (), ("lp_raw", "entropy")]),
+    )
+
+
+def storm(seed: int, num_acts: int = 60) -> DurableMachine:
+    """A busy pool: what Hypothesis draws at random, with weights by which a budget is often open,
+    rollouts grow on it, and something is killed meanwhile."""
+    rng = random.Random(seed)
+    machine = DurableMachine()
+    block_size = rng.randint(1, 5)
+    least = -(-MAX_MODEL_LEN // block_size) + 1
+    kv = ResolvedKV(
+        block_size=block_size,
+        num_blocks=least + rng.choice([0, 3, least, 3 * least]),
+        max_model_len=MAX_MODEL_LEN,
+        prefix_caching=True,
+        num_parking_blocks=rng.choice([0, least]),
+        on_pause=rng.choice(["keep", "park", "drop"]),
+    )
+    batch = BatchConfig(max_num_seqs=rng.randint(1, 5), max_num_batched_tokens=rng.randint(1, 14))
+    machine.start(kv=kv, batch=batch)
+    world = machine.world(0)
+
+    def ask(*, is_hasty: bool = False) -> None:
+        prompt = [0, 1, 2, 0, 1, 2][: rng.randint(1, 6)]
+        pool, sampling, length = (
+            rng.choice([POOL, POOL, ""]),
+            draw_sampling(rng),
+            rng.randint(1, 11),
+        )
+        machine.ask(0, prompt, sampling, length, rng.randint(1, 3), 0, "", is_hasty, pool)
+
+    def calm(act: Callable[[], None]) -> Callable[[], None]:
+        """Only while the disk has room."""
+        return lambda: None if machine.is_stalled(0) else act()
+
+    share = rng.random
+    acts: list[tuple[int, Callable[[], None]]] = [
+        (12, ask),
+        (1, lambda: ask(is_hasty=True)),
+        (40, lambda: machine.step(which=0, count=rng.randint(1, 4), pumps=rng.randint(0, 4))),
+        (
+            12,
+            lambda: machine.open_budget(
+                0, rng.randint(1, 25), rng.choice(["", "k2"]), share() < 0.2
+            ),
+        ),
+        (4, lambda: machine.close_budget(0, share() < 0.3)),
+        (3, calm(lambda: machine.cancel(which=0, share=share()))),
+        (2, calm(lambda: machine.pause_or_resume(0, share(), rng.choice(["pause", "resume"])))),
+        (1, calm(lambda: machine.pause_all(is_resumed=True))),
+        (3, calm(lambda: machine.fork(0, share(), share(), rng.randint(1, 2)))),
+        (1, calm(lambda: machine.move(which=0, share=share()))),
+        (2, calm(lambda: machine.acknowledge(which=0, share=share()))),
+        # and the front hears of it with what comes next
+        (20, lambda: world.run_ahead(rng.randint(1, 4))),
+        (4, lambda: machine.kill_core(which=0)),
+        (4, calm(lambda: machine.kill_front(which=0, num_untold=rng.randint(0, 3)))),
+        (3, lambda: machine.fill_or_empty_the_disk(which=0)),
+    ]
+    weights, calls = zip(*acts, strict=True)
+    try:
+        for call in rng.choices(calls, weights, k=num_acts):
+            call()
+            if world.manager.num_live > 12 and not machine.is_stalled(0):
+                machine.run(world)
+            machine.everybody_sees_a_beginning_that_is_in_the_journal()
+            machine.budgets_are_exact()
+    finally:
+        machine.teardown()
+    return machine
+
+
+@pytest.mark.parametrize("first_seed", range(0, 80, 20))
+def test_a_pool_grows_by_its_budgets_and_by_nothing_else(first_seed: int) -> None:
+    used, ends = 0, set()
+    for seed in range(first_seed, first_seed + 20):
+        for world in storm(seed).worlds:
+            used += sum(world.store.used.values())
+            ends |= {(b.state, b.used > 0) for b in world.store.recover().budgets}
+    assert used > 200
+    assert {(BudgetState.SPENT, True), (BudgetState.CLOSED, True)} <= ends
 
 
 @pytest.mark.slow
