@@ -19,6 +19,7 @@ import importlib.util
 import inspect
 import math
 import numbers
+import os
 import re
 import time
 import traceback
@@ -167,8 +168,13 @@ def number_of(value: Any) -> float:
 def described(error: BaseException) -> str:
     """An exception of a reward in one line: type, message, and the line that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
-    # of a failed import the user's line, not the machinery's
-    known = [f for f in frames if "importlib" not in f.filename]
+    # the user's line, not that of the import or of our call
+    ours = os.path.dirname(__file__)
+    known = [
+        frame
+        for frame in frames
+        if "importlib" not in frame.filename and os.path.dirname(frame.filename) != ours
+    ]
     place = f" ({known[-1].filename}:{known[-1].lineno})" if known else ""
     text = " ".join(str(error).split())
     return f"raised {type(error).__name__}{': ' if text else ''}{text[:300]}{place}"

@@ -1,9 +1,11 @@
 """Every metric against its definition in plain Python, by lag; parts and ranks add up."""
 
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from statistics import fmean, pstdev
 
 import pytest
@@ -239,3 +241,26 @@ def test_names_are_unique():
     assert len(theirs) == len(set(theirs))
     assert not ours & set(theirs)
     assert len(GROUPS) == len(WANTED)
+
+
+def documented(table):
+    """Names of the first cells: `kl_k1`, `kl_k2`; `mask_fraction`, `_low`; `ratio_p01`, `_p50`."""
+    for row in table.splitlines():
+        names = re.findall(r"`(\w+)`", row.split("|")[1])
+        yield from (name for name in names if not name.startswith("_"))
+        for suffix in (name for name in names if name.startswith("_")):
+            yield names[0] + suffix
+            yield names[0].rpartition("_")[0] + suffix
+
+
+def test_the_page_names_every_metric():
+    batch = numbered([1, 3, 8, 9], [6, 7])
+    inputs = with_columns(batch, [[0, 1, 2, 3], [0, 0]])
+    found = LossMetrics()
+    found.add(inputs, make_loss(CONFIG)(inputs))
+    page = Path(__file__).parents[2].joinpath("docs/explain/icepop.md").read_text("utf-8")
+    table = page.partition("| name | what | elsewhere |\n|---|---|---|\n")[2].partition("\n\n")[0]
+    ours = {name for name in found.values(aliases=False) if "/" not in name}
+    assert ours <= set(documented(table))
+    aliases = {other for others in ALIASES.values() for other in others}
+    assert {other for other in aliases if other.split("_")[-1] not in table} == set()
