@@ -9,9 +9,16 @@ from typing import Any, Self, TypeVar
 import httpx
 
 from ..engine.errors import EverstepError
+from ..engine.journal_ops import Budget
 from ..engine.rollout import Record, Rollout, RolloutState
 from ..engine.trajectory import Trajectory
-from ..server.rollouts_types import ForkRequest, RolloutSummary, StreamEvent, Submitted
+from ..server.rollouts_types import (
+    BudgetRequest,
+    ForkRequest,
+    RolloutSummary,
+    StreamEvent,
+    Submitted,
+)
 from . import client_flows as flows
 from .client_base import PAGE, BaseClient, Messages, Sampling
 from .client_flows import Flow, Pause, Reply, Step
@@ -47,6 +54,7 @@ class AsyncClient(BaseClient):
         priority: int = 0,
         group_id: str | None = None,
         pool: str | None = None,
+        attempt: int | None = None,
         metadata: Any = None,
         idempotency_key: str | None = None,
         **options: Any,
@@ -62,6 +70,7 @@ class AsyncClient(BaseClient):
             priority=priority,
             group_id=group_id,
             pool=pool,
+            attempt=attempt,
             metadata=metadata,
             **options,
         )
@@ -183,6 +192,25 @@ class AsyncClient(BaseClient):
         return await self._run(
             flows.import_(export, allow_other_weights, idempotency_key, self._patience())
         )
+
+    async def open_budget(
+        self, pool: str, tokens: int, *, idempotency_key: str | None = None
+    ) -> Budget:
+        """As `Client.open_budget`."""
+        request = BudgetRequest(pool=pool, tokens=tokens)
+        return await self._run(flows.open_budget(request, idempotency_key, self._patience()))
+
+    async def wait_budget(self, budget_id: str, *, timeout_s: float | None = None) -> Budget:
+        """As `Client.wait_budget`."""
+        return await self._run(flows.wait_budget(budget_id, timeout_s, self._patience()))
+
+    async def close_budget(self, budget_id: str) -> Budget:
+        """As `Client.close_budget`."""
+        return await self._run(flows.close_budget(budget_id, self._patience()))
+
+    async def budgets(self, pool: str | None = None) -> Sequence[Budget]:
+        """As `Client.budgets`."""
+        return await self._run(flows.budgets(pool, self._patience()))
 
     async def close(self) -> None:
         """End the connections. Idempotent."""

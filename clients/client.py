@@ -22,9 +22,16 @@ from typing import Any, Self, TypeVar
 import httpx
 
 from ..engine.errors import EverstepError
+from ..engine.journal_ops import Budget
 from ..engine.rollout import Record, Rollout, RolloutState
 from ..engine.trajectory import Trajectory
-from ..server.rollouts_types import ForkRequest, RolloutSummary, StreamEvent, Submitted
+from ..server.rollouts_types import (
+    BudgetRequest,
+    ForkRequest,
+    RolloutSummary,
+    StreamEvent,
+    Submitted,
+)
 from . import client_flows as flows
 from .client_base import PAGE, BaseClient, Messages, Sampling
 from .client_flows import Flow, Pause, Reply, Step
@@ -66,6 +73,7 @@ class Client(BaseClient):
         priority: int = 0,
         group_id: str | None = None,
         pool: str | None = None,
+        attempt: int | None = None,
         metadata: Any = None,
         idempotency_key: str | None = None,
         **options: Any,
@@ -87,6 +95,7 @@ class Client(BaseClient):
             priority=priority,
             group_id=group_id,
             pool=pool,
+            attempt=attempt,
             metadata=metadata,
             **options,
         )
@@ -211,6 +220,27 @@ class Client(BaseClient):
         return self._run(
             flows.import_(export, allow_other_weights, idempotency_key, self._patience())
         )
+
+    def open_budget(self, pool: str, tokens: int, *, idempotency_key: str | None = None) -> Budget:
+        """Let the rollouts of a pool grow by so many output tokens in all, then stand still.
+
+        From its first budget on a pool grows under an open one only; so open it, then submit.
+        Raises Conflict while the pool has another open one.
+        """
+        request = BudgetRequest(pool=pool, tokens=tokens)
+        return self._run(flows.open_budget(request, idempotency_key, self._patience()))
+
+    def wait_budget(self, budget_id: str, *, timeout_s: float | None = None) -> Budget:
+        """Once it is spent or closed, or as it is when the time is up. Raises UnknownBudget."""
+        return self._run(flows.wait_budget(budget_id, timeout_s, self._patience()))
+
+    def close_budget(self, budget_id: str) -> Budget:
+        """End it where it stands; what was in flight is counted. An ended one stays as it is."""
+        return self._run(flows.close_budget(budget_id, self._patience()))
+
+    def budgets(self, pool: str | None = None) -> Sequence[Budget]:
+        """In order of opening, as they are now."""
+        return self._run(flows.budgets(pool, self._patience()))
 
     def close(self) -> None:
         """End the connections. Idempotent."""

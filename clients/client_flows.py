@@ -22,10 +22,19 @@ from ..engine.errors import (
     InvalidRequest,
     Overloaded,
 )
+from ..engine.journal_ops import Budget, BudgetState
 from ..engine.rollout import Record, Rollout, RolloutState, SamplingParams
 from ..engine.trajectory import Trajectory, decode, seal, unpack
 from ..server.openai_types import ErrorResponse
-from ..server.rollouts_types import Done, ForkRequest, RolloutList, Selection, Submitted
+from ..server.rollouts_types import (
+    BudgetList,
+    BudgetRequest,
+    Done,
+    ForkRequest,
+    RolloutList,
+    Selection,
+    Submitted,
+)
 
 T = TypeVar("T")
 StructT = TypeVar("StructT", bound=Struct)
@@ -242,7 +251,8 @@ def import_(
         headers={"content-type": "application/octet-stream"},
         content=export if isinstance(export, bytes) else seal(export),
     )
-    return _with_key(call, key, patience)
+    response = yield from send(_with_key(call, key), patience)
+    return _read(response, Submitted)
 
 
 def get(rollout_id: str, patience: Patience) -> Flow[Rollout]:
@@ -302,17 +312,60 @@ def export(rollout_id: str, patience: Patience) -> Flow[bytes]:
 
 
 def _submit(path: str, content: bytes, key: str | None, patience: Patience) -> Flow[Submitted]:
-    call = Call(
-        method="POST", path=path, headers={"content-type": "application/json"}, content=content
-    )
-    return _with_key(call, key, patience)
+    response = yield from send(_with_key(_post(path, content), key), patience)
+    return _read(response, Submitted)
 
 
-def _with_key(call: Call, key: str | None, patience: Patience) -> Flow[Submitted]:
+def _post(path: str, content: bytes) -> Call:
+    headers = {"content-type": "application/json"}
+    return Call(method="POST", path=path, headers=headers, content=content)
+
+
+def _with_key(call: Call, key: str | None) -> Call:
     """With a key of its own, so that it may be sent again, whatever became of the first."""
     headers = call.headers | {"idempotency-key": key or uuid.uuid4().hex}
-    response = yield from send(msgspec.structs.replace(call, headers=headers), patience)
-    return _read(response, Submitted)
+    return msgspec.structs.replace(call, headers=headers)
+
+
+# --- token budgets of pools
+
+
+def open_budget(request: BudgetRequest, key: str | None, patience: Patience) -> Flow[Budget]:
+    call = _with_key(_post("/rollouts/budget", _json(request)), key)
+    response = yield from send(call, patience)
+    return _read(response, Budget)
+
+
+def close_budget(budget_id: str, patience: Patience) -> Flow[Budget]:
+    response = yield from send(_post(f"{_budget_path(budget_id)}/close", b""), patience)
+    return _read(response, Budget)
+
+
+def budgets(pool: str | None, patience: Patience) -> Flow[list[Budget]]:
+    query = {} if pool is None else {"pool": pool}
+    call = Call(method="GET", path="/rollouts/budget", query=query)
+    response = yield from send(call, patience)
+    return _read(response, BudgetList).data
+
+
+def wait_budget(
+    budget_id: str, timeout_s: float | None, patience: Patience, clock: Clock = time.monotonic
+) -> Flow[Budget]:
+    """The budget once it has ended, or the time is up."""
+    until = None if timeout_s is None else clock() + timeout_s
+    while True:
+        wait_s = POLL_S if until is None else max(0.0, min(POLL_S, until - clock()))
+        call = Call(
+            method="GET",
+            path=_budget_path(budget_id),
+            query={"wait": f"{wait_s:.3f}"},
+            read_s=wait_s + READ_TIMEOUT_S,
+        )
+        response = yield from send(call, patience)
+        budget = _read(response, Budget)
+        is_late = until is not None and clock() >= until
+        if is_late or budget.state is not BudgetState.OPEN:
+            return budget
 
 
 # --- what they say
@@ -362,10 +415,18 @@ def query_of(
 
 
 def path_of(rollout_id: str) -> str:
+    return f"/rollouts/{_name_of('rollout', rollout_id)}"
+
+
+def _budget_path(budget_id: str) -> str:
+    return f"/rollouts/budget/{_name_of('budget', budget_id)}"
+
+
+def _name_of(kind: str, name: str) -> str:
     # an id is a name, never a path of its own
-    if not rollout_id or not set(rollout_id).isdisjoint("/?#%\\ ") or rollout_id in (".", ".."):
-        raise InvalidRequest(f"{rollout_id!r} is no rollout's id", field="rollout_id")
-    return f"/rollouts/{rollout_id}"
+    if not name or not set(name).isdisjoint("/?#%\\ ") or name in (".", ".."):
+        raise InvalidRequest(f"{name!r} is no {kind}'s id", field=f"{kind}_id")
+    return name
 
 
 def _json(body: Any) -> bytes:

@@ -327,15 +327,20 @@ _CALLS = [
     ("`POST /rollouts/{id}/fork`", "`ForkRequest`", "202 `Submitted`", "key"),
     ("`GET` or `POST /rollouts/{id}/export`", "nothing", "the rollout, sealed", ""),
     ("`POST /rollouts/import`", "an export; `allow_other_weights`", "202 `Submitted`", "key"),
+    ("`POST /rollouts/budget`", "`BudgetRequest`", "202 `Budget`", "key"),
+    ("`GET /rollouts/budget`", "`pool`", "`BudgetList`", ""),
+    ("`GET /rollouts/budget/{id}`", "`wait` (seconds)", "`Budget`", ""),
+    ("`POST /rollouts/budget/{id}/close`", "nothing", "`Budget`", ""),
 ]
 
 
 def rollouts_api() -> str:
     """The routes of /rollouts, and every field of their structs as their source explains it."""
-    requests = ("SubmitRequest", "Sampling", "ForkRequest", "Selection")
+    requests = ("SubmitRequest", "Sampling", "ForkRequest", "Selection", "BudgetRequest")
     answers = ("Submitted", "Done", "RolloutAnswer", "RolloutUsage", "StreamEvent")
     blocks: list[Any] = []
-    for name in (*requests, *answers, "RolloutList", "RolloutSummary"):
+    lists = ("RolloutList", "RolloutSummary", "BudgetList", "Budget")
+    for name in (*requests, *answers, *lists):
         kind = getattr(rollouts_types, name)
         blocks += [f"## {name}", _paragraph(kind), _fields(kind, is_request=name in requests)]
     return page(
@@ -360,7 +365,7 @@ def rollouts_api() -> str:
         "## Long polls and streams",
         f"`wait` is at most {MAX_WAIT_S:g} s, a longer one answers then with what there is. With "
         "`after` it answers as soon as there are more tokens than that, without it once the rollout "
-        "has ended.\n"
+        "has ended; of a budget, once it is spent or closed.\n"
         "A stream begins with a `retry:` line, sends a comment every `http.heartbeat_s` while "
         "nothing comes, and ends with the event that has a `finish_reason`.\n"
         "The `id:` of an event is the number of output tokens up to its end: with it as `after`, or "
@@ -368,7 +373,7 @@ def rollouts_api() -> str:
         "An event named `error` holds an error of the server; the rollout itself may go on.\n"
         "Readers that leave end nothing.",
         "## Idempotency-Key",
-        f"1 to {MAX_KEY_CHARS} printable ASCII characters, on every call that makes rollouts, and on "
+        f"1 to {MAX_KEY_CHARS} printable ASCII characters, on every call that makes rollouts or opens a budget, and on "
         "`/v1/completions` and `/v1/chat/completions`, whose rollouts are durable then.\n"
         "A key belongs to the API key that sent it and to the route, and is kept for "
         "`journal.retain_keys_s`.\n"
@@ -381,6 +386,11 @@ def rollouts_api() -> str:
         "Pause, cancel and ack of what is paused, has ended, was acknowledged already is fine.\n"
         "Import of what is cut, altered or no rollout is 400 `invalid_trajectory`; of another model, "
         "vocabulary or weights, or of an id that is known here, 409 `conflict`.\n"
+        "From its first budget on a pool grows under an open one only: what of it waits is `paused`, "
+        "and `waits_for` says `budget`.\n"
+        "A pool has one open budget at a time, a second one is 409 `conflict`. `used` counts tokens "
+        "that are journaled: it is never more than `tokens`, and as many once the state is `spent`.\n"
+        "A closed budget counts what was in flight; to close what has ended is fine.\n"
         "A journal without room refuses what is new with 503 `journal_full` and `Retry-After`; "
         "nothing that it holds is lost.",
         *blocks,

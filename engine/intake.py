@@ -31,6 +31,8 @@ class Submission(Struct, kw_only=True):
     """Larger runs first and preempts smaller."""
     client: str = ""
     pool: str = ""
+    attempt: int = 0
+    """Which try at this sample; with a seed of its own it is another sample."""
     metadata: Any = None
 
     def check(self, info: Ready, *, eos_ids: tuple[int, ...], has_tokenizer: bool) -> int:
@@ -89,6 +91,7 @@ class Submission(Struct, kw_only=True):
                 priority=self.priority,
                 client=self.client,
                 pool=self.pool,
+                attempt=self.attempt,
                 metadata=self.metadata,
                 created_s=created_s,
             )

@@ -6,6 +6,7 @@ time. `Keeper` (engine/keeping.py) speaks with the journal: what is durable outl
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Literal
 
 from .backend import Backend
 from .budgets import Budgets
@@ -33,7 +34,7 @@ from .messages import Pause, Ready, Resume, Stats
 from .metrics import Counter, Gauge, Histogram, Registry
 from .readers import Delta, deltas, until
 from .recovery import bring_back
-from .rollout import Rollout
+from .rollout import Rollout, RolloutState
 from .tokenizer import Tokenizer
 from .trajectory import Trajectory
 from .transfer import export_of, forks_of, imported
@@ -314,6 +315,16 @@ class RolloutManager:
             raise UnknownRollout(f"no rollout has the id {rollout_id!r}")
         return growth.rollout
 
+    def waits_for(self, rollout: Rollout) -> Literal["resume", "budget", "disk"] | None:
+        """What a paused one stands still for."""
+        if rollout.state is not RolloutState.PAUSED:
+            return None
+        if rollout.id in self._holdings.paused:
+            return "resume"
+        if rollout.is_durable and self.journal_trouble is not None:
+            return "disk"
+        return "budget" if self._budgets.is_metered(rollout.pool) else "resume"
+
     async def find(self, rollout_id: str) -> Rollout:
         """A rollout, live or ended, from memory or from the journal; raises UnknownRollout."""
         return (await self._growth(rollout_id)).rollout
@@ -447,6 +458,10 @@ class RolloutManager:
     async def wait_budget(self, budget_id: str, timeout_s: float | None = None) -> Budget:
         """It once it is spent or closed, or the time is up. Raises UnknownBudget, and as `wait`."""
         return await self._told_budgets.wait(budget_id, timeout_s)
+
+    def budget(self, budget_id: str) -> Budget:
+        """It as it is now; raises UnknownBudget."""
+        return self._told_budgets.get(budget_id)
 
     def budgets(self, pool: str | None = None) -> BudgetList:
         """In order of opening, as they are now."""

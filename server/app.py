@@ -24,6 +24,7 @@ from ..engine.manager import RolloutManager
 from ..engine.tokenizer import Tokenizer
 from .batch_queue import BatchQueue
 from .batches import BatchesFace
+from .budgets import BudgetsFace
 from .config import ServeConfig
 from .generation import Service
 from .http import error_body, error_response, json_response
@@ -54,6 +55,7 @@ def create_app(
         routes=[
             *OpenAIFace(service).routes(),
             *BatchesFace(batches, max_body_bytes=config.http.max_body_bytes).routes(),
+            *BudgetsFace(service).routes(),
             *RolloutsFace(service).routes(),
             *Operations(service).routes(),
         ],

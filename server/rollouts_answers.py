@@ -38,6 +38,7 @@ _ALTERNATIVES = ("top", "prompt_top")
 def answer_of(rollout: Rollout, manager: RolloutManager) -> RolloutAnswer:
     """The rollout as JSON. Raises EngineUnavailable where routing has no shape yet."""
     answer = RolloutAnswer(**{name: getattr(rollout, name) for name in (*_SAME, *_LOGPROBS)})
+    answer.waits_for = manager.waits_for(rollout)
     answer.versions = run_lengths(rollout.versions)
     for name in _RECORDED:
         if values := getattr(rollout, name):

@@ -50,6 +50,7 @@ async def submission_of(
         samples=request.samples,
         group_id=request.group_id,
         pool=request.pool,
+        attempt=request.attempt,
         priority=request.priority,
         client=request.user or "",
         metadata=request.metadata,

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from ..engine.journal_ops import Budget
 from ..engine.rollout import (
     MAX_SAMPLES,
     FinishReason,
@@ -67,6 +68,8 @@ class SubmitRequest(Struct, frozen=True, kw_only=True):
     """Default: a new one."""
     pool: Annotated[str, Meta(max_length=128, pattern=r"^[\x21-\x7e]*$")] = ""
     """Whose token budget it counts on."""
+    attempt: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
+    """Which try at this sample it is; comes back. With a seed of its own it is another sample."""
     user: Annotated[str, Meta(max_length=256)] | None = None
     """Whose share of the machine it counts on."""
     metadata: Any = None
@@ -111,6 +114,21 @@ class Done(Struct, frozen=True, kw_only=True):
     rollout_ids: list[str]
 
 
+class BudgetRequest(Struct, frozen=True, kw_only=True):
+    """POST /rollouts/budget: let the rollouts of a pool grow by so many output tokens in all."""
+
+    pool: Name
+    """From its first budget on, a pool grows under an open one only."""
+    tokens: Annotated[int, Meta(ge=1, le=2**53)]
+
+
+class BudgetList(Struct, frozen=True, kw_only=True):
+    """In order of opening. Of those that ended longer ago than `journal.retain_keys_s`, only the
+    newest of each pool is there."""
+
+    data: list[Budget]
+
+
 class RolloutUsage(Struct, kw_only=True):
     """Counts of tokens."""
 
@@ -130,6 +148,9 @@ class RolloutAnswer(Struct, kw_only=True):
     """Which sample of its group."""
     pool: str = ""
     state: RolloutState
+    waits_for: Literal["resume", "budget", "disk"] | None = None
+    """What one that is paused stands still for: the user, a budget of its pool, room for the
+    journal."""
     finish_reason: FinishReason | None = None
     prompt_ids: list[int]
     output_ids: list[int] = []

@@ -29,14 +29,21 @@ from everstep.engine.errors import (
     JournalFull,
     KeyReused,
     Overloaded,
+    UnknownBudget,
     UnknownModel,
     UnknownRollout,
 )
+from everstep.engine.journal_ops import Budget
 from everstep.engine.rollout import Rollout
 from everstep.engine.trajectory import encode, pack
 from everstep.server.decoding import decode_own
 from everstep.server.http import error_response
-from everstep.server.rollouts_types import Selection, StreamEvent, SubmitRequest
+from everstep.server.rollouts_types import (
+    BudgetRequest,
+    Selection,
+    StreamEvent,
+    SubmitRequest,
+)
 
 from ..fakes import FakeClock
 
@@ -91,6 +98,7 @@ def drive(flow, replies: list, clock: FakeClock | None = None) -> tuple:
         UnknownModel("not here", field="model"),
         InvalidTrajectory("trajectory: cut", field="file"),
         UnknownRollout("no such"),
+        UnknownBudget("no such"),
         Conflict("known"),
         KeyReused("used"),
         IllegalState("ended"),
@@ -449,6 +457,41 @@ def test_the_address_comes_from_arguments_then_the_environment(
 def test_an_address_that_is_none_is_refused_at_once():
     with pytest.raises(ConfigError, match="http://"):
         Client("localhost:8000")
+
+
+# --- token budgets
+
+
+def budget(state: str = "open", used: int = 0) -> dict[str, object]:
+    return {"id": "bud-1", "pool": "math", "tokens": 9, "used": used, "state": state}
+
+
+def test_a_budget_is_opened_once_whatever_became_of_the_first_try():
+    flow = flows.open_budget(BudgetRequest(pool="math", tokens=9), None, patience())
+    found, calls = drive(flow, [httpx.ReadError("cut"), reply(202, budget())])
+    assert found == Budget(id="bud-1", pool="math", tokens=9)
+    assert [call.path for call in calls] == ["/rollouts/budget"] * 2
+    assert calls[0].headers["idempotency-key"] == calls[1].headers["idempotency-key"]
+    assert msgspec.json.decode(calls[0].content) == {"pool": "math", "tokens": 9}
+
+
+def test_a_budget_is_waited_for_until_it_ends_or_the_time_is_up():
+    replies = [reply(200, budget()), httpx.ReadError("cut"), reply(200, budget("spent", 9))]
+    found, calls = drive(flows.wait_budget("bud-1", None, patience()), replies)
+    assert (found.state, found.used) == ("spent", 9)
+    assert {call.path for call in calls} == {"/rollouts/budget/bud-1"}
+    found, [call] = drive(flows.wait_budget("bud-1", 0.0, patience()), [reply(200, budget())])
+    assert (found.state, call.query) == ("open", {"wait": "0.000"})
+
+
+def test_budgets_are_listed_and_closed():
+    found, [call] = drive(flows.budgets("math", patience()), [reply(200, {"data": [budget()]})])
+    assert ([one.id for one in found], call.query) == (["bud-1"], {"pool": "math"})
+    flow = flows.close_budget("bud-1", patience())
+    found, [call] = drive(flow, [reply(200, budget("closed", 4))])
+    assert (found.used, call.method, call.path) == (4, "POST", "/rollouts/budget/bud-1/close")
+    with pytest.raises(InvalidRequest, match="no budget's id"):
+        drive(flows.close_budget("../x", patience()), [])
 
 
 # --- both clients

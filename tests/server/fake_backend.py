@@ -9,6 +9,8 @@ from everstep.engine.messages import (
     Cancel,
     Died,
     FromCore,
+    Meter,
+    Metered,
     Pause,
     Ready,
     Rejected,
@@ -68,6 +70,9 @@ class FakeBackend:
         self.paused: set[str] = set()
         self.is_paused = False
         self.step_s = 0.0
+        self.drawn: dict[str, int] = {}
+        self._limits: dict[str, int] = {}
+        self._held: set[str] = set()
         self._inbox: list[FromCore] = []
         self._live: dict[str, tuple[Add, int]] = {}
         self._news = asyncio.Event()
@@ -94,10 +99,30 @@ class FakeBackend:
                 case Pause(rollout_ids=ids):
                     self.is_paused |= ids is None
                     self._move(self._live if ids is None else ids, "paused")
+                case Meter(pool=pool, limit=limit):
+                    self.drawn.setdefault(pool, 0)
+                    self._limits.pop(pool, None)
+                    if limit is not None:
+                        self._limits[pool] = limit
+                    self._inbox.append(Metered(pool, self.drawn[pool]))
                 case Resume(rollout_ids=ids):
                     self.is_paused &= ids is not None
                     self._move(list(self.paused) if ids is None else ids, "running")
+        self._hold()
         self._news.set()
+
+    def _room(self, pool: str) -> bool:
+        limit = self._limits.get(pool)
+        return limit is None or self.drawn[pool] < limit
+
+    def _hold(self) -> None:
+        """Rollouts of pools at their limit stand as paused ones do."""
+        for one, (add, _) in self._live.items():
+            if one not in self.paused and (one in self._held) == self._room(add.pool):
+                self._held ^= {one}
+                self._inbox.append(
+                    StateChanged([(one, "paused" if one in self._held else "queued")])
+                )
 
     def _move(self, rollout_ids: Iterable[str], state: Literal["paused", "running"]) -> None:
         moved = [one for one in rollout_ids if one in self._live]
@@ -106,7 +131,8 @@ class FakeBackend:
 
     @property
     def _running(self) -> dict[str, tuple[Add, int]]:
-        return {one: work for one, work in self._live.items() if one not in self.paused}
+        still = self.paused | self._held
+        return {one: work for one, work in self._live.items() if one not in still}
 
     def die(self) -> None:
         self._inbox.append(Died("killed by the test"))
@@ -139,14 +165,20 @@ class FakeBackend:
         self._live.clear()
 
     def _step(self) -> Tokens:
-        rollouts = []
+        rollouts, drawn = [], {}
         for rollout_id, (add, index) in list(self._running.items()):
+            if not self._room(add.pool):
+                continue
             tokens = self._token(add, index)
+            if add.pool in self._limits:
+                self.drawn[add.pool] += len(tokens.ids)
+                drawn[add.pool] = self.drawn[add.pool]
             rollouts.append(tokens)
             self._live[rollout_id] = (add, index + 1)
             if tokens.finish is not None:
                 del self._live[rollout_id]
-        return Tokens(7, self.ready.digest, rollouts)
+        self._hold()
+        return Tokens(7, self.ready.digest, rollouts, drawn=drawn)
 
     def _token(self, add: Add, index: int) -> RolloutTokens:
         sampling = add.sampling
