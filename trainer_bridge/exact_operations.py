@@ -63,6 +63,26 @@ def through(
     return _Kernel.apply(kernel, in_plain, *tensors)  # type: ignore[no-untyped-call]
 
 
+class _Linear(torch.autograd.Function):
+    """`kernels.linear`, whose gradient needs no second forward pass. bias None: without."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        prepared = kernels.prepare(Weight(weight, weight.dtype, bias=bias))
+        return kernels.linear(x, prepared)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        wide = grad.float()
+        d_bias = wide.sum(0).to(grad.dtype) if ctx.needs_input_grad[2] else None
+        d_weight = (wide.t() @ x.float()).to(grad.dtype)
+        return (wide @ weight.float()).to(grad.dtype), d_weight, d_bias
+
+
 class ExactOperations(PlainOperations):
     """`engine.model.Operations` with the bits of the engine."""
 
@@ -106,8 +126,7 @@ class ExactOperations(PlainOperations):
 
     def linear(self, x: torch.Tensor, weight: Linear) -> torch.Tensor:
         assert isinstance(weight, Weight)
-        tensors = (x, weight.data) if weight.bias is None else (x, weight.data, weight.bias)
-        out: torch.Tensor = through(_linear, plain.linear, *tensors)
+        out: torch.Tensor = _Linear.apply(x, weight.data, weight.bias)  # type: ignore[no-untyped-call]
         return out
 
     def gate_up(self, x: torch.Tensor, weights: GateUp) -> torch.Tensor:
@@ -191,11 +210,6 @@ class ExactHead(PlainHead):
 
     def log_softmax(self, logits: torch.Tensor) -> torch.Tensor:
         return kernels.log_softmax(logits)
-
-
-def _linear(x: torch.Tensor, weight: torch.Tensor, *bias: torch.Tensor) -> torch.Tensor:
-    own = Weight(weight, weight.dtype, bias=bias[0] if bias else None)
-    return kernels.linear(x, kernels.prepare(own))
 
 
 def _prepared_pair(gate: torch.Tensor, up: torch.Tensor) -> GateUp:

@@ -67,7 +67,8 @@ class _TargetLogprobs(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.save_for_backward(hidden, weight, targets, temperatures)
         ctx.kept, ctx.head = kept, head
-        found, entropies = wide(hidden).new_empty(2, targets.shape[0])
+        found = wide(hidden).new_empty(targets.shape[0])
+        entropies = torch.empty_like(found)
         project = head.project(weight)
         for start, end in _chunks(targets.shape[0], weight.shape[0]):
             logits = project(hidden[start:end]) / temperatures[start:end, None]

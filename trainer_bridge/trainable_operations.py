@@ -30,6 +30,11 @@ def wide(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def _is_slow(x: torch.Tensor) -> bool:
+    """bf16 on a CPU: few have units for it, and float32 sums rounded once are what it means."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu"
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """T(weight · T(y · rsqrt(mean(y²) + eps))) over the last dimension."""
     y = wide(x)
@@ -39,13 +44,16 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """T(x Wᵀ + b)."""
+    if _is_slow(x):
+        wide_bias = None if bias is None else bias.float()
+        return functional.linear(x.float(), weight.float(), wide_bias).to(x.dtype)
     return functional.linear(x, weight, bias)
 
 
 def gate_up(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """T(T(silu(T(x Gᵀ))) · T(x Uᵀ))."""
-    opened = functional.silu(wide(functional.linear(x, gate))).to(x.dtype)
-    return opened * functional.linear(x, up)
+    opened = functional.silu(wide(linear(x, gate))).to(x.dtype)
+    return opened * linear(x, up)
 
 
 def attend(
@@ -61,7 +69,9 @@ def attend(
     if norms is not None:
         q, k = (rms_norm(x, w, config.rms_norm_eps) for x, w in zip((q, k), norms, strict=True))
     cos, sin = (table[batch.positions] for table in tables)
-    q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+    q, k, dtype = apply_rope(q, cos, sin), apply_rope(k, cos, sin), qkv.dtype
+    if _is_slow(qkv):
+        q, k, v = q.float(), k.float(), v.float()
     outs = []
     for bucket in batch.buckets:
         flat, shape = bucket.rows.reshape(-1), bucket.rows.shape
@@ -70,7 +80,7 @@ def attend(
             own_q, own_k, own_v, is_causal=True, enable_gqa=True
         )
         outs.append(out.transpose(1, 2).reshape(-1, heads * d)[bucket.real])
-    return torch.cat(outs)[batch.places]
+    return torch.cat(outs)[batch.places].to(dtype)
 
 
 def route(
