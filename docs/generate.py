@@ -44,6 +44,8 @@ from everstep.server.media import UnsupportedMedia
 from everstep.server.operations import ALIASES, families
 from everstep.server.rollouts_requests import MAX_WAIT_S
 from everstep.server.stream import RolloutFailed
+from everstep.trainer_bridge.config import TrainConfig
+from everstep.trainer_bridge.trajectory_files import Line
 
 REFERENCE = Path(__file__).parent / "reference"
 _NOTE = "<!-- made by docs/generate.py; change the code, then run it -->"
@@ -437,12 +439,50 @@ def _paragraph(kind: type[Struct]) -> str:
     return _sentences(" ".join((kind.__doc__ or "").split()))
 
 
+def training() -> str:
+    """Every field of TrainConfig, by section."""
+    sections: dict[str, list[tuple[str, ...]]] = {}
+    for setting in settings_of(TrainConfig):
+        section, _, name = setting.path.rpartition(".")
+        row = (f"`{name}`", _default(setting.default), setting.accepts, setting.help)
+        sections.setdefault(section, []).append(row)
+    blocks: list[Any] = []
+    for section, rows in sections.items():
+        blocks.append(f"## {f'`[{section}]`' if section else 'Top level'}")
+        blocks.append(table(("field", "default", "accepts", "what"), rows))
+    return page(
+        "Settings of a training run",
+        "The TOML file of `everstep train` and of `everstep.trainer_bridge.fsdp_trainer`; "
+        "`--set NAME=VALUE` of the former stands above it.",
+        ["```toml", *_TRAIN_EXAMPLE, "```"],
+        *blocks,
+        "## Lines of a source",
+        "A line is a JSON object; fields that are not named here are not looked at.",
+        _fields(Line, is_request=True),
+        "A file `*.evst` (`everstep journal export --format trajectory`) is one response, whose "
+        "reward is `reward` in its metadata; with `record: [routing]` its routes can be replayed.",
+    )
+
+
+_TRAIN_EXAMPLE = (
+    'model = "./Ring-mini-2.0"',
+    'output = "./run"',
+    "",
+    "[source]",
+    'path = "./rollouts.jsonl"',
+    "",
+    "[batch]",
+    "groups = 32",
+)
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "cli.md": cli_page,
     "config.md": config,
     "errors.md": errors,
     "metrics.md": metrics,
     "rollouts-api.md": rollouts_api,
+    "training.md": training,
 }
 
 

@@ -267,6 +267,33 @@ def _banner(serving: Any) -> list[str]:
 
 
 @app.command()
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML.", show_default=False)],
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Change one setting; repeatable."),
+    ] = None,
+) -> None:
+    """Train a model on rollouts and their rewards (GRPO with IcePop), or on given answers.
+
+    Reads JSON lines as `everstep rollout` writes them, with a `reward` on each; writes checkpoints,
+    metrics.jsonl and the trained model into the output folder. After any kill the same command
+    goes on to the same bits. docs/reference/training.md has every setting.
+
+    Several ranks: torchrun --nproc-per-node 2 -m everstep.trainer_bridge.fsdp_trainer CONFIG
+
+    [dim]everstep train run.toml[/dim]
+
+    [dim]everstep train run.toml --set loss.name=none --set output=./without[/dim]
+    """
+    from .engine import log
+    from .train import run_train
+
+    log.setup(json_lines=log_format() == "json")
+    run_train(config, changes or [])
+
+
+@app.command()
 @with_settings(_SERVER)
 def doctor(
     settings: Settings,

@@ -15,6 +15,7 @@ import typer
 from everstep.cli import app
 from everstep.engine.settings import settings_of
 from everstep.server.config import ServeConfig
+from everstep.trainer_bridge.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), ROOT / "llms.txt", *ROOT.glob("docs/**/*.md")])
@@ -132,7 +133,7 @@ def test_every_setting_is_explained() -> None:
 
 
 def test_toml_examples_are_settings() -> None:
-    known = {setting.path for setting in settings_of(ServeConfig)}
+    known = {s.path for tree in (ServeConfig, TrainConfig) for s in settings_of(tree)}
     for page in PAGES:
         for language, text in _FENCE.findall(page.read_text(encoding="utf-8")):
             if language == "toml":

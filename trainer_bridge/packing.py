@@ -7,8 +7,9 @@ Shapes: T packed rows, R rows whose next token is scored, L MoE layers, K expert
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -116,6 +117,22 @@ class PackedBatch:
     @property
     def num_rows(self) -> int:
         return self.ids.shape[0]
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        """On a device."""
+        if device == self.ids.device:
+            return self
+        moved: dict[str, Any] = {
+            name: value.to(device)
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
+        }
+        if self.kept is not None:
+            moved["kept"] = KeptIds(self.kept.offsets.to(device), self.kept.ids.to(device))
+        buckets = tuple(Bucket(b.rows.to(device), b.real.to(device)) for b in self.buckets)
+        owner, token = self.responses
+        responses = (owner.to(device), token.to(device))
+        return replace(self, buckets=buckets, responses=responses, **moved)
 
 
 def pack(sequences: Sequence[TrainSequence]) -> PackedBatch:

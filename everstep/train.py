@@ -1,0 +1,31 @@
+"""`everstep train`: a run over files in this process; torchrun has its own way in
+(trainer_bridge/fsdp_trainer.py)."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .engine.errors import ConfigError
+from .engine.settings import Assignment
+from .trainer_bridge.config import read_config
+
+
+def run_train(file: Path, changes: Sequence[str]) -> None:
+    """Train as `file` says, with `changes` (NAME=VALUE) over it."""
+    config = read_config(file, [_assignment(change) for change in changes])
+    # torch is needed only by a run whose settings are right
+    from .trainer_bridge.fsdp_trainer import train
+
+    train(config, _say)
+
+
+def _assignment(change: str) -> Assignment:
+    name, equals, value = change.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {change}: accepted: NAME=VALUE, as in --set loss.name=none")
+    return Assignment(name.strip().replace("-", "_"), value.strip(), f"--set {change}")
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()

@@ -1,0 +1,286 @@
+"""A training run as processes: ranks agree, a killed run is the unkilled one to the bit, and what
+comes out is a checkpoint that the engine runs and its reference confirms."""
+
+import shutil
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from everstep.engine.errors import CheckpointError, ConfigError
+from everstep.engine.verify import verify
+from everstep.trainer_bridge.checkpointing import STABLE, Checkpoints
+from everstep.trainer_bridge.config import read_config
+from everstep.trainer_bridge.fsdp_trainer import train
+from everstep.trainer_bridge.losses import LossInputs, make_loss
+from everstep.trainer_bridge.packing import TrainSequence, pack
+from everstep.trainer_bridge.samples import Group, Sample
+from everstep.trainer_bridge.sharding import join_world
+from everstep.trainer_bridge.trainable import open_trainable
+from everstep.trainer_bridge.trainer import Trainer
+
+from ..engine.ring_draws import Draw as Drawn
+from ..engine.ring_draws import base_config, write_checkpoint
+from .training_runs import VOCAB, free_port, make_run, reports, start, write_config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """As the processes have: torch's bits depend on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def finished(folder):
+    """A whole run in this process: its output folder."""
+    said = []
+    train(read_config(write_config(folder, "whole")), said.append)
+    assert said[-1] == f"6 iterations; the model is in {folder / 'whole' / 'final'}"
+    return folder / "whole"
+
+
+def weights(output):
+    return load_file(output / "final" / "model.safetensors")
+
+
+def assert_same_weights(one, other):
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(folder, finished):
+    config = write_config(folder, "killed", numerics={"recompute": True})
+    output = folder / "killed"
+    process = start(config)
+    try:
+        deadline = time.monotonic() + 120
+        while not (output / "metrics.jsonl").exists() or len(reports(output)) < 3:
+            assert time.monotonic() < deadline
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.002)
+    finally:
+        process.kill()
+        process.communicate()
+    stable = Checkpoints(output / "checkpoints", keep=2).stable()
+    assert not (output / "final").exists()
+    assert stable
+    # what a kill in the middle of a checkpoint leaves
+    shutil.copytree(stable[-1], output / "checkpoints" / "00000009")
+    (output / "checkpoints" / "00000009" / STABLE).unlink()
+    said = []
+    train(read_config(config), said.append)
+    assert said[0].startswith(f"goes on from {stable[-1]}: ")
+    assert_same_weights(weights(output), weights(finished))
+    again = [report | {"seconds": 0} for report in reports(output)]
+    assert again == [report | {"seconds": 0} for report in reports(finished)]
+
+
+def test_two_ranks_train_what_one_does(folder, finished):
+    config, port = write_config(folder, "two"), free_port()
+    ranks = [start(config, rank=rank, size=2, port=port) for rank in range(2)]
+    for process in ranks:
+        _, err = process.communicate(timeout=200)
+        assert process.returncode == 0, err
+    for ours, alone in zip(reports(folder / "two"), reports(finished), strict=True):
+        for name in ("version", "samples", "tokens", "rows", "trained_groups", "reward", "lr"):
+            assert ours[name] == alone[name], name
+        assert ours["loss"] == pytest.approx(alone["loss"], abs=2e-5)
+        assert ours["grad_norm"] == pytest.approx(alone["grad_norm"], rel=2e-4)
+        assert ours["metrics"]["kl_k3"] == pytest.approx(alone["metrics"]["kl_k3"], rel=1e-4)
+    one, other = weights(folder / "two"), weights(finished)
+    for name, tensor in one.items():
+        assert (tensor - other[name]).abs().max() < 2e-3, name
+
+
+def test_the_export_is_what_the_engine_runs(finished):
+    report = verify(finished / "final", dtype="float32", num_tokens=12)
+    assert report.passed, report.failures
+    ring = open_trainable(finished / "final")
+    assert torch.isfinite(ring(pack([TrainSequence(np.arange(9), 2)])).lp).all()
+
+
+def test_a_sharded_update_is_that_of_torch_s_own_optimiser(folder):
+    """One update, written down once more: no ranks, no microbatches, torch.optim over one graph."""
+    config = read_config(write_config(folder, "unused", batch={"groups": 2, "max_rows": 10}))
+    groups = drawn_groups()
+    with join_world("cpu") as world:
+        trainer = Trainer(config, world, folder / "model")
+        report = trainer.step(groups)
+        trained = {name: t.full_tensor() for name, t in trainer.ring.named_parameters()}
+    ring = open_trainable(folder / "model")
+    adam = torch.optim.AdamW(ring.parameters(), lr=1e-2, weight_decay=0.01)
+    samples = [s for group in groups for s in group.samples]
+    batch = pack([s.sequence for s in samples])
+    output = make_loss(config.loss)(
+        LossInputs(
+            lp_new=ring(batch).lp[None],
+            lp_infer=torch.from_numpy(np.concatenate([s.lp_infer for s in samples]))[None],
+            advantages=torch.tensor(
+                [s.advantage for s in samples for _ in range(s.num_tokens)], dtype=torch.float32
+            )[None],
+            mask=torch.ones(1, len(batch.wanted), dtype=torch.bool),
+            sequence_ids=batch.responses[0][None],
+        )
+    )
+    output.loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(ring.parameters(), 1.0)
+    adam.step()
+    assert report.grad_norm[0] == pytest.approx(float(norm), rel=1e-5)
+    assert report.loss == pytest.approx(float(output.loss.detach()), abs=1e-6)
+    for name, parameter in ring.named_parameters():
+        # an update is about lr; where a gradient is nearly 0 its sign is rounding
+        assert (parameter - trained[name]).abs().mean() < 2e-5, name
+
+
+def drawn_groups(seed=1, count=2):
+    random = np.random.default_rng(seed)
+    groups = []
+    for n in range(count):
+        samples = []
+        for m in range(3):
+            ids = random.integers(0, VOCAB, random.integers(4, 12))
+            size = len(ids) - 2
+            lp = random.uniform(-5, -3.5, size).astype(np.float32)
+            samples.append(
+                Sample(TrainSequence(ids, 2), lp, np.zeros(size, dtype=np.int64), reward=float(m))
+            )
+        groups.append(Group.of(f"g{n}", samples))
+    return groups
+
+
+# -- what the loss compares with
+
+
+@contextmanager
+def a_trainer(folder, **sections):
+    config = read_config(write_config(folder, "unused", **sections))
+    with join_world("cpu") as world:
+        yield Trainer(config, world, folder / "model")
+
+
+def test_updates_of_one_batch_share_the_old_logprobs(folder):
+    with a_trainer(folder, batch={"updates": 2}) as trainer:
+        report = trainer.step(drawn_groups(count=4))
+        assert len(report.grad_norm) == 2
+        assert trainer.optimiser.num_updates == 2
+        assert trainer.version == 1
+        # the mask compares the weights before both updates with the engine
+        before = report.metrics["log_ratio_abs_mean"]
+    with a_trainer(folder, optim={"lr": 0.0}) as trainer:
+        assert trainer.step(drawn_groups(count=4)).metrics["log_ratio_abs_mean"] == pytest.approx(
+            before, abs=1e-6
+        )
+
+
+def test_exact_old_logprobs_are_those_of_each_token_s_version(folder):
+    exact = {"numerics": {"kernels": "exact"}, "loss": {"old_policy": "exact"}}
+    with a_trainer(folder, hold_versions=2, **exact) as trainer:
+        groups = drawn_groups(count=2)
+        sequences = [s.sequence for group in groups for s in group.samples]
+        by_version = []
+        for _ in range(2):
+            by_version.append(trainer.score(sequences))
+            trainer.step(groups if trainer.version == 0 else [])
+        # the engine sampled every second token with version 1, and had the trainer's own numbers
+        of_both = []
+        for place, sample in enumerate(s for group in groups for s in group.samples):
+            versions = np.arange(sample.num_tokens) % 2 + 1
+            newer = trainer.score([sample.sequence])[0]
+            lp = torch.where(torch.from_numpy(versions == 1), by_version[1][place], newer)
+            of_both.append(replace(sample, versions=versions, lp_infer=lp.numpy()))
+        report = trainer.step([Group.of("both", of_both)])
+        assert report.metrics["log_ratio_abs_max"] == 0
+        assert report.metrics["lag_max"] == 1
+        late = replace(of_both[0], versions=np.zeros(of_both[0].num_tokens, dtype=np.int64))
+        with pytest.raises(ConfigError, match="tokens are of none of 2, 3; hold_versions is 2"):
+            trainer.step([Group.of("late", [late, of_both[1]])])
+
+
+def test_the_reference_of_a_kl_penalty_stays_the_first_weights(folder):
+    with a_trainer(folder, loss={"kl": {"coef": 0.1}}) as trainer:
+        groups = drawn_groups(count=2)
+        assert trainer.step(groups).metrics["kl_reference"] == pytest.approx(0, abs=1e-9)
+        assert trainer.step(groups).metrics["kl_reference"] > 1e-6
+
+
+def test_groups_that_teach_nothing_cost_nothing_and_count(folder):
+    groups = drawn_groups(count=2)
+    flat = [replace(s, reward=1.0) for s in groups[1].samples]
+    with a_trainer(folder) as trainer:
+        with_flat = trainer.step([groups[0], Group.of("flat", flat)])
+    with a_trainer(folder) as trainer:
+        alone = trainer.step(groups[:1])
+    assert with_flat.rows == alone.rows
+    assert with_flat.samples == 2 * alone.samples
+    assert with_flat.trained_groups == 1
+    # half of the sequences that the mean is over have no loss
+    assert with_flat.grad_norm[0] == pytest.approx(alone.grad_norm[0] / 2, rel=1e-5)
+
+
+def test_a_batch_of_nothing_makes_a_version_and_changes_no_weight(folder):
+    with a_trainer(folder) as trainer:
+        before = {name: t.full_tensor().clone() for name, t in trainer.ring.named_parameters()}
+        assert trainer.step([]).version == 1
+        for name, parameter in trainer.ring.named_parameters():
+            assert torch.equal(parameter.full_tensor(), before[name])
+
+
+def test_supervised_warm_up_learns_its_lines(folder):
+    random = np.random.default_rng(0)
+    texts = [random.integers(0, VOCAB, 9) for _ in range(4)]
+    nothing = np.zeros(6, dtype=np.float32), np.zeros(6, dtype=np.int64)
+    groups = [
+        Group.of(str(n), [Sample(TrainSequence(t, 3), *nothing)]) for n, t in enumerate(texts)
+    ]
+    with a_trainer(folder, objective="sft") as trainer:
+        losses = [trainer.step(groups).loss for _ in range(12)]
+        scored = trainer.score([TrainSequence(text, 3) for text in texts])
+    assert losses[0] > 2
+    assert losses[-1] < 0.3
+    assert float(torch.cat(scored).mean()) > -0.3
+
+
+# -- checkpoints
+
+
+def test_a_checkpoint_of_another_model_is_refused(folder, tmp_path):
+    other = make_run(tmp_path, groups=1)
+    shape = base_config(vocab_size=66)
+    write_checkpoint(other / "model", Drawn(config=shape))
+    with a_trainer(folder) as trainer:
+        saved = Checkpoints(tmp_path / "checkpoints", keep=1).save(
+            trainer.checkpoint_tensors(), trainer.state(), trainer.world
+        )
+    with (
+        a_trainer(other) as trainer,
+        pytest.raises(CheckpointError, match=r"does not fit this model: .*lm_head"),
+    ):
+        trainer.restore(saved)
+
+
+def test_old_checkpoints_go_and_incomplete_ones_are_not_seen(folder, tmp_path):
+    checkpoints = Checkpoints(tmp_path / "c", keep=2)
+    assert checkpoints.stable() == []
+    with a_trainer(folder) as trainer:
+        for version in range(4):
+            trainer.version = version
+            checkpoints.save(trainer.checkpoint_tensors(), trainer.state(), trainer.world)
+        found = checkpoints.stable()
+        assert [path.name for path in found] == ["00000002", "00000003"]
+        (found[1] / STABLE).unlink()
+        assert checkpoints.stable() == found[:1]
+        with pytest.raises(CheckpointError, match="00000003 is no complete checkpoint"):
+            trainer.restore(found[1])

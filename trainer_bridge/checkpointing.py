@@ -1,0 +1,125 @@
+"""Checkpoints that a run goes on from, to the bit: every rank writes its shards, one rename commits.
+
+    checkpoints/00000020/   tensors (torch.distributed.checkpoint), and STABLE
+    checkpoints/.partial-…  being written, or left by a kill; never read
+
+A checkpoint without the file STABLE is none. It is written last, after the tensors are on the disk.
+"""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from msgspec import Struct, field
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from ..engine.errors import CheckpointError
+from .loss_alarms import AlarmState
+from .sharding import World
+
+STABLE = "STABLE"
+FORMAT = 1
+
+
+class TrainerState(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a checkpoint holds beside tensors.
+
+    version      iterations that were trained, which numbers the weights
+    num_updates  of the optimiser
+    lineage      name of this line of versions: a run that goes back to an older one begins another
+    held         weights that are in it too: versions for the old policy `exact`, the reference
+    groups       ids of the groups whose effect is in these weights, since the checkpoint before
+    alarms       what was seen and raised
+    """
+
+    format: int = FORMAT
+    version: int
+    num_updates: int
+    lineage: str
+    held: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
+    alarms: AlarmState = field(default_factory=AlarmState)
+
+
+class Checkpoints:
+    """The checkpoints of a run in one folder; the newest `keep` stay."""
+
+    def __init__(self, folder: Path, *, keep: int) -> None:
+        self.folder, self._keep = folder, keep
+
+    def stable(self) -> list[Path]:
+        """Those that are complete, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        found = [path for path in self.folder.iterdir() if path.name.isdecimal()]
+        return sorted(path for path in found if (path / STABLE).is_file())
+
+    def save(self, tensors: Mapping[str, torch.Tensor], state: TrainerState, world: World) -> Path:
+        """Write one and drop those that are too old; returns its folder. Every rank must call."""
+        final = self.folder / f"{state.version:08}"
+        partial = self.folder / f".partial-{final.name}"
+        if world.is_first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for left in (*self.folder.glob(".partial-*"), final):
+                shutil.rmtree(left, ignore_errors=True)
+        world.barrier()
+        save(dict(tensors), checkpoint_id=partial)
+        world.barrier()
+        if world.is_first:
+            _write(partial / STABLE, msgspec.json.encode(state))
+            partial.rename(final)
+            _sync(self.folder)
+            for old in self.stable()[: -self._keep]:
+                shutil.rmtree(old)
+        world.barrier()
+        return final
+
+
+def read_state(folder: Path) -> TrainerState:
+    """Raises CheckpointError for a folder that is no complete checkpoint of this format."""
+    try:
+        state = msgspec.json.decode((folder / STABLE).read_bytes(), type=TrainerState)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise CheckpointError(f"{folder} is no complete checkpoint of a trainer: {error}") from None
+    if state.format != FORMAT:
+        raise CheckpointError(
+            f"{folder / STABLE}: format {state.format}; this version reads {FORMAT}"
+        )
+    return state
+
+
+def read_tensors(folder: Path, into: Mapping[str, torch.Tensor]) -> None:
+    """Fill `into` with what was saved by the same names, each rank its own shards.
+
+    Raises CheckpointError where names or shapes are not those of the checkpoint.
+    """
+    tensors: dict[str, Any] = dict(into)
+    try:
+        load(tensors, checkpoint_id=folder)
+    except CheckpointException as error:
+        first = next(iter(error.failures.values()))[0]
+        line = " ".join(str(first).split())
+        raise CheckpointError(f"{folder} does not fit this model: {line}") from None
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    """A name is on the disk when its folder is."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,81 @@
+"""A sharded model as a Hugging Face folder, as the engine and its `verify` read them.
+
+One tensor at a time is whole, on every rank; the first rank writes it.
+"""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from ..engine.hub import prepare_target
+from ..engine.json_keys import read_json, write_json
+from ..engine.safetensors_writer import Part, Unit, write_shards
+from .sharding import World
+from .trainable import TrainableRing
+
+_SLACK_BYTES = 16 << 20
+# written anew, or of another version of the weights
+_NOT_COPIED = (".safetensors", ".py", ".bin", ".gguf")
+_WRITTEN = ("config.json", "model.safetensors.index.json", "manifest.json")
+
+
+def export_names(ring: TrainableRing) -> dict[str, str]:
+    """Parameter or buffer → checkpoint name: the same."""
+    return {name: name for name, _ in ring.tensors()}
+
+
+def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """In what a tensor is stored in a checkpoint of `dtype`: the router's bias is float32."""
+    return torch.float32 if name.endswith("expert_bias") else dtype
+
+
+@torch.no_grad()
+def export(
+    ring: TrainableRing, source: Path, target: Path, dtype: torch.dtype, world: World
+) -> None:
+    """Write `target`: weights in `dtype`, configuration and tokenizer of `source`. Collective.
+
+    The folder appears whole or not at all. Raises CheckpointError where it cannot be written.
+    """
+    units = [_unit(name, tensor, dtype) for name, tensor in ring.tensors()]
+    if not world.is_first:
+        for unit in units:
+            # the others take part in gathering
+            for _ in unit.pieces():
+                pass
+        world.barrier()
+        return
+    partial = target.parent / f".partial-{target.name}"
+    shutil.rmtree(partial, ignore_errors=True)
+    prepare_target(partial, sum(unit.num_bytes for unit in units) + _SLACK_BYTES)
+    write_shards(partial, units)
+    for file in sorted(source.iterdir()):
+        if file.is_file() and file.suffix not in _NOT_COPIED and file.name not in _WRITTEN:
+            shutil.copyfile(file, partial / file.name)
+    write_json(partial / "config.json", _config(read_json(source / "config.json"), dtype))
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+    world.barrier()
+
+
+def _unit(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> Unit:
+    stored = stored_dtype(name, dtype)
+
+    def pieces() -> Iterator[tuple[int, torch.Tensor]]:
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        yield 0, whole.detach().to("cpu", stored)
+
+    return Unit((Part(name, stored, tuple(tensor.shape)),), pieces)
+
+
+def _config(data: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """config.json of what was trained: its dtype, no MTP layers (they were not trained)."""
+    data = dict(data)
+    data.pop("dtype", None)
+    data["torch_dtype"] = str(dtype).removeprefix("torch.")
+    data["num_nextn_predict_layers"] = 0
+    return data

@@ -1,0 +1,160 @@
+"""A training run over files: read, train, save, export. One process, or each rank of torchrun:
+
+    torchrun --nproc-per-node 2 -m everstep.trainer_bridge.fsdp_trainer config.toml
+
+The output folder holds everything of a run, and the same command goes on from it:
+
+    checkpoints/    what it goes on from (checkpointing.py)
+    metrics.jsonl   a line per iteration (trainer.Report)
+    final/          the trained model, as `everstep serve` loads it
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from ..engine import log
+from ..engine.errors import EverstepError
+from ..engine.hub import resolve
+from .checkpointing import Checkpoints, TrainerState
+from .config import TrainConfig, read_config
+from .export import export
+from .loss_alarms import Alarms
+from .sharding import World, join_world
+from .trainer import Report, Trainer
+from .trajectory_files import TrajectoryFiles
+
+Say = Callable[[str], None]
+
+
+def train(config: TrainConfig, say: Say) -> None:
+    """Run to the end of the source, or for `max_steps` iterations.
+
+    say  told one line at a time, on the first rank alone
+    Raises ConfigError and CheckpointError, in one line each.
+    """
+    config.check()
+    with join_world(config.numerics.device, config.timeout_s) as world:
+        Run(config, world, say if world.is_first else _silent).run()
+
+
+class Run:
+    """One rank's part of a run."""
+
+    def __init__(self, config: TrainConfig, world: World, say: Say) -> None:
+        self.config, self.world, self.say = config, world, say
+        self.output = Path(config.output)
+        self.trainer = Trainer(config, world, resolve(config.model))
+        self.source = TrajectoryFiles.read(config, self.trainer.ring.config)
+        self.checkpoints = Checkpoints(self.output / "checkpoints", keep=config.checkpoint.keep)
+        self.alarms = Alarms(config.alarms)
+        self._groups: list[str] = []
+
+    def run(self) -> None:
+        self._go_on()
+        batch, trainer = self.config.batch, self.trainer
+        while self.config.max_steps is None or trainer.version < self.config.max_steps:
+            groups = self.source.batch(trainer.version, batch.groups, self.config.source.epochs)
+            if groups is None:
+                break
+            report = trainer.step(groups[self.world.rank :: self.world.size])
+            self._groups += [group.id for group in groups]
+            self._tell(report)
+            if self.config.checkpoint.every and not trainer.version % self.config.checkpoint.every:
+                self._save()
+        if self._groups and self.config.checkpoint.every:
+            self._save()
+        export(trainer.ring, trainer.folder, self.output / "final", trainer.dtype, self.world)
+        self.say(f"{trainer.version} iterations; the model is in {self.output / 'final'}")
+
+    def _go_on(self) -> None:
+        """From the newest checkpoint, if there is one."""
+        found = self.checkpoints.stable()
+        if found:
+            state = self.trainer.restore(found[-1])
+            self.alarms = Alarms(self.config.alarms, state.alarms)
+            self.say(f"goes on from {found[-1]}: {state.version} iterations were trained")
+        if self.world.is_first:
+            self.output.mkdir(parents=True, exist_ok=True)
+            _cut(self.output / "metrics.jsonl", self.trainer.version)
+
+    def _save(self) -> None:
+        state: TrainerState = msgspec.structs.replace(
+            self.trainer.state(), groups=tuple(self._groups), alarms=self.alarms.state
+        )
+        self.checkpoints.save(self.trainer.checkpoint_tensors(), state, self.world)
+        self._groups.clear()
+
+    def _tell(self, report: Report) -> None:
+        alarms = self.alarms.check(report.version, report.metrics)
+        if not self.world.is_first:
+            return
+        with (self.output / "metrics.jsonl").open("ab") as file:
+            file.write(msgspec.json.encode(report) + b"\n")
+        self.say(_line(report))
+        for alarm in alarms:
+            self.say(f"alarm: {alarm.message}")
+
+
+def _line(report: Report) -> str:
+    """An iteration in one line."""
+    words = [f"{report.version:>6}", f"loss {report.loss:+.5f}"]
+    if report.reward is not None:
+        words.append(f"reward {report.reward:.4f}")
+    words += [
+        f"norm {max(report.grad_norm, default=0.0):.3g}",
+        f"lr {report.lr:.2e}",
+        f"{report.samples} samples, {report.tokens} tokens",
+        f"{report.rows / max(report.seconds, 1e-9):.0f} tok/s",
+    ]
+    if "mask_fraction" in report.metrics:
+        words.append(f"masked {report.metrics['mask_fraction']:.2%}")
+    if "log_ratio_abs_mean" in report.metrics:
+        words.append(f"|Δlp| {report.metrics['log_ratio_abs_mean']:.2e}")
+    return "  ".join(words)
+
+
+def _cut(path: Path, version: int) -> None:
+    """Drop lines of iterations that a kill took back, and half of a line."""
+    if not path.is_file():
+        return
+    whole = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in whole if line.endswith(b"\n") and _version(line) <= version]
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(b"".join(kept))
+    partial.replace(path)
+
+
+def _version(line: bytes) -> int:
+    return msgspec.json.decode(line, type=Report).version
+
+
+def _silent(_: str) -> None:
+    """What ranks after the first say."""
+
+
+def _write(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def main(arguments: Sequence[str]) -> int:
+    """What each rank of torchrun runs; returns the exit code."""
+    log.setup()
+    if len(arguments) != 1:
+        sys.stderr.write(
+            "error: usage: python -m everstep.trainer_bridge.fsdp_trainer CONFIG.toml\n"
+        )
+        return 2
+    try:
+        train(read_config(Path(arguments[0])), _write)
+    except EverstepError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

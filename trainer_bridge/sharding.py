@@ -1,0 +1,89 @@
+"""Ranks, and a model spread over them: `fully_shard` (FSDP2), one group of parameters per layer.
+
+A single process is a world of one rank: the same path, without a network.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from ..engine.errors import ConfigError
+from .trainable import TrainableRing
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks that train one model. device: of this rank's tensors."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sums(self, *numbers: float) -> list[float]:
+        """Over all ranks; every rank must call."""
+        return self._reduced(numbers, dist.ReduceOp.SUM)
+
+    def largest(self, number: int) -> int:
+        """Over all ranks; every rank must call."""
+        return int(self._reduced((number,), dist.ReduceOp.MAX)[0])
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.largest(0)
+
+    def _reduced(self, numbers: tuple[float, ...], op: dist.ReduceOp.RedOpType) -> list[float]:
+        values = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        dist.all_reduce(values, op=op)
+        found: list[float] = values.tolist()
+        return found
+
+
+@contextmanager
+def join_world(device: str = "auto", timeout_s: float = 600.0) -> Iterator[World]:
+    """The world that torchrun made (RANK, WORLD_SIZE, MASTER_ADDR …), else one of one rank.
+
+    Raises ConfigError where CUDA is asked for and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("numerics.device is 'cuda', and torch sees no CUDA device here")
+    kind = "cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu"
+    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_s)
+    if kind == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+    try:
+        size = dist.get_world_size()
+        where = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else "cpu"
+        yield World(dist.get_rank(), size, torch.device(where), init_device_mesh(kind, (size,)))
+    finally:
+        dist.destroy_process_group()
+
+
+def shard(ring: TrainableRing, world: World, dtype: torch.dtype) -> None:
+    """Spread a model made on "meta" over the ranks; its memory is there, and not filled.
+
+    dtype  in which parameters are gathered and used; the shards stay float32, gradients are
+           summed in float32
+    """
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for layer in ring.layers:
+        fully_shard(layer, mesh=world.mesh, mp_policy=policy)
+    fully_shard(ring, mesh=world.mesh, mp_policy=policy)
+    ring.to_empty(device=world.device)
