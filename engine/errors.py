@@ -20,6 +20,9 @@
     │   ├── JournalDamaged        503  a record is not what was written
     │   └── JournalFull           503  no room; nothing of the call was written
     ├── LedgerError               500  tokens of a C3PO++ run are in no account, or in two; names the account
+    ├── BridgeError               500  engine and trainer cannot work together; names the peer
+    │   ├── PeerMissing           504  nobody answered in time; names who is missing
+    │   └── PeerRefused           409  the other side will not have us; its reason
     ├── CheckpointError           exit 2  a model folder that cannot be loaded; names the tensor or the key
     ├── ConfigError               exit 2  a setting that cannot be used; names its path
     └── MissingExtra              exit 2  an optional package is not installed; names the extra
@@ -172,6 +175,27 @@ class LedgerError(EverstepError):
     """The books of a C3PO++ run do not balance. The message names account and iteration."""
 
     code = "ledger_error"
+
+
+class BridgeError(EverstepError):
+    """Engine and trainer cannot work together. The message names the peer."""
+
+    code = "bridge_error"
+
+
+class PeerMissing(BridgeError):
+    """Nobody answered before the deadline. The message names who is missing, and for how long."""
+
+    code = "peer_missing"
+    status = 504
+    retryable = True
+
+
+class PeerRefused(BridgeError):
+    """The other side will not have this one. The message is its reason."""
+
+    code = "peer_refused"
+    status = 409
 
 
 class CheckpointError(EverstepError):

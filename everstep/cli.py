@@ -360,6 +360,22 @@ def convert(
     typer.echo(folder)
 
 
+@app.command()
+def keys(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="New or empty folder.")],
+) -> None:
+    """Make the keys with which engine and trainer know each other across machines.
+
+    Both sides get the folder (`bridge.keys`), each without the other's `.key_secret` file.
+
+    [dim]everstep keys ./keys[/dim]
+    """
+    from .trainer_bridge.curve import make_keys
+
+    for path in make_keys(folder):
+        typer.echo(path)
+
+
 @app.command("make-checkpoint")
 def make_checkpoint(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New or empty folder.")],

@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import typer
@@ -15,6 +15,7 @@ import typer
 from everstep.cli import app
 from everstep.engine.settings import settings_of
 from everstep.server.config import ServeConfig
+from everstep.trainer_bridge import protocol
 from everstep.trainer_bridge.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,7 +119,21 @@ def test_the_reference_is_what_the_code_says(generate: ModuleType, name: str) ->
     file = ROOT / "docs" / "reference" / name
     made = generate.PAGES[name]()
     assert file.read_text(encoding="utf-8") == made, "stale: run python docs/generate.py"
-    assert set(generate.PAGES) == {path.name for path in file.parent.glob("*.md")}
+    written = {path.name for path in file.parent.glob("*.md")}
+    assert set(generate.PAGES) | {"bridge.md"} == written
+
+
+def test_the_bridge_page_tells_every_field_of_every_message() -> None:
+    text = (ROOT / "docs" / "reference" / "bridge.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", text, re.MULTILINE))
+    kinds = (*get_args(protocol.ToEngine), *get_args(protocol.ToRank))
+    assert set(rows) == {kind.__struct_config__.tag for kind in kinds}
+    for kind in kinds:
+        told = re.findall(r"`(\w+)`", rows[kind.__struct_config__.tag])
+        assert told == list(kind.__struct_fields__)
+    assert f"Protocol {protocol.PROTOCOL_VERSION}." in text
+    for struct in (protocol.TrajectoryGroup, protocol.Member):
+        assert "{" + ", ".join(struct.__struct_fields__) + "}" in text
 
 
 def test_every_setting_is_explained() -> None:
