@@ -150,7 +150,9 @@ class C3po:
         Raises IllegalState outside of a budget and for a sample that is not in the pool, and
         LedgerError for a token beyond the budget.
         """
-        self._expect(f"tokens of {sample}", "open", "stopping")
+        # as often as there are tokens: the words of an error are made when there is one
+        if self.phase not in ("open", "stopping"):
+            self._expect(f"tokens of {sample}", "open", "stopping")
         if count < 1:
             raise IllegalState(f"{sample} grew by {count} tokens; accepted: at least 1")
         is_counted = self.config.mode == "generated"

@@ -24,6 +24,7 @@ from .c3po_words import (
     TrainGroup,
     TrainSample,
     Waiting,
+    length_of,
 )
 from .ledger import Account, Ledger
 
@@ -96,13 +97,15 @@ class Samples:
         if sample in self.leaving:
             self.ledger.post(count, Account.SAMPLED, self.leaving[sample])
             return
-        spans = self.live(sample).spans
+        live = self.live(sample)
+        spans = live.spans
         if spans and version < spans[-1].version:
             raise IllegalState(
                 f"{sample} grew under version {version} after {spans[-1].version}: "
                 "versions never decrease along a rollout"
             )
         self.ledger.post(count, Account.SAMPLED, Account.CARRIED)
+        live.length += count
         if spans and version == spans[-1].version:
             spans[-1] = Span(spans[-1].count + count, version)
         else:
@@ -205,7 +208,7 @@ class Samples:
         """Raise LedgerError unless the ledger says what is counted here."""
         self.ledger.balance(
             iteration,
-            carried=sum(live.length for live in self.pool.values()),
+            carried=sum(length_of(live.spans) for live in self.pool.values()),
             held=sum(held.length for found in self.hold.values() for held in found.values()),
         )
 

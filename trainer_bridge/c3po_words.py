@@ -38,7 +38,7 @@ class Span(Struct, frozen=True, array_like=True):
         return f"{self.count}@{self.version}"
 
 
-def length(spans: list[Span] | tuple[Span, ...]) -> int:
+def length_of(spans: list[Span] | tuple[Span, ...]) -> int:
     return sum(span.count for span in spans)
 
 
@@ -131,7 +131,7 @@ class TrainSample(Struct, frozen=True):
 
     @property
     def length(self) -> int:
-        return length(self.spans)
+        return length_of(self.spans)
 
 
 class TrainGroup(Struct, frozen=True):
@@ -187,12 +187,10 @@ class Live(Struct):
 
     sample: Sample
     spans: list[Span]
+    length: int = 0
+    """The tokens of all spans."""
     retention: int = 0
     losses: int = 0
-
-    @property
-    def length(self) -> int:
-        return length(self.spans)
 
 
 class Held(Struct):
@@ -204,7 +202,7 @@ class Held(Struct):
 
     @property
     def length(self) -> int:
-        return length(self.spans)
+        return length_of(self.spans)
 
 
 class C3poState(Struct, kw_only=True):

@@ -8,8 +8,8 @@ from typing import Literal, get_args
 from msgspec import Struct
 
 from .baselines import Step, stop_at, synchronous
-from .c3po_config import C3poConfig
-from .simulator import Iteration, Lengths, Simulator, StepCost
+from .c3po_config import C3poConfig, Mode
+from .simulator import Fates, Iteration, Lengths, Simulator, StepCost
 
 Baseline = Literal["synchronous", "restart", "resume"]
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
@@ -115,17 +115,25 @@ def run_c3po(
     *,
     budget: int,
     retention: int,
+    mode: Mode = "generated",
+    fates: Fates | None = None,
     recomputes_kv: bool = False,
     prompts: Callable[[], Iterator[str]] | None = None,
 ) -> Figures:
-    """C3PO++ in mode `generated`."""
+    """C3PO++. What fails is tried again for ever, so that no prompt is given up."""
     config = C3poConfig(
-        budget=budget, capacity=setting.capacity, retention=retention, group=setting.group
+        mode=mode,
+        budget=budget,
+        capacity=setting.capacity,
+        retention=retention,
+        group=setting.group,
+        max_reissues=10**6,
     )
     simulator = Simulator(
         config,
         (prompts or endless)(),
         lengths,
+        fates=fates,
         cost=setting.cost,
         prompt_tokens=setting.prompt_tokens,
         recomputes_kv=recomputes_kv,
@@ -171,6 +179,16 @@ def run_baseline(
 def endless() -> Iterator[str]:
     """Names of prompts, without end."""
     return (str(number) for number in itertools.count())
+
+
+def retention_without_purges(longest: int, *, budget: int, capacity: int) -> int:
+    """The least σ under which no rollout of up to `longest` tokens is ever purged.
+
+    Φ tokens over at most Ω rollouts are at least Φ // Ω for each that is there all the time, and
+    a rollout lives through σ whole iterations, besides the one that it was admitted in. Where
+    Φ < Ω there is no such σ by this count, and the answer is what Φ = Ω would need.
+    """
+    return -(-longest // max(1, budget // capacity))
 
 
 def step_speed_up(rollout_speed_up: float, training_share: float) -> float:

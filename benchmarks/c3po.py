@@ -1,0 +1,24 @@
+"""What C3PO++ gains over synchronous rollouts, and over "stop at N samples, abort, resubmit".
+
+    python benchmarks/c3po.py sim [--plots benchmarks/plots]
+
+    sim   the controller itself over drawn lengths, the engine a formula (c3po_sim.py)
+
+Markdown on standard output.
+"""
+
+import argparse
+
+import c3po_sim
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True)
+    c3po_sim.add_command(commands)
+    args = parser.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()
