@@ -111,6 +111,8 @@ class C3po:
                 return self.ended(sample, reason, length)
             case words.Lost(sample):
                 return self.lost(sample)
+            case words.Reject(sample, reason):
+                return self.reject(sample, reason)
             case words.Settled():
                 return self.settled()
             case words.Trained(version):
@@ -196,9 +198,18 @@ class C3po:
         """
         if self._samples.leaving.pop(sample, None) is not None:
             return []
-        if self.phase == "training" and sample.prompt in self._samples.complete:
-            raise IllegalState(f"{sample} cannot be lost: its group is with the trainer")
+        self._expect_kept(sample)
         return self._samples.lose(sample) + self._fill()
+
+    def reject(self, sample: Sample, reason: str) -> list[Command]:
+        """No engine can ever run it: the prompt is abandoned, with nothing tried again.
+
+        Raises IllegalState for a sample whose prompt is not under way, or with the trainer.
+        """
+        self._expect_kept(sample)
+        if sample.prompt not in self._samples.hold:
+            raise IllegalState(f"{sample} cannot be rejected: its prompt is not under way")
+        return self._samples.abandon(sample, reason) + self._fill()
 
     def settled(self) -> list[Command]:
         """The budget is spent or closed, and every token and ending under it has been told:
@@ -297,6 +308,10 @@ class C3po:
                 f"iteration {self.iteration} is {self.phase}: {what} belongs to "
                 f"{' or '.join(phases)}"
             )
+
+    def _expect_kept(self, sample: Sample) -> None:
+        if self.phase == "training" and sample.prompt in self._samples.complete:
+            raise IllegalState(f"{sample} is with the trainer: its group is not to be undone")
 
     def _fill(self) -> list[Command]:
         """Give free places to the stream; `Stop` if the pool is empty and nothing can come."""

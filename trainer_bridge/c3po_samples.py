@@ -132,7 +132,7 @@ class Samples:
             self.stream.appendleft(waiting)
             return []
         what = "was cancelled" if is_cancelled else "failed"
-        return self._abandon(sample, f"{what} at attempt {sample.attempt}, the last")
+        return self.abandon(sample, f"{what} at attempt {sample.attempt}, the last")
 
     def lose(self, sample: Sample) -> list[Command]:
         """Its tokens are gone, in the pool or in the hold area: the same attempt goes to the head
@@ -153,7 +153,7 @@ class Samples:
             self.stream.appendleft(waiting)
             return []
         self.ledger.post(member.length, source, Account.CANCELLED)
-        return self._abandon(sample, f"its tokens were lost, {waiting.losses} times in all")
+        return self.abandon(sample, f"its tokens were lost, {waiting.losses} times in all")
 
     def purge_by_age(self, retention: int) -> list[Command]:
         """Those that were cut more often go; their next attempts join the tail."""
@@ -168,7 +168,7 @@ class Samples:
                 self.stream.append(waiting)
             else:
                 why = f"was purged by age at attempt {live.sample.attempt}, the last"
-                commands += self._abandon(live.sample, why)
+                commands += self.abandon(live.sample, why)
         return commands
 
     def purge_by_lag(self, oldest_version: int) -> list[Command]:
@@ -185,6 +185,25 @@ class Samples:
             if version < oldest_version:
                 commands += self._drop_group(prompt)
         return commands
+
+    def abandon(self, sample: Sample, reason: str) -> list[Command]:
+        """Its prompt is given up; what the members of the group have is cancelled."""
+        prompt = sample.prompt
+        commands: list[Command] = [
+            self._purge(live, "abandoned", Account.CANCELLED)
+            for live in list(self.pool.values())
+            if live.sample.prompt == prompt
+        ]
+        commands += [
+            self._purge_held(held, "abandoned", Account.CANCELLED)
+            for held in list(self.hold[prompt].values())
+        ]
+        del self.hold[prompt]
+        if prompt in self.complete:
+            self.complete.remove(prompt)
+        self.stream = deque(waiting for waiting in self.stream if waiting.sample.prompt != prompt)
+        self.num_abandoned += 1
+        return [*commands, Abandoned(prompt, sample, reason)]
 
     def age(self) -> None:
         """An iteration has ended: what is unfinished and has tokens was cut once more."""
@@ -234,7 +253,7 @@ class Samples:
                 last = waiting.sample.attempt - 1
                 why = f"was purged by lag at attempt {last}, the last"
                 sample = Sample(prompt, waiting.sample.index, last)
-                return commands + self._abandon(sample, why)
+                return commands + self.abandon(sample, why)
         self.stream.extend(again)
         return commands
 
@@ -251,23 +270,6 @@ class Samples:
         self.ledger.post(held.length, Account.HELD, account)
         self.purges.append(Purge(held.sample, reason))
         return self.purges[-1]
-
-    def _abandon(self, sample: Sample, reason: str) -> list[Command]:
-        """The prompt is given up; what its other members have is cancelled."""
-        prompt = sample.prompt
-        commands: list[Command] = [
-            self._purge(live, "abandoned", Account.CANCELLED)
-            for live in list(self.pool.values())
-            if live.sample.prompt == prompt
-        ]
-        commands += [
-            self._purge_held(held, "abandoned", Account.CANCELLED)
-            for held in list(self.hold[prompt].values())
-        ]
-        del self.hold[prompt]
-        self.stream = deque(waiting for waiting in self.stream if waiting.sample.prompt != prompt)
-        self.num_abandoned += 1
-        return [*commands, Abandoned(prompt, sample, reason)]
 
 
 def _next_attempt(member: Live | Held) -> Waiting:

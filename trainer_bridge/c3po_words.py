@@ -81,6 +81,13 @@ class Lost(Struct, tag="lost", frozen=True):
     sample: Sample
 
 
+class Reject(Struct, tag="reject", frozen=True):
+    """No engine can ever run the sample, nor its siblings: the prompt is too long, say."""
+
+    sample: Sample
+    reason: str
+
+
 class Settled(Struct, tag="settled", frozen=True):
     """The budget is spent or closed, and all that happened under it has been told."""
 
@@ -91,7 +98,7 @@ class Trained(Struct, tag="trained", frozen=True):
     version: int
 
 
-Event = Extend | EndStream | Begin | Grew | Ended | Lost | Settled | Trained
+Event = Extend | EndStream | Begin | Grew | Ended | Lost | Reject | Settled | Trained
 
 
 # commands ---------------------------------------------------------------------------------------

@@ -244,6 +244,16 @@ class C3poMachine(RuleBasedStateMachine):
         else:
             self.fail(sample, trouble)
 
+    @precondition(lambda self: self.machine.hold)
+    @rule(data=st.data(), is_sure=st.sampled_from([False, False, True]))
+    def reject(self, data, is_sure):
+        given = {group.prompt for group in self.batch or ()}
+        prompts = sorted(set(self.machine.hold) - given)
+        if is_sure and prompts:
+            sample = Sample(data.draw(st.sampled_from(prompts)), 0)
+            commands = self.tell(words.Reject(sample, "too long"))
+            assert words.Abandoned(sample.prompt, sample, "too long") in commands
+
     def fail(self, sample, reason):
         tokens = self.referee.current[sample]
         commands = self.tell(words.Ended(sample, reason, len(tokens.versions)))
@@ -351,6 +361,7 @@ class C3poMachine(RuleBasedStateMachine):
             words.Ended(stranger, "stop", 0),
             words.Ended(stranger, "abort", 0),
             words.Lost(stranger),
+            words.Reject(stranger, "unknown"),
             words.Extend(("new", "new")),
         ]
         events += [words.Extend(("new", prompt)) for prompt in prompts[:1]]
