@@ -30,6 +30,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from ..engine.errors import ConfigError, MissingExtra
+from ..engine.rollout import Rollout
 
 RewardName = Literal["exact", "numeric", "regex", "function", "http"]
 
@@ -44,8 +45,23 @@ class RewardSample(Struct, frozen=True, kw_only=True):
     """Of the dataset's line; JSON."""
     metadata: Any = None
     finish_reason: str = "stop"
-    """stop | length: a rollout that was cut at its limit is `length`."""
+    """stop | length | abort | error; a rollout that was cut at its limit is `length`."""
     num_tokens: int = 0
+
+
+def reward_sample(rollout: Rollout, *, prompt: str = "") -> RewardSample:
+    """What a reward sees of an ended rollout; the answer is `answer` of its metadata."""
+    metadata = rollout.metadata
+    assert rollout.finish_reason is not None
+    return RewardSample(
+        id=rollout.id,
+        prompt=prompt,
+        text=rollout.text,
+        answer=metadata.get("answer") if isinstance(metadata, dict) else None,
+        metadata=metadata,
+        finish_reason=rollout.finish_reason.type,
+        num_tokens=len(rollout.output_ids),
+    )
 
 
 class ExactConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -9,6 +9,7 @@ import numpy
 import pytest
 
 from everstep.engine.errors import ConfigError, MissingExtra
+from everstep.engine.rollout import FinishReason, Rollout, SamplingParams
 from everstep.trainer_bridge import rewards
 from everstep.trainer_bridge.rewards import (
     ExactConfig,
@@ -20,6 +21,7 @@ from everstep.trainer_bridge.rewards import (
     RewardSample,
     make_reward,
     number_of,
+    reward_sample,
 )
 
 
@@ -175,6 +177,27 @@ def test_a_function_may_be_a_coroutine():
 def test_settings_that_cannot_work_are_named(config, message):
     with pytest.raises(ConfigError, match=message):
         make_reward(config)
+
+
+def test_a_rollout_is_a_sample_with_the_answer_of_its_metadata():
+    rollout = Rollout(
+        id="ro-9",
+        group_id="g",
+        index=0,
+        prompt_ids=[1],
+        sampling=SamplingParams(),
+        seed=1,
+        max_tokens=4,
+        metadata={"answer": "06", "task": 3},
+        output_ids=[4, 5],
+        text="06",
+        finish_reason=FinishReason("length"),
+    )
+    sample = reward_sample(rollout, prompt="9678")
+    assert make_reward(RewardConfig())(sample) == 1.0
+    assert make_reward(RewardConfig(require_stop=True))(sample) == 0.0
+    assert (sample.id, sample.prompt, sample.num_tokens) == ("ro-9", "9678", 2)
+    assert sample.metadata == {"answer": "06", "task": 3}
 
 
 def test_unknown_settings_are_refused():
