@@ -9,11 +9,13 @@ The output folder holds everything of a run, and the same command goes on from i
     final/          the trained model, as `everstep serve` loads it
 """
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
+from msgspec import Struct
 
 from ..engine import log
 from ..engine.errors import EverstepError
@@ -94,6 +96,8 @@ class Run:
         with (self.output / "metrics.jsonl").open("ab") as file:
             file.write(msgspec.json.encode(report) + b"\n")
         self.say(_line(report))
+        if not all(map(math.isfinite, report.grad_norm)):
+            self.say("alarm: a gradient is not finite: its update was left out")
         for alarm in alarms:
             self.say(f"alarm: {alarm.message}")
 
@@ -127,8 +131,12 @@ def _cut(path: Path, version: int) -> None:
     partial.replace(path)
 
 
+class _Numbered(Struct):
+    version: int
+
+
 def _version(line: bytes) -> int:
-    return msgspec.json.decode(line, type=Report).version
+    return msgspec.json.decode(line, type=_Numbered).version
 
 
 def _silent(_: str) -> None:

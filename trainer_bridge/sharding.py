@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from ..engine.errors import ConfigError
 from .trainable import TrainableRing
@@ -82,8 +82,19 @@ def shard(ring: TrainableRing, world: World, dtype: torch.dtype) -> None:
     dtype  in which parameters are gathered and used; the shards stay float32, gradients are
            summed in float32
     """
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype,
+        reduce_dtype=torch.float32,
+        # it would round a batch's temperatures too
+        cast_forward_inputs=False,
+    )
     for layer in ring.layers:
         fully_shard(layer, mesh=world.mesh, mp_policy=policy)
     fully_shard(ring, mesh=world.mesh, mp_policy=policy)
     ring.to_empty(device=world.device)
+
+
+def reshard(ring: TrainableRing) -> None:
+    """Drop what is gathered of a sharded model, so that the next pass gathers the shards anew."""
+    assert isinstance(ring, FSDPModule)
+    ring.reshard()

@@ -33,7 +33,7 @@ from .losses import BatchSize, LossInputs, make_loss
 from .optimiser import Optimiser
 from .packing import PackedBatch, TrainSequence, pack, split
 from .samples import Group, Sample
-from .sharding import World, shard
+from .sharding import World, reshard, shard
 from .trainable import Scores, TrainableRing, trainable_config
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -133,6 +133,8 @@ class Trainer:
                 counts = torch.bincount(batch.responses[0], minlength=len(places)).tolist()
                 for n, lp in zip(places, torch.split(scores.lp, counts), strict=True):
                     found[n] = lp
+        # without a backward pass the outermost parameters would stay gathered, as they were
+        reshard(self.ring)
         return found
 
     @property

@@ -11,14 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from everstep.clients.llm import LLM
 from everstep.engine.errors import CheckpointError, ConfigError
+from everstep.engine.rollout import SamplingParams
 from everstep.engine.verify import verify
 from everstep.trainer_bridge.checkpointing import STABLE, Checkpoints
 from everstep.trainer_bridge.config import read_config
+from everstep.trainer_bridge.export import export
 from everstep.trainer_bridge.fsdp_trainer import train
 from everstep.trainer_bridge.losses import LossInputs, make_loss
 from everstep.trainer_bridge.packing import TrainSequence, pack
-from everstep.trainer_bridge.samples import Group, Sample
+from everstep.trainer_bridge.samples import Group, Sample, sample_of
 from everstep.trainer_bridge.sharding import join_world
 from everstep.trainer_bridge.trainable import open_trainable
 from everstep.trainer_bridge.trainer import Trainer
@@ -193,7 +196,7 @@ def test_exact_old_logprobs_are_those_of_each_token_s_version(folder):
         by_version = []
         for _ in range(2):
             by_version.append(trainer.score(sequences))
-            trainer.step(groups if trainer.version == 0 else [])
+            trainer.step(groups)
         # the engine sampled every second token with version 1, and had the trainer's own numbers
         of_both = []
         for place, sample in enumerate(s for group in groups for s in group.samples):
@@ -251,6 +254,28 @@ def test_supervised_warm_up_learns_its_lines(folder):
     assert losses[0] > 2
     assert losses[-1] < 0.3
     assert float(torch.cat(scored).mean()) > -0.3
+
+
+# -- the engine's bits, through masters and shards
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_engine_s_logprobs_of_a_trained_version_are_the_trainer_s(folder, tmp_path, dtype):
+    numerics = {"kernels": "exact", "dtype": dtype}
+    with a_trainer(folder, numerics=numerics) as trainer:
+        trainer.step(drawn_groups())
+        export(trainer.ring, folder / "model", tmp_path / "v1", trainer.dtype, trainer.world)
+        sampling = SamplingParams(max_tokens=20, temperature=0.9, ignore_eos=True)
+        with LLM(str(tmp_path / "v1"), skip_tokenizer_init=True, seed=1) as llm:
+            rollouts = llm.generate([[1, 2, 3], [60], list(range(30))], sampling, samples=2)
+        samples = [sample_of(rollout, trainer.ring.config) for rollout in rollouts]
+        scored = trainer.score([sample.sequence for sample in samples])
+        for sample, lp in zip(samples, scored, strict=True):
+            assert np.array_equal(lp.numpy(), sample.lp_infer)
+        rewarded = [replace(s, reward=float(n % 2)) for n, s in enumerate(samples)]
+        report = trainer.step([Group.of("all", rewarded)])
+    assert report.metrics["log_ratio_abs_max"] == 0
+    assert report.grad_norm[0] > 0
 
 
 # -- checkpoints
