@@ -1,7 +1,7 @@
 """Rewards in processes of their own, each sample under a deadline.
 
-    async with RewardPool(config) as pool:
-        outcome = await pool.score(sample)
+    async with RewardPool(config) as pool:          with Rewards(config) as rewards:
+        outcome = await pool.score(sample)              outcomes = rewards.score(samples)
 
 Whatever a reward does ends in one `RewardOutcome` for its sample and in nothing else: a worker
 that hangs, crashes or is killed is replaced, and the samples that wait go on with the others.
@@ -124,14 +124,38 @@ class RewardPool:
         return RewardOutcome(id=sample.id, reward=reward, failure=failure, seconds=seconds)
 
 
-def score_all(config: RewardConfig, samples: Sequence[RewardSample]) -> list[RewardOutcome]:
-    """The outcomes of `samples`, in order, for programs without an event loop."""
+class Rewards:
+    """A `RewardPool` for programs without an event loop."""
 
-    async def run() -> list[RewardOutcome]:
-        async with RewardPool(config) as pool:
-            return await pool.score_all(samples)
+    def __init__(self, config: RewardConfig) -> None:
+        self._pool = RewardPool(config)
+        self._runner = asyncio.Runner()
 
-    return asyncio.run(run())
+    def score(self, samples: Sequence[RewardSample]) -> list[RewardOutcome]:
+        """The outcomes, in order."""
+        return self._runner.run(self._pool.score_all(samples))
+
+    def close(self) -> None:
+        """Kill the workers."""
+        self._runner.run(self._pool.close())
+        self._runner.close()
+
+    def __enter__(self) -> Self:
+        """Start. Raises ConfigError or MissingExtra if the reward is unusable."""
+        try:
+            self._runner.run(self._pool.start())
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
 
 
 class _Worker:

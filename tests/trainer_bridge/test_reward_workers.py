@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from everstep.engine.errors import ConfigError, MissingExtra
-from everstep.trainer_bridge.reward_workers import RewardPool, score_all
+from everstep.trainer_bridge.reward_workers import RewardPool, Rewards
 from everstep.trainer_bridge.rewards import (
     FunctionConfig,
     HttpConfig,
@@ -82,6 +82,11 @@ def function(**more):
 
 def sample(text, answer=1, number=0, metadata=None):
     return RewardSample(id=f"ro-{number}", text=text, answer=answer, metadata=metadata)
+
+
+def score_all(config, samples):
+    with Rewards(config) as rewards:
+        return rewards.score(samples)
 
 
 def is_alive(pid):
