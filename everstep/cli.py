@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import __version__, bench_cli, journal_cli, proof_cli
+from . import __version__, bench_cli, journal_cli, proof_cli, rollout_cli
 from .engine.config import PATIENCE
 from .engine.errors import ConfigError, EverstepError
 from .engine.rollout import SamplingParams
@@ -32,6 +32,7 @@ app = typer.Typer(
 app.add_typer(bench_cli.app)
 app.add_typer(proof_cli.app)
 app.add_typer(journal_cli.app)
+app.add_typer(rollout_cli.app)
 
 _ENGINE = ("engine",)
 _SERVER = ("engine", "http", "openai", "journal", "restart", "skip_tokenizer_init")

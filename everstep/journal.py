@@ -23,7 +23,7 @@ _ALL = Query(limit=sys.maxsize)
 def run_check(path: Path) -> int:
     """Says what is in it and what is wrong with it; returns the exit code."""
     try:
-        with _open(path) as journal:
+        with opened(path) as journal:
             found = journal.check()
             summaries = journal.list(_ALL)
             num_bytes, schema, num_budgets = journal.num_bytes, journal.schema, journal.num_budgets
@@ -48,7 +48,7 @@ def run_export(path: Path, output: Path | None, *, is_sealed: bool, only_ended: 
     if is_sealed and output is None:
         raise ConfigError("--format trajectory writes files: name a folder, --output FOLDER")
     code = 0
-    with _open(path) as journal, _Sink(output, is_sealed=is_sealed) as sink:
+    with opened(path) as journal, _Sink(output, is_sealed=is_sealed) as sink:
         for summary in journal.list(_ALL):
             if summary.is_acked or (only_ended and not summary.state.is_ended):
                 continue
@@ -104,7 +104,7 @@ class _Sink:
 
 
 @contextlib.contextmanager
-def _open(path: Path) -> Iterator[Journal]:
+def opened(path: Path) -> Iterator[Journal]:
     """The journal, read only; the file of a process that was killed is read beside a copy of its
     log, since SQLite would write a log's index next to it."""
     _check_is_file(path)
