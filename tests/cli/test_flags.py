@@ -165,7 +165,17 @@ def test_sampling_flags_go_over_the_commands_own_defaults(parse: Parse) -> None:
 
 
 def test_help_shows_what_matters(capsys: pytest.CaptureFixture[str]) -> None:
-    names = "chat batch serve train doctor verify convert keys make-checkpoint".split()
+    names = [
+        "chat",
+        "batch",
+        "serve",
+        "train",
+        "doctor",
+        "verify",
+        "convert",
+        "keys",
+        "make-checkpoint",
+    ]
     for command in (*names, "replay", "capsule"):
         assert run([command, "--help"]) == 0
         text = capsys.readouterr().out
