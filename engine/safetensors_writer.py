@@ -91,12 +91,11 @@ def _cut(units: Sequence[Unit], limit: int, shards: int | None) -> list[list[Uni
     return groups
 
 
-def _write_shard(path: Path, units: Sequence[Unit]) -> Iterator[int]:
-    """Write one safetensors file; yields the bytes of each piece.
+def layout(parts: Sequence[Part]) -> tuple[bytes, dict[str, int]]:
+    """The head of a safetensors file, and where in the file each tensor begins.
 
-    Wide types come first in the file, so that every tensor is aligned whatever its size.
+    Wide types come first, so that every tensor is aligned whatever its size.
     """
-    parts = [part for unit in units for part in unit.parts]
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offsets: dict[str, int] = {}
     end = 0
@@ -110,10 +109,17 @@ def _write_shard(path: Path, units: Sequence[Unit]) -> Iterator[int]:
         end += part.num_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    head = struct.pack("<Q", len(text)) + text
+    return head, {name: len(head) + offset for name, offset in offsets.items()}
+
+
+def _write_shard(path: Path, units: Sequence[Unit]) -> Iterator[int]:
+    """Write one safetensors file; yields the bytes of each piece."""
+    head, offsets = layout([part for unit in units for part in unit.parts])
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(head)
         for unit in units:
-            cursors = [8 + len(text) + offsets[part.name] for part in unit.parts]
+            cursors = [offsets[part.name] for part in unit.parts]
             for index, piece in unit.pieces():
                 file.seek(cursors[index])
                 data = piece.contiguous().reshape(-1).view(torch.uint8).numpy()

@@ -53,13 +53,18 @@ def export(
     shutil.rmtree(partial, ignore_errors=True)
     prepare_target(partial, sum(unit.num_bytes for unit in units) + _SLACK_BYTES)
     write_shards(partial, units)
-    for file in sorted(source.iterdir()):
-        if file.is_file() and file.suffix not in _NOT_COPIED and file.name not in _WRITTEN:
-            shutil.copyfile(file, partial / file.name)
-    write_json(partial / "config.json", _config(read_json(source / "config.json"), dtype))
+    copy_companions(source, partial, dtype)
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
     world.barrier()
+
+
+def copy_companions(source: Path, target: Path, dtype: torch.dtype) -> None:
+    """What a checkpoint has beside its tensors: tokenizer, templates, and config.json last."""
+    for file in sorted(source.iterdir()):
+        if file.is_file() and file.suffix not in _NOT_COPIED and file.name not in _WRITTEN:
+            shutil.copyfile(file, target / file.name)
+    write_json(target / "config.json", _config(read_json(source / "config.json"), dtype))
 
 
 def _unit(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> Unit:
