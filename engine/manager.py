@@ -290,6 +290,10 @@ class RolloutManager:
             )
         return keeper
 
+    def check(self, submission: Submission) -> int:
+        """The resolved max_tokens. Raises InvalidRequest where it can never run here."""
+        return self._check(submission, self._core.known_info)
+
     def _check(self, submission: Submission, info: Ready) -> int:
         """The resolved max_tokens, or the error that says why it cannot run."""
         return submission.check(
