@@ -1,0 +1,479 @@
+"""The driver of C3PO++ without a trainer: engines sample, complete groups go into a file.
+
+`RunState` (trainer_bridge/run_state.py) holds the controller and every record of the run, and each
+event is one commit there. This module looks at the records, has done what they ask for, and tells
+what came of it:
+
+    a place without a rollout ▸ submitted        a leaving place ▸ cancelled
+    budget that is left ▸ leased to engines      all leases over ▸ rollouts read, iteration settled
+    phase training ▸ groups written, then trained(version)
+
+All of it may be done twice: keys, ids and the size of the output make the second time harmless. So
+a driver that was killed carries on from the records, and needs no plan of its own.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import partial
+from typing import Protocol, TypeVar
+
+from msgspec import Struct
+
+from ..engine.errors import (
+    EngineUnavailable,
+    IllegalState,
+    InvalidRequest,
+    JournalFull,
+    LedgerError,
+    Overloaded,
+    UnknownBudget,
+    UnknownRollout,
+)
+from ..engine.rollout import Rollout
+from ..engine.trajectory import decode, unpack
+from .c3po_words import Sample, Train, TrainGroup
+from .rollout_engine import Engine, Prompt, Work
+from .rollout_fleet import Fleet
+from .rollout_report import Report, Reporter
+from .run_state import RunState
+from .run_tasks import Ended, News, Submitted, Tasks
+from .run_words import Fallen, KeptPrompt, Lease, OutputMark, Place, Position, Spell
+
+T = TypeVar("T")
+
+# a longer poll only saves requests
+BUDGET_POLL_S = 20.0
+RETRY_S = 1.0
+# how long tokens may take from a budget's count to the rollouts themselves
+SETTLE_S = 10.0
+_READ_AT_ONCE = 64
+
+
+class Delivered(Struct, frozen=True, kw_only=True):
+    """A trajectory of a complete group, and what the run knows of it.
+
+    prompt  its line; iteration: in which its group was complete; earlier: attempts that fell
+    """
+
+    sample: Sample
+    prompt: KeptPrompt
+    prompt_id: str
+    iteration: int
+    engine: str
+    spells: list[Spell]
+    earlier: list[Fallen]
+    rollout: Rollout
+
+
+class Source(Protocol):
+    """The prompts."""
+
+    def read(self, count: int) -> tuple[list[KeptPrompt], dict[int, str], Position]:
+        """Up to `count` more that can be run, bad lines on the way by number, and where it stands
+        then."""
+        ...
+
+    def prompt(self, kept: KeptPrompt) -> Prompt:
+        """Raises InvalidRequest."""
+        ...
+
+
+class Sink(Protocol):
+    """The output."""
+
+    def cut(self, size: int) -> None:
+        """Take away what is behind it: of an iteration that was not committed."""
+        ...
+
+    def write(self, groups: Sequence[Sequence[Delivered]]) -> int:
+        """Append, durably; returns the new size."""
+        ...
+
+
+class RolloutDriver:
+    """Runs one run to its end, or to `limit` iterations.
+
+    on_note  said to the user, one line: an engine stays away, or is back
+    """
+
+    def __init__(
+        self,
+        state: RunState,
+        engines: Sequence[Engine],
+        source: Source,
+        sink: Sink,
+        *,
+        limit: int | None = None,
+        on_report: Callable[[Report], None] = lambda _: None,
+        on_note: Callable[[str], None] = lambda _: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._state = state
+        self._engines = {engine.name: engine for engine in engines}
+        self._source = source
+        self._sink = sink
+        self._limit = limit
+        self._note = on_note
+        self._clock = clock
+        self._reporter = Reporter(state, self._engines, on_report, clock)
+        self._tasks = Tasks(self._leave)
+        self._fleet = Fleet(
+            state, self._engines, self._tasks, submit=self._submit_now, on_note=on_note
+        )
+        self._prompts: dict[str, Prompt] = {}
+        self._cancelled: set[str] = set()
+        self._to_ack: dict[str, list[str]] = {name: [] for name in self._engines}
+        self._began_s = clock()
+
+    async def run(self) -> None:
+        """Until every prompt is delivered or given up, or the limit is reached.
+
+        Raises EngineUnavailable where no engine is left, ConfigError, JournalError: what is done is
+        kept, and the same run goes on from there.
+        """
+        try:
+            self._sink.cut(self._state.output.size)
+            await self._fleet.start()
+            self._tasks.run("report", "", self._reporter.run)
+            while await self._advance():
+                self._tell(await self._tasks.news())
+            if self._state.machine.phase == "done":
+                await self._fleet.finish()
+        finally:
+            await self._tasks.close()
+            self._reporter.report()
+
+    # --- what there is to do -------------------------------------------------------------
+
+    async def _advance(self) -> bool:
+        """Do all that can be done without waiting for an engine; False: the run is over."""
+        machine = self._state.machine
+        while True:
+            await self._extend()
+            self._kick()
+            match machine.phase:
+                case "done":
+                    return False
+                case "idle":
+                    if self._limit is not None and machine.iteration >= self._limit:
+                        return False
+                    self._state.begin()
+                case "training":
+                    self._train()
+                case "open" | "stopping":
+                    if not await self._settle():
+                        return True
+
+    async def _extend(self) -> None:
+        state = self._state
+        while (wanted := state.machine.wants_prompts) and not state.position.is_at_end:
+            kept, bad, position = self._source.read(wanted)
+            for line, message in bad.items():
+                state.bad_line(line, message)
+            good = [one for one in kept if await self._is_runnable(one)]
+            state.extend(good, position)
+
+    async def _is_runnable(self, kept: KeptPrompt) -> bool:
+        try:
+            engine = self._engines[self._state.engines[0]]
+            self._prompts[kept.name] = await engine.prepare(self._source.prompt(kept))
+        except InvalidRequest as error:
+            self._state.bad_line(kept.line, str(error))
+            return False
+        return True
+
+    def _kick(self) -> None:
+        """Have tasks for everything that is outstanding, and none twice."""
+        state = self._state
+        for sample, place in state.places.items():
+            # a lost sample may be placed again while the task of its last place still ends
+            key = ("place", sample, place.key)
+            if place.engine in state.engines and key not in self._tasks:
+                self._tasks.run(key, place.engine, partial(self._follow, place))
+        for name in state.engines:
+            self._cancel_leaving(name)
+            if self._to_ack[name]:
+                ids, self._to_ack[name] = self._to_ack[name], []
+                self._tasks.run(("ack", *ids), name, partial(self._acknowledge, name, ids))
+        if state.machine.phase == "open":
+            state.deal()
+            self._take_back()
+        elif state.machine.phase == "stopping":
+            for lease in state.active_leases():
+                self._give_back(lease)
+        for lease in state.active_leases():
+            budget = ("lease", state.machine.iteration, lease.number)
+            if lease.engine in state.engines and budget not in self._tasks:
+                self._tasks.run(budget, lease.engine, partial(self._lease, lease))
+
+    def _take_back(self) -> None:
+        """What an engine without rollouts holds of the budget is another's."""
+        live = self._state.live()
+        for lease in self._state.active_leases():
+            if len(live) > 1 and not live.get(lease.engine, 1):
+                self._give_back(lease)
+
+    def _give_back(self, lease: Lease) -> None:
+        if lease.state in ("asked", "open") and lease.engine in self._state.engines:
+            self._state.move_lease(lease, state="closing")
+            if lease.budget_id is not None:
+                self._close(lease)
+
+    def _close(self, lease: Lease) -> None:
+        engine, budget_id = self._engines[lease.engine], lease.budget_id
+        assert budget_id is not None
+        close = partial(engine.close_budget, budget_id)
+        self._tasks.run(("close", budget_id), lease.engine, close)
+
+    def _cancel_leaving(self, name: str) -> None:
+        places = self._state.places.values()
+        leaving = [p for p in places if p.is_leaving and p.engine == name and p.rollout_id]
+        ids = [p.rollout_id for p in leaving if p.rollout_id not in self._cancelled]
+        found = [rollout_id for rollout_id in ids if rollout_id is not None]
+        if found:
+            self._cancelled.update(found)
+            cancel = partial(self._engines[name].cancel, found)
+            self._tasks.run(("cancel", *found), name, cancel)
+
+    def _train(self) -> None:
+        """Write the complete groups."""
+        state, machine = self._state, self._state.machine
+        train = next(c for c in machine.outstanding() if isinstance(c, Train))
+        groups = [self._delivered(group, train.iteration) for group in train.groups]
+        size = self._sink.write(groups) if groups else state.output.size
+        now_s = self._clock()
+        state.trained(train, self._fleet.version, OutputMark(size), now_s - self._began_s)
+        self._began_s = now_s
+        for group in train.groups:
+            self._prompts.pop(group.prompt, None)
+        self._reporter.note_iteration()
+
+    def _delivered(self, group: TrainGroup, iteration: int) -> list[Delivered]:
+        state = self._state
+        kept = state.prompts[group.prompt]
+        found = []
+        for member in group.samples:
+            finished = state.finished(member.sample)
+            found.append(
+                Delivered(
+                    sample=member.sample,
+                    prompt=kept,
+                    prompt_id=self._prompt(kept.name).id,
+                    iteration=iteration,
+                    engine=finished.engine,
+                    spells=finished.spells,
+                    earlier=state.fallen_of(member.sample),
+                    rollout=unpack(decode(finished.data)),
+                )
+            )
+        return found
+
+    def _prompt(self, name: str) -> Prompt:
+        """As its line says it, maybe not prepared."""
+        found = self._prompts.get(name)
+        return self._source.prompt(self._state.prompts[name]) if found is None else found
+
+    # --- the end of an iteration ---------------------------------------------------------
+
+    async def _settle(self) -> bool:
+        """Tell all that happened once nothing can happen any more; False: not yet."""
+        state, machine = self._state, self._state.machine
+        if state.active_leases():
+            return False
+        live = state.live()
+        if machine.phase == "open" and machine.config.mode == "generated" and state.left:
+            assert any(live.values()), "budget is left, and nobody can take it"
+            return False
+        reachable = [p for p in state.places.values() if p.engine in state.engines]
+        if any(place.rollout_id is None for place in reachable):
+            return False
+        until_s = self._clock() + SETTLE_S
+        while not await self._read_all([p for p in reachable if p.sample in state.places]):
+            if self._clock() > until_s:
+                raise LedgerError(self._unexplained())
+            await asyncio.sleep(0.05)
+        state.settled()
+        return True
+
+    def _unexplained(self) -> str:
+        words = [f"{e}: {n}" for e, n in self._state.unexplained().items()]
+        return (
+            f"iteration {self._state.machine.iteration}: tokens that budgets count and no rollout "
+            f"has, by engine: {', '.join(words)}"
+        )
+
+    async def _read_all(self, places: Sequence[Place]) -> bool:
+        """Tell how long rollouts are; False where budgets count tokens that they do not have."""
+        state = self._state
+        gate = asyncio.Semaphore(_READ_AT_ONCE)
+        lost: list[Sample] = []
+
+        async def read(place: Place) -> tuple[Sample, Rollout] | None:
+            assert place.rollout_id is not None
+            async with gate:
+                try:
+                    engine = self._engines[place.engine]
+                    return place.sample, await engine.read(place.rollout_id)
+                except UnknownRollout:
+                    lost.append(place.sample)
+                except EngineUnavailable as error:
+                    self._tasks.put(partial(self._leave, place.engine, str(error)))
+            return None
+
+        order = {sample: number for number, sample in enumerate(state.machine.pool)}
+        places = sorted(places, key=lambda place: order.get(place.sample, -1))
+        found = await asyncio.gather(*(read(place) for place in places))
+        self._saw([pair for pair in found if pair is not None])
+        self._lose(lost)
+        self._tell(self._tasks.news_by_now())
+        return not state.unexplained()
+
+    # --- what happened -------------------------------------------------------------------
+
+    def _tell(self, news: Iterable[News]) -> None:
+        """In order; what is of one kind is one commit."""
+        ended: list[tuple[Sample, Rollout]] = []
+        submitted: dict[Sample, str] = {}
+
+        def flush() -> None:
+            # nobody ends who was not submitted before
+            if submitted:
+                self._state.submitted(submitted)
+            self._saw(ended)
+            submitted.clear()
+            ended.clear()
+
+        for item in news:
+            match item:
+                case Submitted(sample, rollout_id):
+                    submitted[sample] = rollout_id
+                case Ended(sample, rollout):
+                    ended.append((sample, rollout))
+                case _:
+                    flush()
+                    item()
+        flush()
+
+    def _leave(self, name: str, reason: str) -> None:
+        self._fleet.leave(name, reason)
+
+    def _saw(self, found: Sequence[tuple[Sample, Rollout]]) -> None:
+        state = self._state
+        ended: list[tuple[str, Rollout]] = []
+        for sample, rollout in found:
+            place = state.places.get(sample)
+            if rollout.versions:
+                self._fleet.version = max(self._fleet.version, rollout.versions[-1])
+            if place is not None and rollout.state.is_ended and place.rollout_id == rollout.id:
+                ended.append((place.engine, rollout))
+        if found:
+            state.saw(found)
+        for engine, rollout in ended:
+            reason = rollout.finish_reason
+            self._reporter.note_ended(rollout)
+            if reason is not None and reason.type != "abort":
+                self._to_ack[engine].append(rollout.id)
+
+    def _lose(self, samples: Sequence[Sample]) -> None:
+        if samples:
+            self._state.lost(samples)
+
+    def _refuse(self, sample: Sample, message: str) -> None:
+        kept = self._state.prompts.get(sample.prompt)
+        if kept is not None:
+            self._state.refused(sample, kept.line, message)
+
+    # --- tasks ---------------------------------------------------------------------------
+
+    async def _follow(self, place: Place) -> None:
+        """Submit a sample unless that is done, and wait for its end."""
+        engine = self._engines[place.engine]
+        rollout_id = place.rollout_id
+        if rollout_id is None:
+            self._tasks.put(await self._submit(engine, place))
+            await self._tasks.told()
+            rollout_id = place.rollout_id
+            if rollout_id is None:
+                return
+        try:
+            rollout = await engine.ended(rollout_id)
+        except UnknownRollout:
+            self._tasks.put(partial(self._lose, [place.sample]))
+        else:
+            self._tasks.put(Ended(place.sample, rollout))
+
+    async def _submit_now(self, engine: Engine, place: Place) -> None:
+        self._tell([await self._submit(engine, place)])
+
+    async def _submit(self, engine: Engine, place: Place) -> News:
+        """Submit; returns what is to be told of it."""
+        state, sample = self._state, place.sample
+        kept = state.prompts[sample.prompt]
+        try:
+            prompt = self._prompts.get(sample.prompt)
+            if prompt is None:
+                prompt = await engine.prepare(self._source.prompt(kept))
+            self._prompts[sample.prompt] = prompt
+            work = Work(
+                key=place.key,
+                prompt=prompt,
+                group_id=state.group_id(sample.prompt),
+                attempt=sample.attempt,
+                seed=state.seed_of(sample, prompt.id),
+                pool=state.pool,
+            )
+            rollout_id = await self._patiently(lambda: engine.submit(work))
+        except InvalidRequest as error:
+            return partial(self._refuse, sample, str(error))
+        return Submitted(sample, rollout_id)
+
+    async def _lease(self, lease: Lease) -> None:
+        """Open a budget unless that is done, and wait until it is over."""
+        try:
+            await self._run_lease(lease)
+        except UnknownBudget:
+            self._tasks.put(partial(self._state.forget_lease, lease))
+
+    async def _run_lease(self, lease: Lease) -> None:
+        engine, state = self._engines[lease.engine], self._state
+        if lease.budget_id is None:
+            # nobody who leaves takes of a budget
+            await self._tasks.over("cancel", lease.engine)
+            budget = await self._patiently(
+                lambda: engine.open_budget(state.pool, lease.tokens, lease.key)
+            )
+            self._tasks.put(partial(self._opened, lease, budget.id))
+        else:
+            budget = await engine.budget(lease.budget_id, 0.0)
+            if lease.state == "closing":
+                await engine.close_budget(budget.id)
+        while budget.is_open:
+            budget = await engine.budget(budget.id, BUDGET_POLL_S)
+        self._tasks.put(partial(self._over, lease, budget.used))
+
+    def _opened(self, lease: Lease, budget_id: str) -> None:
+        if lease.state == "closing":
+            self._state.move_lease(lease, budget_id=budget_id)
+            self._close(lease)
+        elif lease.state == "asked":
+            self._state.move_lease(lease, budget_id=budget_id, state="open")
+
+    def _over(self, lease: Lease, used: int) -> None:
+        if lease.is_active:
+            self._state.move_lease(lease, used=used, state="over")
+
+    async def _acknowledge(self, name: str, rollout_ids: Sequence[str]) -> None:
+        try:
+            await self._engines[name].acknowledge(rollout_ids)
+        except (UnknownRollout, IllegalState) as error:
+            # the run has them; whoever made them forget can only have been somebody else
+            self._note(f"{name}: {error}")
+
+    async def _patiently(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Its result, tried again while the engine says no for the moment."""
+        while True:
+            try:
+                return await call()
+            except (Overloaded, JournalFull):
+                await asyncio.sleep(RETRY_S)
