@@ -162,10 +162,10 @@ def cli_page() -> str:
 def leaves(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(name, command) of every command, `bench offline` among them."""
     for name, command in group.commands.items():
+        if not hasattr(command, "commands") or command.invoke_without_command:
+            yield f"{prefix}{name}", command
         if hasattr(command, "commands"):
             yield from leaves(command, f"{prefix}{name} ")
-        else:
-            yield f"{prefix}{name}", command
 
 
 def _accepted(flag: dialects.Foreign) -> str:

@@ -1,13 +1,163 @@
-"""`everstep rollout …`: the group of C3PO++'s commands."""
+"""`everstep rollout`: C3PO++ from a file of prompts to a file of trajectories."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
+from .engine.errors import ConfigError
+from .engine.rollout import SamplingParams
+from .flags import Settings, with_settings
 from .rollout_what_if import what_if
+from .trainer_bridge.c3po_config import C3poConfig
 
-app = typer.Typer(name="rollout", help="Rollouts under an exact token budget (C3PO++).")
+app = typer.Typer(name="rollout")
 app.command("what-if")(what_if)
+SECTIONS = ("engine", "journal.path", "restart", "skip_tokenizer_init")
 
 
-@app.callback(no_args_is_help=True)
-def rollout() -> None:
-    """Rollouts under an exact token budget (C3PO++)."""
+class BudgetMode(StrEnum):
+    """What Φ counts."""
+
+    GENERATED = "generated"
+    COMPLETED = "completed"
+
+
+@app.callback(invoke_without_command=True)
+@with_settings(SECTIONS, positional_model=False, sampling=SamplingParams())
+def rollout(
+    settings: Settings,
+    context: typer.Context,
+    sampling: SamplingParams,
+    prompts: Annotated[
+        Path | None,
+        typer.Option("--prompts", metavar="IN", help="JSON lines.", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="OUT",
+            help="Trajectories: OUT.jsonl or OUT.parquet.",
+            show_default=False,
+        ),
+    ] = None,
+    budget: Annotated[
+        int, typer.Option("--budget", metavar="N", help="Φ: tokens of one iteration.")
+    ] = 65536,
+    retention: Annotated[
+        int,
+        typer.Option(
+            "--retention",
+            metavar="N",
+            help="σ: a rollout that was cut more often than this is purged and drawn anew.",
+        ),
+    ] = 3,
+    group: Annotated[
+        int, typer.Option("--group", metavar="N", help="Samples of a prompt, delivered together.")
+    ] = 8,
+    capacity: Annotated[
+        int, typer.Option("--capacity", metavar="N", help="Ω: rollouts under way at once.")
+    ] = 128,
+    mode: Annotated[
+        BudgetMode,
+        typer.Option(
+            "--mode",
+            help="What Φ counts: every new token, exactly; or the length of what ended, which "
+            "overshoots.",
+        ),
+    ] = BudgetMode.GENERATED,
+    iterations: Annotated[
+        int | None,
+        typer.Option(
+            "--iterations", min=1, metavar="N", help="Stop after so many; default: at the end."
+        ),
+    ] = None,
+    epochs: Annotated[
+        int, typer.Option("--epochs", min=1, metavar="N", help="Passes over the prompts.")
+    ] = 1,
+    max_lag: Annotated[
+        int | None,
+        typer.Option(
+            "--max-lag", metavar="N", help="Versions that the oldest token of a group may be old."
+        ),
+    ] = None,
+    max_reissues: Annotated[
+        int,
+        typer.Option(
+            "--max-reissues",
+            metavar="N",
+            help="Attempts of a sample before its prompt is given up.",
+        ),
+    ] = 8,
+    server: Annotated[
+        str | None,
+        typer.Option(
+            "--server",
+            metavar="URL[,URL]",
+            help="Everstep servers to sample on, instead of a model in this process.",
+            show_default=False,
+        ),
+    ] = None,
+    wait_s: Annotated[
+        float,
+        typer.Option(
+            "--wait-s", min=0, metavar="S", help="How long a server that is away is waited for."
+        ),
+    ] = 120.0,
+) -> None:
+    """Sample groups under an exact token budget; after any kill the same command goes on.
+
+    Each iteration samples --budget tokens, no more and no less, from at most --capacity rollouts;
+    what is unfinished goes on in the next one (C3PO++). Groups whose samples have all ended are
+    written, and the ledger shows where every token is: delivered, carried, held for its group,
+    purged, regenerated or cancelled.
+
+    IN holds a prompt per line: {"prompt": text}, {"messages": …} or {"prompt_ids": …}, with `id`,
+    `metadata` and `sampling` (fields as in POST /rollouts), which go over the sampling flags. A bad
+    line is named at the end and stops nothing. Seeds follow from --seed (0), id, epoch, sample and
+    attempt.
+
+    OUT gets a line per sample, groups whole: tokens, three logprobs, kept mass, versions, segments,
+    seed, attempt, how many tokens were sampled in which iteration, and what earlier attempts cost.
+    OUT.run holds the run, OUT.journal (without --server) the rollouts under way.
+
+    Exit code 0: every prompt is delivered, or --iterations is reached; 1: there were bad lines, or
+    prompts were given up; 2: the run could not go on; 130: interrupted.
+
+    [dim]everstep rollout --prompts data.jsonl --out out.jsonl --budget 4096 --group 4 --capacity 32[/dim]
+
+    [dim]everstep rollout --prompts data.jsonl --out out.parquet --server http://a:8000,http://b:8000[/dim]
+    """
+    if context.invoked_subcommand is not None:
+        return
+    for name, value in (("--prompts", prompts), ("--out", out)):
+        if value is None:
+            raise ConfigError(f"{name} is missing: name a file (`everstep rollout --help`)")
+    assert prompts is not None
+    assert out is not None
+    config = C3poConfig(
+        budget=budget,
+        capacity=capacity,
+        mode=mode.value,
+        retention=retention,
+        group=group,
+        max_lag=max_lag,
+        max_reissues=max_reissues,
+    )
+    from .rollout_run import RolloutRun
+
+    run = RolloutRun(
+        settings,
+        config,
+        prompts,
+        out,
+        sampling=sampling,
+        limit=iterations,
+        epochs=epochs,
+        servers=[] if server is None else server.split(","),
+        wait_s=wait_s,
+    )
+    raise typer.Exit(run.run())

@@ -49,10 +49,10 @@ def command_lines() -> Iterator[tuple[str, list[str]]]:
 def commands(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(name, command), those of a group with its name before theirs."""
     for name, command in group.commands.items():
+        if not hasattr(command, "commands") or command.invoke_without_command:
+            yield f"{prefix}{name}", command
         if hasattr(command, "commands"):
             yield from commands(command, f"{prefix}{name} ")
-        else:
-            yield f"{prefix}{name}", command
 
 
 COMMANDS = dict(commands(ROOT_COMMAND))

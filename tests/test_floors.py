@@ -175,6 +175,14 @@ def test_the_front_imports_no_torch():
     assert run(code) == "False"
 
 
+def test_a_run_of_c3po_imports_no_torch():
+    code = (
+        "import sys; import everstep.rollout_run, everstep.rollout_embedded, everstep.http_engine; "
+        "print('torch' in sys.modules)"
+    )
+    assert run(code) == "False"
+
+
 def test_the_clients_of_a_server_need_only_httpx_and_msgspec():
     code = (
         "import sys; from everstep import AsyncClient, Client; "

@@ -1,0 +1,250 @@
+"""`everstep rollout`: engines, run file, prompts and output are put together and driven."""
+
+import asyncio
+import contextlib
+import sys
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+
+from .engine.errors import ConfigError, InvalidRequest
+from .engine.rollout import SamplingParams
+from .flags import Settings
+from .offline import show_table
+from .progress import Stages, duration
+from .rollout_output import RolloutOutput, check_output
+from .rollout_prompts import PromptFile, check_temperature
+from .rollout_view import RolloutView, books_rows, waste_text
+from .server.config import ServeConfig
+from .trainer_bridge.c3po_config import C3poConfig
+from .trainer_bridge.rollout_driver import RolloutDriver
+from .trainer_bridge.rollout_engine import Engine
+from .trainer_bridge.run_file import RunFile
+from .trainer_bridge.run_state import RunState, run_path
+from .trainer_bridge.run_words import Header
+
+_SHOWN_TROUBLES = 20
+
+
+class RolloutRun:
+    """One command line, checked: nothing is made before it is known to be right."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        config: C3poConfig,
+        prompts: Path,
+        out: Path,
+        *,
+        sampling: SamplingParams,
+        limit: int | None,
+        epochs: int,
+        servers: Sequence[str],
+        wait_s: float,
+    ) -> None:
+        """Raises ConfigError, MissingExtra."""
+        config.check()
+        try:
+            self._sampling = check_temperature(sampling)
+        except InvalidRequest as error:
+            raise ConfigError(str(error)) from None
+        check_output(out)
+        if out.exists() and prompts.exists() and prompts.samefile(out):
+            raise ConfigError(f"{out} is the input; name another file for the output (--out)")
+        self._settings, self._config, self._out = settings, config, out
+        self._prompts, self._limit, self._epochs = prompts, limit, epochs
+        self._servers, self._wait_s = _addresses(servers), wait_s
+        self._journal_path = self._journal()
+        self._source = PromptFile(prompts, self._sampling, epochs=epochs)
+
+    def run(self) -> int:
+        """To its end; returns the exit code."""
+        with contextlib.closing(self._source), self._opened() as (state, output):
+            try:
+                asyncio.run(self._drive(state, output))
+            except KeyboardInterrupt:
+                sys.stderr.write(
+                    f"interrupted; the same command goes on "
+                    f"({state.tally.num_trajectories} trajectories are written)\n"
+                )
+                raise
+            is_done = state.machine.phase == "done"
+            if is_done:
+                output.finish()
+                self._remove_journal()
+            self._show(state, output)
+            if not is_done:
+                sys.stderr.write(
+                    f"stopped after {state.machine.iteration} iterations with "
+                    f"{len(state.machine.pool)} rollouts under way; a larger --iterations goes on\n"
+                )
+        return 1 if state.bad_lines or state.abandoned else 0
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[tuple[RunState, RolloutOutput]]:
+        """Run file and output; where nothing has begun, nothing is left of them."""
+        path, is_there = run_path(self._out), run_path(self._out).exists()
+        had_output = self._out.exists()
+        if not is_there and had_output and self._out.stat().st_size:
+            raise ConfigError(
+                f"{self._out} exists, and there is no {path.name} beside it to go on with; name "
+                "another output, or remove it"
+            )
+        if not is_there and self._journal_path is not None and self._journal_path.exists():
+            raise ConfigError(
+                f"{self._journal_path} is of a run whose {path.name} is gone; remove it, or name "
+                "another output"
+            )
+        file = RunFile.open(path)
+        is_begun = is_there
+        try:
+            state = RunState(file, self._header())
+            self._source.resume(state.position)
+            output = RolloutOutput(self._out)
+            try:
+                yield state, output
+            finally:
+                is_begun |= not state.is_new
+                output.close()
+                if not is_begun and not had_output:
+                    output.lines.unlink(missing_ok=True)
+        finally:
+            file.close()
+            if not is_begun:
+                path.unlink()
+                self._remove_journal()
+
+    def _header(self) -> Header:
+        return Header(
+            id="",
+            source=str(self._prompts.resolve()),
+            epochs=self._epochs,
+            seed=self._settings.config.engine.seed or 0,
+            sampling=self._sampling,
+            config=self._config,
+        )
+
+    async def _drive(self, state: RunState, output: RolloutOutput) -> None:
+        if state.machine.phase == "done":
+            return
+        async with self._engines(state) as engines:
+            view = RolloutView(limit=self._limit)
+            with contextlib.closing(view):
+                driver = RolloutDriver(
+                    state,
+                    engines,
+                    self._source,
+                    output,
+                    limit=self._limit,
+                    on_report=view,
+                    on_note=view.note,
+                )
+                await driver.run()
+
+    @contextlib.asynccontextmanager
+    async def _engines(self, state: RunState) -> AsyncIterator[Sequence[Engine]]:
+        engines: list[Engine] = []
+        try:
+            if self._servers:
+                from .http_engine import HttpEngine
+
+                is_known = {place.engine for place in state.places.values()}
+                engines = [
+                    HttpEngine(url, wait_s=self._wait_s, is_known=url in is_known)
+                    for url in self._servers
+                ]
+            else:
+                from .rollout_embedded import embedded_engine
+
+                config, path = self._embedded_config(), self._journal_path
+                assert path is not None
+                with Stages() as stages:
+                    engines = [await embedded_engine(config, path, stages)]
+            yield engines
+        finally:
+            for engine in engines:
+                await engine.close()
+
+    def _embedded_config(self) -> ServeConfig:
+        """As set; as many rollouts run at once as are under way, unless that is set too."""
+        settings = self._settings
+        if "engine.batch.max_num_seqs" in settings.origins:
+            return settings.config
+        engine = settings.config.engine
+        batch = msgspec.structs.replace(engine.batch, max_num_seqs=self._config.capacity)
+        engine = msgspec.structs.replace(engine, batch=batch)
+        return msgspec.structs.replace(settings.config, engine=engine)
+
+    def _journal(self) -> Path | None:
+        """Of the engine in this process; None: there is none."""
+        if self._servers:
+            return None
+        path = self._settings.config.journal.path
+        if path == "off":
+            raise ConfigError("journal.path is off: a run outlives its process; name a file")
+        return self._out.with_name(f"{self._out.name}.journal") if path is None else Path(path)
+
+    def _remove_journal(self) -> None:
+        """A journal that nobody named has done its work."""
+        path = self._journal_path
+        if path is not None and self._settings.config.journal.path is None:
+            for suffix in ("-lock", "-wal", "-shm", ""):
+                Path(f"{path}{suffix}").unlink(missing_ok=True)
+
+    def _show(self, state: RunState, output: RolloutOutput) -> None:
+        header, rows = books_rows(state.books, state.machine.total)
+        show_table(rows, header=header)
+        show_table(summary_rows(state))
+        troubles = [f"{self._prompts}:{n}: {text}" for n, text in sorted(state.bad_lines.items())]
+        bad = set(state.bad_lines)
+        troubles += [
+            f"given up: {self._prompts}, {text}"
+            for text in state.abandoned.values()
+            if not any(text.startswith(f"line {number}:") for number in bad)
+        ]
+        for trouble in troubles[:_SHOWN_TROUBLES]:
+            sys.stderr.write(f"{trouble}\n")
+        if len(troubles) > _SHOWN_TROUBLES:
+            sys.stderr.write(f"… and {len(troubles) - _SHOWN_TROUBLES} more\n")
+        is_done = state.machine.phase == "done"
+        sys.stdout.write(f"{output.path if is_done else output.lines}\n")
+
+
+def summary_rows(state: RunState) -> list[tuple[str, str]]:
+    """What the run came to."""
+    tally, total = state.tally, state.machine.total
+    rows = [
+        ("iterations", str(state.machine.iteration)),
+        ("groups", str(tally.num_groups)),
+        ("trajectories", str(tally.num_trajectories)),
+    ]
+    rows += [
+        (f"ended: {reason}", f"{number}, {tokens} tokens")
+        for reason, (number, tokens) in sorted(tally.endings.items())
+    ]
+    rows += [
+        (f"fell: {reason}", f"{number}, {tokens} tokens")
+        for reason, (number, tokens) in sorted(tally.fallen.items())
+    ]
+    rows.append(("waste", waste_text(total)))
+    if tally.lost_budget:
+        rows.append(("lost budget", f"{tally.lost_budget} tokens"))
+    if state.bad_lines:
+        rows.append(("bad lines", str(len(state.bad_lines))))
+    if state.abandoned:
+        rows.append(("given up", f"{len(state.abandoned)} prompts"))
+    speed = total.sampled / tally.wall_s if tally.wall_s else 0.0
+    rows.append(("time", f"{duration(tally.wall_s)}, {speed:.1f} tok/s"))
+    return rows
+
+
+def _addresses(servers: Sequence[str]) -> list[str]:
+    """Raises ConfigError for what is no address, or stands twice."""
+    found = [url.strip().rstrip("/") for url in servers]
+    for url in found:
+        if not url.startswith(("http://", "https://")):
+            raise ConfigError(f"--server must begin with http:// or https://, got {url!r}")
+        if found.count(url) > 1:
+            raise ConfigError(f"--server names {url} twice")
+    return found
