@@ -41,6 +41,8 @@ class Job(Struct):
     seen: dict[str, int] = field(default_factory=dict)
     finals: dict[str, dict[str, Any]] = field(default_factory=dict)
     moves: dict[str, Move] = field(default_factory=dict)
+    let_go: set[tuple[str, str]] = field(default_factory=set)
+    """Acknowledged, at a front, at least once."""
     is_delivered: bool = False
     is_done: bool = False
 
@@ -132,8 +134,7 @@ class Client:
         if not job.is_delivered:
             await self._deliver(job)
         for rollout_id in job.ids or ():
-            await self._insist(job.where[rollout_id], "acknowledge", ids=[rollout_id])
-            self._history.note("client", "acked", front=job.where[rollout_id], id=rollout_id)
+            await self._let_go(job, job.where[rollout_id], rollout_id)
             if self._rng.random() < 0.3:
                 await self._probe(job.where[rollout_id], rollout_id)
         job.is_done = True
@@ -169,6 +170,18 @@ class Client:
         while not await self._insist("trainer", "offer", **values):
             await asyncio.sleep(0.1 + self._rng.random() * 0.2)
         job.is_delivered = True
+
+    async def _let_go(self, job: Job, front: str, rollout_id: str) -> None:
+        """Acknowledge it. Names of those that were acknowledged are kept for a while only, so an
+        answer that says it is unknown may mean that an earlier call was heard."""
+        is_again = (front, rollout_id) in job.let_go
+        job.let_go.add((front, rollout_id))
+        try:
+            await self._insist(front, "acknowledge", ids=[rollout_id])
+        except Refused as refusal:
+            if not is_again or refusal.code != "rollout_not_found":
+                raise
+        self._history.note("client", "acked", front=front, id=rollout_id)
 
     async def _probe(self, front: str, rollout_id: str) -> None:
         """What was acknowledged is not given again."""
@@ -268,10 +281,10 @@ class Client:
             self._history.sometimes("a rollout moved")
             move.is_imported = True
             job.where[rollout_id] = move.to
-        self._history.note("client", "cancels", front=source, id=rollout_id)
-        await self._insist(source, "cancel", ids=[rollout_id])
-        await self._insist(source, "acknowledge", ids=[rollout_id])
-        self._history.note("client", "acked", front=source, id=rollout_id)
+        if (source, rollout_id) not in job.let_go:
+            self._history.note("client", "cancels", front=source, id=rollout_id)
+            await self._insist(source, "cancel", ids=[rollout_id])
+        await self._let_go(job, source, rollout_id)
         del job.moves[rollout_id]
         await self._resume(job, rollout_id, is_sure=True)
 
@@ -306,12 +319,16 @@ class Client:
 
     async def _insist(self, server: str, method: str, **values: Any) -> Any:
         """Until there is an answer; raises Refused where it is a definite no."""
+        is_again = False
         while True:
             try:
                 return await self._network.call(self._me(), server, method, 0.5, **values)
             except NoAnswer:
                 self._history.note("client", "unknown", server=server, method=method)
+                is_again = True
             except Refused as refusal:
+                if is_again and method == "acknowledge" and refusal.code == "rollout_not_found":
+                    return None
                 if not refusal.is_retryable:
                     raise
                 self._history.sometimes("disk full during accept", refusal.code == "journal_full")

@@ -135,6 +135,12 @@ class SimLoop(asyncio.BaseEventLoop):
     def _write_to_self(self) -> None:
         """Nobody sleeps."""
 
+    def unheard(self) -> list[BaseException]:
+        """Errors of tasks that ended by them, and nobody looked."""
+        tasks = [task for process in self.processes for task in process.tasks]
+        bad = [t for t in tasks if t.done() and not t.cancelled() and t._log_traceback]
+        return [error for task in bad if (error := task.exception()) is not None]
+
     def bury(self) -> None:
         """Close what is still suspended, so that the collector does not find it; then the loop."""
         asyncio._set_running_loop(self)

@@ -110,6 +110,9 @@ class _World:
         except AssertionError:
             self._faults.append(f"assertion: {traceback.format_exc()}")
         finally:
+            for error in self.loop.unheard():
+                text = "".join(traceback.format_exception(error))
+                self._faults.append(f"unhandled: {text}")
             self.loop.bury()
         return self._faults
 
