@@ -9,6 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from everstep.engine import keeping, manager
+from everstep.engine.budgets import Budgets, Lease
 from everstep.engine.collector import Collector
 from everstep.engine.errors import JournalFull
 from everstep.engine.journal_ops import Ack
@@ -16,6 +17,8 @@ from everstep.engine.journal_thread import JournalThread
 from everstep.engine.keeping import Keeper
 from everstep.engine.kv_cache import KVCacheManager
 from everstep.engine.request_keys import RequestKeys
+from everstep.trainer_bridge.c3po_samples import Samples
+from everstep.trainer_bridge.ledger import Account, Ledger
 
 Bug = Callable[[pytest.MonkeyPatch], None]
 
@@ -131,6 +134,79 @@ def full_disk_ignored(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(JournalThread, "_try", blind)
 
 
+def budget_plus_one(patch: pytest.MonkeyPatch) -> None:
+    """A pool may draw one token more than its budget has."""
+    limit = Lease.limit.fget
+
+    def more(self):
+        found = limit(self)
+        return found + 1 if found is not None and self.budget is not None else found
+
+    def take(self, pool, num_tokens):
+        lease = self._leases.get(pool)
+        if lease is not None and lease.budget is not None:
+            lease.taken += num_tokens
+
+    patch.setattr(Lease, "limit", property(more))
+    patch.setattr(Budgets, "take", take)
+
+
+def budget_refilled(patch: pytest.MonkeyPatch) -> None:
+    """After a restart an open budget has all of its tokens again."""
+    restore = Budgets.restore
+
+    def refill(self, budgets):
+        restore(self, [replace(budget, used=0) for budget in budgets])
+
+    patch.setattr(Budgets, "restore", refill)
+
+
+def meter_forgotten(patch: pytest.MonkeyPatch) -> None:
+    """A core that is started again is not told of budgets."""
+    patch.setattr(Budgets, "meters", lambda self: [])
+
+
+def pool_forgotten(patch: pytest.MonkeyPatch) -> None:
+    """A core is not told to which pool a rollout belongs that comes with tokens."""
+    add = Collector._add
+
+    def without(self, growth):
+        message = add(self, growth)
+        if message.output_ids:
+            message.pool = ""
+        return message
+
+    patch.setattr(Collector, "_add", without)
+
+
+def purge_not_counted(patch: pytest.MonkeyPatch) -> None:
+    """What is purged leaves the books without a posting, and nobody compares them."""
+    post = Ledger.post
+
+    def careless(self, count, source, target):
+        if target is not Account.PURGED:
+            post(self, count, source, target)
+
+    patch.setattr(Ledger, "post", careless)
+    patch.setattr(Ledger, "balance", lambda self, iteration, **counted: None)
+
+
+def never_too_old(patch: pytest.MonkeyPatch) -> None:
+    """Rollouts are carried on however often they were cut."""
+    patch.setattr(Samples, "purge_by_age", lambda self, retention: [])
+
+
+def member_dropped(patch: pytest.MonkeyPatch) -> None:
+    """A group goes to the trainer without its last member."""
+    train_group = Samples._train_group
+
+    def short(self, prompt):
+        group = train_group(self, prompt)
+        return replace(group, samples=group.samples[:-1] or group.samples)
+
+    patch.setattr(Samples, "_train_group", short)
+
+
 BUGS: dict[str, Bug] = {
     bug.__name__: bug
     for bug in (
@@ -145,5 +221,12 @@ BUGS: dict[str, Bug] = {
         key_forgotten,
         stale_prefix,
         full_disk_ignored,
+        budget_plus_one,
+        budget_refilled,
+        meter_forgotten,
+        pool_forgotten,
+        purge_not_counted,
+        never_too_old,
+        member_dropped,
     )
 }

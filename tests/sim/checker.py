@@ -74,7 +74,8 @@ class Checker:
     # --- what was asked ------------------------------------------------------------------
 
     def _on_asks(self, who: str, key: str, **wanted: Any) -> None:
-        self._wanted[key] = wanted
+        if self._wanted.setdefault(key, wanted) != wanted:
+            self._fault(f"{who} asked for other things under the key {key}")
 
     def _on_refused(self, who: str, key: str, code: str, why: str) -> None:
         self._refused.add(key)
@@ -245,9 +246,7 @@ class Checker:
         first = self._offered.setdefault(group, rollouts)
         if first != rollouts:
             self._fault(f"I2: group {group} was offered again with other bytes")
-        if tuple(rollouts) != self._accepted.get(group) and set(rollouts) != set(
-            self._accepted.get(group, ())
-        ):
+        if group in self._wanted and set(rollouts) != set(self._accepted.get(group, ())):
             self._fault(f"I8: group {group} came as {tuple(rollouts)}")
         for rollout in rollouts.values():
             if self._is_too_new(rollout["versions"]):
@@ -266,6 +265,8 @@ class Checker:
 
     def _judge_end(self) -> None:
         for key, ids in self._accepted.items():
+            if key.startswith("c3po/"):
+                continue
             if key not in self._trained:
                 self._fault(f"I1: group {key} was accepted and never trained")
                 continue

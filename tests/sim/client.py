@@ -223,6 +223,7 @@ class Client:
                 await self._pause()
             else:
                 job.finals[rollout_id] = found
+                self._history.look(found)
 
     def _saw(self, front: str, found: dict[str, Any]) -> None:
         self._history.note("client", "seen", front=front, **found)

@@ -89,6 +89,7 @@ class Controller:
             """Ids of rollouts that nobody waits for any more."""
             self._opened, self._told = saved.opened, saved.told
             self._num_prompts = saved.num_prompts
+            self._exporting: set[str] = set()
             self.process = Process(self._loop, "c3po")
             self.process.spawn(self._run())
             if self._settings.meddles:
@@ -108,6 +109,7 @@ class Controller:
             self._loop.outside(0.1 + self._rng.random() * 0.2, self.start)
 
     def _save(self) -> None:
+        self._history.note("c3po", "saved")
         places = {sample: replace(place) for sample, place in self._places.items()}
         machine = _encode(self._machine.snapshot())
         self._saved = Saved(
@@ -195,7 +197,9 @@ class Controller:
             used=budget["used"],
             tokens=budget["tokens"],
             state=budget["state"],
-            is_short=not machine.pool and not machine.stream,
+            # nobody is left to run; an admission bound may keep some waiting
+            is_short=not machine.pool
+            and (not machine.stream or self._settings.config.consumer_batch is not None),
         )
         self._carry_out(machine.settled())
         self._save()
@@ -207,15 +211,15 @@ class Controller:
             if place.id is None:
                 place.id = await self._submit(sample, place.key)
             if place.final is None:
-                found = await self._call(
-                    "wait", 0.6, id=place.id, after=place.told, wait_s=0.1
-                )
+                found = await self._call("wait", 0.6, id=place.id, after=place.told, wait_s=0.1)
                 self._history.note("c3po", "seen", front=self._settings.front, **found)
                 self._tell(sample, place, found)
         except (NoAnswer, Refused) as error:
             self._history.note("c3po", "no answer", sample=str(sample), why=str(error))
             if isinstance(error, Refused) and error.code == "rollout_not_found":
-                self._history.note("c3po", "lost", front=self._settings.front, id=place.id, why=str(error))
+                self._history.note(
+                    "c3po", "lost", front=self._settings.front, id=place.id, why=str(error)
+                )
 
     async def _submit(self, sample: Sample, key: str) -> str:
         rng = random.Random(f"{sample}")
@@ -251,17 +255,18 @@ class Controller:
         versions = found["versions"][place.told :]
         while versions:
             count = next((i for i, v in enumerate(versions) if v != versions[0]), len(versions))
-            self._history.note(
-                "c3po", "told", sample=str(sample), count=count, version=versions[0]
-            )
+            self._history.note("c3po", "told", sample=str(sample), count=count, version=versions[0])
             self._carry_out(machine.grew(sample, count, versions[0]))
             place.told += count
             self._told += count
             versions = versions[count:]
         if found["finish"] is not None and place.final is None and len(found["ids"]) == place.told:
             place.final = found
+            self._history.look(found)
             reason = found["finish"][0]
-            self._history.note("c3po", "ended", sample=str(sample), reason=reason, length=place.told)
+            self._history.note(
+                "c3po", "ended", sample=str(sample), reason=reason, length=place.told
+            )
             if reason not in ("stop", "length"):
                 assert place.id is not None
                 self._gone.append(place.id)
@@ -276,15 +281,17 @@ class Controller:
         if place.id is None:
             place.id = await self._insist_submitted(sample, place.key)
         front, rollout_id = self._settings.front, place.id
+        self._history.sometimes("purge", True)
+        self._history.sometimes("purge while exported", rollout_id in self._exporting)
         self._history.note("c3po", "cancels", front=front, id=rollout_id)
         await self._insist("cancel", ids=[rollout_id])
         found = await self._insist("get", id=rollout_id)
         self._history.note("c3po", "seen", front=front, **found)
-        late = len(found["ids"]) - place.told
-        if late:
-            self._history.note("c3po", "told", sample=str(sample), count=late, version=0)
-            self._machine.grew(sample, late, found["versions"][-1])
-            self._told += late
+        # nothing can have come since it was told, without a budget; but if it did, it counts
+        for version in found["versions"][place.told :]:
+            self._history.note("c3po", "told", sample=str(sample), count=1, version=version)
+            self._machine.grew(sample, 1, version)
+            self._told += 1
         self._gone.append(rollout_id)
         del self._places[sample]
 
@@ -302,7 +309,9 @@ class Controller:
         for group in train.groups:
             members = [self._places[member.sample] for member in group.samples]
             rollouts = {place.key: place.final for place in members}
-            while not await self._insist_at("trainer", "offer", group=group.prompt, rollouts=rollouts):
+            while not await self._insist_at(
+                "trainer", "offer", group=group.prompt, rollouts=rollouts
+            ):
                 await asyncio.sleep(0.05 + 0.1 * self._rng.random())
         version = await self._insist("version")
         version = max(version, machine.version or 0)
@@ -346,13 +355,18 @@ class Controller:
             if not ids or self.is_calm:
                 continue
             rollout_id = rng.choice(ids)
-            verb = rng.choice(["pause", "resume", "resume", "cancel"])
+            verb = rng.choice(["pause", "resume", "resume", "cancel", "export", "export"])
             if verb == "cancel":
                 self._history.note("c3po", "cancels", front=self._settings.front, id=rollout_id)
+            named: dict[str, Any] = {"ids": [rollout_id]}
+            if verb == "export":
+                named = {"id": rollout_id}
+                self._exporting.add(rollout_id)
             try:
-                await self._call(verb, 0.5, ids=[rollout_id])
+                await self._call(verb, 0.5, **named)
             except (NoAnswer, Refused):
                 pass
+            self._exporting.discard(rollout_id)
         while not self.is_done:
             await asyncio.sleep(0.3)
             try:

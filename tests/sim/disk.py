@@ -126,6 +126,7 @@ class SqliteDisk:
     def open(self) -> JournalStore:
         is_full = self._disk.is_full
         self._disk = _FillingDisk.of(self._files)
+        self._from = 0
         _vfs.disk = self._disk
         store = _SqliteStore.open(self.PATH, self.config, vfs=DiskVFS.NAME, clock=self._clock)
         self._disk.is_full = is_full

@@ -13,7 +13,7 @@ from everstep.engine import journal_ops as ops
 from everstep.engine.config import RestartConfig
 from everstep.engine.errors import EngineUnavailable, EverstepError
 from everstep.engine.intake import Submission
-from everstep.engine.journal_ops import JournalStore, Query, RequestKey
+from everstep.engine.journal_ops import Budget, BudgetState, JournalStore, Query, RequestKey
 from everstep.engine.journal_thread import JournalThread, _call_soon
 from everstep.engine.manager import RolloutManager
 from everstep.engine.rollout import Rollout, RolloutState, SamplingParams
@@ -64,7 +64,8 @@ class LoopJournal(JournalThread):
 
     def _try(self, batch: Any) -> EverstepError | None:
         error = super()._try(batch)
-        if self._host.doom is not None and self._host.journal is self:
+        has_ops = any(item.op is not None for item in batch)
+        if self._host.doom is not None and has_ops and self._host.journal is self:
             # one that found the disk full has written nothing
             self._host.crash(is_power=self._host.doom, in_commit=error is None)
         return error
@@ -204,10 +205,18 @@ class FrontHost:
         self._history.note(self.name, "crash", is_power=is_power, in_commit=in_commit, kept=kept)
         self._loop.outside(0.05 + self._rng.random() * 0.3, self.start)
 
+    @property
+    def _has_open_budget(self) -> bool:
+        if not self.is_ready:
+            return False
+        assert self.manager is not None
+        return any(budget.state is BudgetState.OPEN for budget in self.manager.budgets())
+
     def kill_core(self) -> None:
         if self.backend is not None and self.backend.process is not None:
             sometimes = self._history.sometimes
             sometimes("core crash")
+            sometimes("core crash with an open budget", self._has_open_budget)
             sometimes("core crash during a flip", self.flipping is not None)
             self._history.note(self.name, "core crash")
             self.backend.process.kill()
@@ -218,6 +227,7 @@ class FrontHost:
         sometimes("front crash")
         sometimes("front crash in the middle of a commit", in_commit)
         sometimes("front crash during a flip", self.flipping is not None)
+        sometimes("front crash with an open budget", self._has_open_budget)
         if self.manager is None or self.journal is None:
             sometimes("front crash while it starts")
             return
@@ -245,6 +255,7 @@ class FrontHost:
                     ),
                     samples=request["samples"],
                     priority=request["priority"],
+                    pool=request.get("pool", ""),
                 )
                 accepted = await manager.accept(submission, _key("/rollouts", key, request))
                 return accepted.group_id, tuple(accepted.rollout_ids), accepted.is_replay
@@ -275,8 +286,17 @@ class FrontHost:
                 return tuple((s.id, str(s.state), s.num_output_tokens, s.is_acked) for s in found)
             case "pause" | "resume" | "cancel" | "acknowledge":
                 return tuple(await getattr(manager, method)(values["ids"]))
+            case "open_budget":
+                key = _key("/rollouts/budget", values["key"], values["tokens"])
+                return budget_of(await manager.open_budget(values["pool"], values["tokens"], key))
+            case "close_budget":
+                return budget_of(await manager.close_budget(values["id"]))
+            case "budget":
+                return budget_of(await manager.wait_budget(values["id"], values["wait_s"]))
             case "update":
                 return await self._update(values["version"])
+            case "version":
+                return self.version
         raise AssertionError(method)
 
     async def _update(self, version: int) -> int:
@@ -297,6 +317,16 @@ class FrontHost:
                 finally:
                     self.flipping = None
         return self.version
+
+
+def budget_of(budget: Budget) -> dict[str, Any]:
+    """What a reader of a budget is given."""
+    return {
+        "id": budget.id,
+        "tokens": budget.tokens,
+        "used": budget.used,
+        "state": str(budget.state),
+    }
 
 
 def _note_weights(manager: RolloutManager, version: int) -> None:
@@ -330,4 +360,6 @@ def snapshot(rollout: Rollout) -> dict[str, Any]:
         "segments": tuple((s.start, s.version, s.digest) for s in rollout.segments),
         "finish": None if reason is None else (reason.type, reason.matched, reason.detail),
         "forked_from": rollout.forked_from,
+        "pool": rollout.pool,
+        "attempt": rollout.attempt,
     }

@@ -49,6 +49,13 @@ class History:
             if self.is_printing:
                 print(f"{self._clock():9.4f}  {'':<9} {'* ' + name}", flush=True)
 
+    def look(self, found: dict[str, Any]) -> None:
+        """At a rollout that has ended: what it went through."""
+        versions = found["versions"]
+        jumps = [late - early for early, late in zip(versions, versions[1:], strict=False)]
+        self.sometimes("a rollout over several versions", len(set(versions)) > 1)
+        self.sometimes("a rollout resumed two versions later, or more", max(jumps, default=0) > 1)
+
     def digest(self) -> str:
         """Equal for equal histories."""
         found = hashlib.blake2b(digest_size=8)

@@ -5,6 +5,7 @@ import random
 
 from .client import Client
 from .clocks import Wall
+from .controller import Controller
 from .front import FrontHost
 from .history import History
 from .loop import SimLoop
@@ -24,11 +25,13 @@ class Nemesis:
         fronts: list[FrontHost],
         client: Client,
         trainer: Trainer,
+        controller: Controller | None,
         wall: Wall,
     ) -> None:
         self._loop, self._profile, self._history, self._rng = loop, profile, history, rng
         self._network, self._fronts = network, fronts
         self._client, self._trainer, self._wall = client, trainer, wall
+        self._controller = controller
 
     async def run(self) -> None:
         """Strike until the time is over, then mend."""
@@ -42,6 +45,8 @@ class Nemesis:
         await asyncio.sleep(max(until_s - self._loop.time(), 0))
         self._network.heal()
         self._client.is_calm = True
+        if self._controller is not None:
+            self._controller.is_calm = True
         for front in self._fronts:
             front.disk.is_full, front.slow, front.doom = False, 1.0, None
         self._history.note("nemesis", "calm")
@@ -66,6 +71,9 @@ class Nemesis:
                 self._trainer.crash()
             case "client killed":
                 self._client.crash()
+            case "controller killed":
+                if self._controller is not None:
+                    self._controller.crash()
             case "disk full":
                 front.disk.is_full = True
                 self._loop.outside(duration_s, setattr, front.disk, "is_full", False)

@@ -9,7 +9,9 @@ import random
 from msgspec import Struct
 
 from everstep.engine.config import BatchConfig, ResolvedKV
+from everstep.trainer_bridge.c3po_config import C3poConfig
 
+from .controller import C3poSettings
 from .core import CoreSettings
 from .front import FrontSettings
 from .network import Quality
@@ -22,6 +24,7 @@ FAULTS = (
     "core killed",
     "trainer killed",
     "client killed",
+    "controller killed",
     "disk full",
     "disk slow",
     "network cut",
@@ -54,6 +57,7 @@ class Profile(Struct, frozen=True, kw_only=True):
     num_jobs: int
     batch_groups: int
     train_s: float
+    c3po: C3poSettings | None
 
     @classmethod
     def draw(cls, rng: random.Random, *, sqlite_share: float) -> "Profile":
@@ -62,6 +66,10 @@ class Profile(Struct, frozen=True, kw_only=True):
         if durability == "process":
             # it promises nothing about power
             faults = [fault for fault in faults if not fault.startswith("power")]
+        c3po = _controller(rng) if rng.random() < 0.6 else None
+        if c3po is not None and any(fault.startswith("power") for fault in faults):
+            # a token that was counted and is lost would be counted again
+            durability = "power"
         wishes = tuple(wish for wish in WISHES if rng.random() < 0.5)
         # few blocks: they are fought for
         kv = ResolvedKV(
@@ -109,4 +117,25 @@ class Profile(Struct, frozen=True, kw_only=True):
             num_jobs=rng.randint(3, 8),
             batch_groups=rng.randint(1, 3),
             train_s=rng.choice([0.02, 0.1, 0.4]),
+            c3po=c3po,
         )
+
+
+def _controller(rng: random.Random) -> C3poSettings:
+    is_bounded = rng.random() < 0.2
+    config = C3poConfig(
+        budget=rng.choice([6, 12, 25, 60]),
+        capacity=rng.randint(2, 6),
+        mode=rng.choice(["generated", "generated", "completed"]),
+        retention=rng.choice([0, 1, 3]),
+        group=rng.randint(1, 3),
+        max_lag=rng.choice([None, None, None, 2]),
+        max_staleness=2 if is_bounded else None,
+        consumer_batch=4 if is_bounded else None,
+    )
+    return C3poSettings(
+        config=config,
+        front=rng.choice("AAB"),
+        num_prompts=rng.randint(2, 8),
+        meddles=rng.random() < 0.5,
+    )

@@ -5,13 +5,16 @@ import random
 import traceback
 from typing import Any
 
+import msgspec
 from msgspec import Struct
 
 from everstep.engine.config import JournalConfig
 
+from .c3po_checker import C3poChecker
 from .checker import Checker
 from .client import FRONTS, Client
 from .clocks import Wall, virtual
+from .controller import Controller
 from .disk import FastDisk, SimDisk, SqliteDisk
 from .front import FrontHost
 from .history import History
@@ -45,6 +48,9 @@ def run(seed: int, *, is_printing: bool = False, sqlite_share: float = SQLITE_SH
     with virtual(world.loop.time, world.wall, world.rng("ids"), world.on_log):
         faults = world.live()
     faults += Checker().judge(world.history.events)
+    if (c3po := world.profile.c3po) is not None:
+        checker = C3poChecker(msgspec.structs.asdict(c3po.config), c3po.num_prompts)
+        faults += checker.judge(world.history.events)
     return Outcome(
         seed=seed,
         faults=list(dict.fromkeys(faults)),
@@ -72,6 +78,11 @@ class _World:
         parts: Any = (self.loop, self.network, self.history, profile)
         self.client = Client(*parts, self.rng("client"))
         self.trainer = Trainer(*parts, self.rng("trainer"), FRONTS)
+        self.controller = None
+        if profile.c3po is not None:
+            self.controller = Controller(
+                self.loop, self.network, self.history, profile.c3po, self.rng("c3po")
+            )
 
     def rng(self, name: str) -> random.Random:
         return random.Random(f"{self._seed}/{name}")
@@ -117,8 +128,9 @@ class _World:
         return self._faults
 
     async def _story(self) -> None:
-        for host in (*self.fronts, self.trainer, self.client):
-            host.start()
+        for host in (*self.fronts, self.trainer, self.client, self.controller):
+            if host is not None:
+                host.start()
         nemesis = Nemesis(
             self.loop,
             self.profile,
@@ -128,6 +140,7 @@ class _World:
             self.fronts,
             self.client,
             self.trainer,
+            self.controller,
             self.wall,
         )
         await nemesis.run()
@@ -142,8 +155,12 @@ class _World:
         await self._close()
 
     @property
+    def _is_done(self) -> bool:
+        return self.client.is_done and (self.controller is None or self.controller.is_done)
+
+    @property
     def _is_over(self) -> bool:
-        return self.client.is_done and all(front.is_ready for front in self.fronts)
+        return self._is_done and all(front.is_ready for front in self.fronts)
 
     async def _close(self) -> None:
         """End politely; nothing may be left, and the files must be sound."""
@@ -159,6 +176,6 @@ class _World:
             store = front.disk.open()
             self._faults += [f"I10: {front.name}: {line}" for line in store.check()]
             left = store.recover().live
-            if left and self.client.is_done:
+            if left and self._is_done:
                 self._faults.append(f"I1: {front.name} still has {[r.id for r in left]}")
             store.close()
