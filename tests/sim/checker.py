@@ -10,8 +10,9 @@ I7  versions never go back along a rollout, and none is newer than what was publ
 I8  a group that is handed over is whole: each sample once
 I9  a version is served whole: one digest for one number, none before it was trained
 
-Lost power may take observed tokens that were not synced (where the durability level says so): they
-come back, under other weights as others. The note of the crash says how many were kept.
+At a crash the journal is looked at, and nobody may have seen more than it holds. Where the power
+went and the level of durability allows it, observed tokens may be gone that were not synced: they
+come back, under other weights as others.
 """
 
 import hashlib
@@ -231,14 +232,19 @@ class Checker:
         return [front for front, name in self._seen if name == rollout_id]
 
     def _on_crash(self, who: str, **fields: Any) -> None:
-        """Tokens that were seen and not synced are gone with the power."""
-        if fields.get("is_power"):
-            kept = fields["kept"]
-            for (front, name), found in list(self._seen.items()):
-                if front == who and found["finish"] is None and name in kept:
-                    num = kept[name]
-                    cut = {column: found[column][:num] for column in ("ids", "lps", "versions")}
-                    self._seen[front, name] = {**found, **cut}
+        """Nobody has seen what the journal does not hold, unless the power took it from there."""
+        kept = fields.get("kept", {})
+        for (front, name), found in list(self._seen.items()):
+            num = kept.get(name)
+            if front != who or num is None or len(found["ids"]) <= num:
+                continue
+            if fields["is_safe"]:
+                self._fault(
+                    f"I3: {name}: {len(found['ids'])} tokens were seen, its journal holds {num}"
+                )
+            elif found["finish"] is None:
+                cut = {column: found[column][:num] for column in ("ids", "lps", "versions")}
+                self._seen[front, name] = {**found, **cut}
 
     # --- the trainer ---------------------------------------------------------------------
 

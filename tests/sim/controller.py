@@ -6,6 +6,7 @@ happened since by reading its rollouts again.
 """
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -281,7 +282,10 @@ class Controller:
         if place.id is None:
             place.id = await self._insist_submitted(sample, place.key)
         front, rollout_id = self._settings.front, place.id
-        self._history.sometimes("purge", True)
+        if self._settings.meddles and self._rng.random() < 0.5:
+            self._me().spawn(self._export(rollout_id))
+            await asyncio.sleep(0.003 * self._rng.random())
+        self._history.sometimes("purge")
         self._history.sometimes("purge while exported", rollout_id in self._exporting)
         self._history.note("c3po", "cancels", front=front, id=rollout_id)
         await self._insist("cancel", ids=[rollout_id])
@@ -355,31 +359,32 @@ class Controller:
             if not ids or self.is_calm:
                 continue
             rollout_id = rng.choice(ids)
-            verb = rng.choice(["pause", "resume", "resume", "cancel", "export", "export"])
+            verb = rng.choice(["pause", "resume", "resume", "cancel"])
             if verb == "cancel":
                 self._history.note("c3po", "cancels", front=self._settings.front, id=rollout_id)
-            named: dict[str, Any] = {"ids": [rollout_id]}
-            if verb == "export":
-                named = {"id": rollout_id}
-                self._exporting.add(rollout_id)
-            try:
-                await self._call(verb, 0.5, **named)
-            except (NoAnswer, Refused):
-                pass
-            self._exporting.discard(rollout_id)
+            with contextlib.suppress(NoAnswer, Refused):
+                await self._call(verb, 0.5, ids=[rollout_id])
         while not self.is_done:
             await asyncio.sleep(0.3)
-            try:
+            with contextlib.suppress(NoAnswer, Refused):
                 await self._call("resume", 0.5, ids=None)
-            except (NoAnswer, Refused):
-                pass
+
+    async def _export(self, rollout_id: str) -> None:
+        """Somebody takes a copy of it, just now."""
+        self._exporting.add(rollout_id)
+        with contextlib.suppress(NoAnswer, Refused):
+            await self._call("export", 0.5, id=rollout_id)
+        self._exporting.discard(rollout_id)
 
     # --- calls ---------------------------------------------------------------------------
 
-    async def _call(self, method: str, timeout_s: float, **values: Any) -> Any:
+    def _me(self) -> Process:
         assert self.process is not None
+        return self.process
+
+    async def _call(self, method: str, timeout_s: float, **values: Any) -> Any:
         return await self._network.call(
-            self.process, self._settings.front, method, timeout_s, **values
+            self._me(), self._settings.front, method, timeout_s, **values
         )
 
     async def _insist(self, method: str, **values: Any) -> Any:
@@ -387,10 +392,9 @@ class Controller:
 
     async def _insist_at(self, server: str, method: str, **values: Any) -> Any:
         """Until there is an answer; raises Refused where it is a definite no."""
-        assert self.process is not None
         while True:
             try:
-                return await self._network.call(self.process, server, method, 0.5, **values)
+                return await self._network.call(self._me(), server, method, 0.5, **values)
             except NoAnswer:
                 pass
             except Refused as refusal:

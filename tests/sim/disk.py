@@ -27,6 +27,7 @@ class SimDisk(Protocol):
     """is_full: there is room for nothing."""
 
     is_full: bool
+    config: JournalConfig
 
     def open(self) -> JournalStore:
         """The journal, as the last crash left it."""

@@ -201,8 +201,14 @@ class FrontHost:
         self.process.kill()
         self.manager = self.backend = self.journal = None
         self.disk.crash(is_power=is_power, in_commit=in_commit)
-        kept = self.disk.lengths()
-        self._history.note(self.name, "crash", is_power=is_power, in_commit=in_commit, kept=kept)
+        self._history.note(
+            self.name,
+            "crash",
+            is_power=is_power,
+            in_commit=in_commit,
+            is_safe=not is_power or self.disk.config.durability == "power",
+            kept=self.disk.lengths(),
+        )
         self._loop.outside(0.05 + self._rng.random() * 0.3, self.start)
 
     @property

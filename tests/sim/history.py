@@ -6,6 +6,7 @@ An event is a time, who notes it, its kind, and plain values. The checker sees n
 import hashlib
 from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 from msgspec import Struct
@@ -52,7 +53,7 @@ class History:
     def look(self, found: dict[str, Any]) -> None:
         """At a rollout that has ended: what it went through."""
         versions = found["versions"]
-        jumps = [late - early for early, late in zip(versions, versions[1:], strict=False)]
+        jumps = [late - early for early, late in pairwise(versions)]
         self.sometimes("a rollout over several versions", len(set(versions)) > 1)
         self.sometimes("a rollout resumed two versions later, or more", max(jumps, default=0) > 1)
 
