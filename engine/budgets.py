@@ -279,10 +279,9 @@ class Budgets:
                 self._tell(lease)
                 await lease.answered()
                 if self._keeper is not None:
-                    await self._keeper.journal.flush()
+                    await self._keeper.commit(CloseBudget(budget.id))
+                # what came in was journaled before, and may have been the last of it
                 if budget.state is BudgetState.OPEN:
-                    if self._keeper is not None:
-                        await self._keeper.commit(CloseBudget(budget.id))
                     self._end(lease, budget, BudgetState.CLOSED)
             finally:
                 lease.is_closing = False

@@ -252,16 +252,18 @@ class HandJournal:
 
 
 class HandBackend:
-    """A core that makes a step when it is told to."""
+    """A core that makes a step when it is told to; what it says is heard when that is told."""
 
     def __init__(self, make_core: MakeCore) -> None:
         self._make_core = make_core
         self.core: Core | None = None
         self.starts = 0
         self._inbox: asyncio.Queue[list[FromCore]] = asyncio.Queue()
+        self._unheard: list[list[FromCore]] = []
 
     async def start(self) -> Ready:
         self.starts += 1
+        self._unheard = []
         self._inbox = asyncio.Queue()
         self.core, ready = self._make_core(self.starts)
         return ready
@@ -271,7 +273,7 @@ class HandBackend:
             if self.core is not None:
                 answers = self.core.handle(message)
                 if answers:
-                    self._inbox.put_nowait(answers)
+                    self._unheard.append(answers)
 
     async def receive(self) -> list[FromCore]:
         return await self._inbox.get()
@@ -279,15 +281,18 @@ class HandBackend:
     def step(self) -> bool:
         events = None if self.core is None else self.core.step()
         if events:
-            self._inbox.put_nowait(events)
+            self._unheard.append(events)
         return events is not None
+
+    def hear(self) -> None:
+        for messages in self._unheard:
+            self._inbox.put_nowait(messages)
+        self._unheard = []
 
     def die(self) -> None:
         """What it said and nobody heard is lost with it."""
         if self.core is not None:
-            self.core = None
-            while not self._inbox.empty():
-                self._inbox.get_nowait()
+            self.core, self._unheard = None, []
             self._inbox.put_nowait([Died("killed")])
 
     async def close(self) -> None:
@@ -347,13 +352,18 @@ class World:
         self.do(self.manager.start())
 
     def do(self, work: Coroutine[Any, Any, Any]) -> Any:
-        """Run it to its end; the journal works meanwhile, the core does not."""
+        """Run it to its end; the journal works meanwhile, the core does not, and what it said
+        before is heard when there is nothing else to do."""
 
         async def body() -> Any:
             task = asyncio.ensure_future(work)
+            turn = 0
             while not task.done():
                 self.journal.pump()
                 await asyncio.sleep(0)
+                turn += 1
+                if turn > 8:
+                    self.backend.hear()
             return task.result()
 
         result = self.loop.run_until_complete(body())
@@ -392,11 +402,12 @@ class World:
         is_busy = False
         for _ in range(count):
             is_busy |= self.backend.step()
+            self.backend.hear()
             self.settle()
         return is_busy
 
     def run_ahead(self, count: int) -> None:
-        """Steps of the core before the front hears of any."""
+        """Steps of the core of which the front does not hear yet."""
         for _ in range(count):
             self.backend.step()
 
