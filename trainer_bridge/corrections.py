@@ -35,7 +35,11 @@ class Sequences:
     count: int
 
     def sums(self, values: Tensor) -> Tensor:
-        """(count,) float64: sums over each sequence of (R, T) `values`."""
+        """(count,) float64: sums over each sequence of (R, T) `values`.
+
+        On CUDA the order of additions is fixed under `torch.use_deterministic_algorithms` alone;
+        counts are exact in any order.
+        """
         # one place at least, for padding alone has an index too
         total = torch.zeros(max(1, self.count), dtype=torch.float64, device=values.device)
         total.index_add_(0, self.index.flatten(), values.flatten().to(torch.float64))

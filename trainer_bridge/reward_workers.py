@@ -209,7 +209,7 @@ class _Worker:
             return
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        self._ended.append(process)
+        self._ended = [one for one in (*self._ended, process) if one.returncode is None]
 
     async def close(self) -> None:
         self.kill()
