@@ -32,18 +32,14 @@ class TrainerState(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     version      iterations that were trained, which numbers the weights
     num_updates  of the optimiser
-    lineage      name of this line of versions: a run that goes back to an older one begins another
     held         weights that are in it too: versions for the old policy `exact`, the reference
-    groups       ids of the groups whose effect is in these weights, since the checkpoint before
     alarms       what was seen and raised
     """
 
     format: int = FORMAT
     version: int
     num_updates: int
-    lineage: str
     held: tuple[str, ...] = ()
-    groups: tuple[str, ...] = ()
     alarms: AlarmState = field(default_factory=AlarmState)
 
 

@@ -81,12 +81,20 @@ class BatchConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 class SourceConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where trajectories come from."""
+    """Where trajectories come from: files, or an engine's end of the bridge."""
 
     path: Annotated[
         str, Meta(description="a .jsonl or .evst file, or a folder of them; see Lines of a source")
     ] = ""
-    epochs: Annotated[int, Meta(ge=1, description="how often they are gone through")] = 1
+    epochs: Annotated[int, Meta(ge=1, description="how often files are gone through")] = 1
+    endpoint: Annotated[
+        str, Meta(description="an engine's address, as tcp://127.0.0.1:5600; instead of path")
+    ] = ""
+    run: Annotated[str, Meta(description="name of the run that the engine serves")] = "run"
+    keys: Annotated[str, Meta(description="folder of CURVE keys; needed beyond this machine")] = ""
+    deadline_s: Annotated[
+        float, Meta(gt=0, description="how long the engine may bring nothing")
+    ] = 600.0
 
 
 class CheckpointConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -139,6 +147,8 @@ class TrainConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         for name in ("model", "output"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} must be set: {_NEEDED[name]}")
+        if bool(self.source.path) == bool(self.source.endpoint):
+            raise ConfigError("source.path (files) or source.endpoint (an engine): set one of them")
         if self.numerics.kernels == "exact" and self.numerics.device == "cuda":
             raise ConfigError("numerics.kernels = 'exact' runs on the CPU: numerics.device = 'cpu'")
         if self.numerics.kernels == "exact" and self.numerics.fp8:

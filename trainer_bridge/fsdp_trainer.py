@@ -1,4 +1,4 @@
-"""A training run over files: read, train, save, export. One process, or each rank of torchrun:
+"""A training run: groups in, train, save, export. One process, or each rank of torchrun:
 
     torchrun --nproc-per-node 2 -m everstep.trainer_bridge.fsdp_trainer config.toml
 
@@ -22,11 +22,11 @@ from ..engine.errors import EverstepError
 from ..engine.hub import resolve
 from .checkpointing import Checkpoints, TrainerState
 from .config import TrainConfig, read_config
-from .export import export
+from .export import content_digest, export
 from .loss_alarms import Alarms
 from .sharding import World, join_world
+from .sources import BridgeSource, FileSource, Source
 from .trainer import Report, Trainer
-from .trajectory_files import TrajectoryFiles
 
 Say = Callable[[str], None]
 
@@ -49,45 +49,62 @@ class Run:
         self.config, self.world, self.say = config, world, say
         self.output = Path(config.output)
         self.trainer = Trainer(config, world, resolve(config.model))
-        self.source = TrajectoryFiles.read(config, self.trainer.ring.config)
         self.checkpoints = Checkpoints(self.output / "checkpoints", keep=config.checkpoint.keep)
         self.alarms = Alarms(config.alarms)
-        self._groups: list[str] = []
+        self._saved = 0
+        """The version of the newest checkpoint."""
 
     def run(self) -> None:
-        self._go_on()
-        batch, trainer = self.config.batch, self.trainer
+        source = self._open(self._go_on())
+        try:
+            self._train(source)
+        finally:
+            source.close()
+
+    def _train(self, source: Source) -> None:
+        trainer, every = self.trainer, self.config.checkpoint.every
         while self.config.max_steps is None or trainer.version < self.config.max_steps:
-            groups = self.source.batch(trainer.version, batch.groups, self.config.source.epochs)
+            groups = source.share(trainer.version)
             if groups is None:
                 break
-            report = trainer.step(groups[self.world.rank :: self.world.size])
-            self._groups += [group.id for group in groups]
+            report = trainer.step(groups)
+            if self.config.source.endpoint:
+                digest = content_digest(trainer.ring, trainer.dtype)
+                source.trained(report.version - 1, digest)
             self._tell(report)
-            if self.config.checkpoint.every and not trainer.version % self.config.checkpoint.every:
-                self._save()
-        if self._groups and self.config.checkpoint.every:
-            self._save()
+            if every and not trainer.version % every:
+                self._save(source)
+        if every and trainer.version > self._saved:
+            self._save(source)
         export(trainer.ring, trainer.folder, self.output / "final", trainer.dtype, self.world)
         self.say(f"{trainer.version} iterations; the model is in {self.output / 'final'}")
 
-    def _go_on(self) -> None:
+    def _open(self, checkpoint: Path | None) -> Source:
+        config, world, ring = self.config, self.world, self.trainer.ring.config
+        if config.source.endpoint:
+            return BridgeSource(config, world, ring, self.trainer.version, checkpoint)
+        return FileSource(config, world, ring)
+
+    def _go_on(self) -> Path | None:
         """From the newest checkpoint, if there is one."""
         found = self.checkpoints.stable()
         if found:
             state = self.trainer.restore(found[-1])
             self.alarms = Alarms(self.config.alarms, state.alarms)
+            self._saved = state.version
             self.say(f"goes on from {found[-1]}: {state.version} iterations were trained")
         if self.world.is_first:
             self.output.mkdir(parents=True, exist_ok=True)
             _cut(self.output / "metrics.jsonl", self.trainer.version)
+        return found[-1] if found else None
 
-    def _save(self) -> None:
+    def _save(self, source: Source) -> None:
         state: TrainerState = msgspec.structs.replace(
-            self.trainer.state(), groups=tuple(self._groups), alarms=self.alarms.state
+            self.trainer.state(), alarms=self.alarms.state
         )
-        self.checkpoints.save(self.trainer.checkpoint_tensors(), state, self.world)
-        self._groups.clear()
+        saved = self.checkpoints.save(self.trainer.checkpoint_tensors(), state, self.world)
+        self._saved = state.version
+        source.durable(saved, state.version - 1)
 
     def _tell(self, report: Report) -> None:
         alarms = self.alarms.check(report.version, report.metrics)

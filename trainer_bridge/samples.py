@@ -14,7 +14,7 @@ import numpy.typing as npt
 from ..engine.errors import InvalidTrajectory
 from ..engine.ring_config import RingConfig
 from ..engine.rollout import FORCED, TRUNCATED_SUPPORT, Rollout
-from .advantages import Std, group_advantages, has_spread
+from .advantages import Std, group_advantages
 from .config import Replay
 from .packing import Floats, Ints, TrainSequence
 
@@ -55,16 +55,24 @@ class Group:
     samples: tuple[Sample, ...]
 
     @classmethod
-    def of(cls, id: str, samples: Sequence[Sample], std: Std = "population") -> "Group":
-        """With advantages from the samples' rewards. Raises InvalidRequest for one that is none."""
-        advantages = group_advantages([sample.reward for sample in samples], std=std)
-        pairs = zip(samples, advantages, strict=True)
+    def of(
+        cls,
+        id: str,
+        samples: Sequence[Sample],
+        std: Std = "population",
+        *,
+        others: Sequence[float] = (),
+    ) -> "Group":
+        """With advantages from the samples' rewards, and from `others`: of responses that have no
+        tokens to train. Raises InvalidRequest for a reward that is none."""
+        rewards = [*(sample.reward for sample in samples), *others]
+        pairs = zip(samples, group_advantages(rewards, std=std), strict=False)
         return cls(id, tuple(replace(sample, advantage=value) for sample, value in pairs))
 
     @property
     def teaches(self) -> bool:
-        """Whether any two rewards differ."""
-        return has_spread([sample.reward for sample in self.samples])
+        """Whether any advantage is other than 0."""
+        return any(sample.advantage for sample in self.samples)
 
 
 def sample_of(
@@ -73,21 +81,20 @@ def sample_of(
     *,
     replay: Replay = "none",
     reward: float | None = None,
-    temperature: float | None = None,
+    mask: bytes = b"",
 ) -> Sample:
     """A rollout as a sample.
 
-    replay       what of its routes is used again
-    temperature  None: that of its sampling
+    replay  what of its routes is used again
+    mask    uint8 per output token, 1 where it is trained on; empty: every token that was sampled
 
     Where its support was cut, logprobs are renormalised over the kept ids if they were recorded;
     without them both sides are tempered and not cut. Raises InvalidTrajectory naming what makes it
     impossible to compute the distribution that was sampled from, or to replay routes.
     """
     sampling = rollout.sampling
-    temperature = sampling.temperature if temperature is None else temperature
-    if not temperature > 0:
-        raise _wrong("temperature", f"{temperature:g}: a ratio of probabilities needs more than 0")
+    if not sampling.temperature > 0:
+        raise _wrong("temperature", "0: a ratio of probabilities needs more")
     penalties = ("presence_penalty", "frequency_penalty", "logit_bias")
     on = [name for name in penalties if getattr(sampling, name)]
     if sampling.repetition_penalty != 1.0:
@@ -101,13 +108,17 @@ def sample_of(
     is_cut = bool((flags & TRUNCATED_SUPPORT).any())
     has_kept = len(rollout.kept_ids) == num
     lp = rollout.lp_temp if is_cut and not has_kept else rollout.lp_sampled
-    forced = (flags & FORCED) != 0
+    counts = (flags & FORCED) == 0
+    if mask:
+        if len(mask) != num:
+            raise _wrong("mask", f"{len(mask)} values for {num} tokens")
+        counts &= np.frombuffer(mask, dtype=np.uint8) != 0
     ids, weights = _routes(rollout, config, replay)
     sequence = TrainSequence(
         ids=np.array([*rollout.prompt_ids, *rollout.output_ids], dtype=np.int64),
         num_prompt=len(rollout.prompt_ids),
-        temperature=temperature,
-        mask=~forced if forced.any() else None,
+        temperature=sampling.temperature,
+        mask=None if counts.all() else counts,
         kept=rollout.kept_ids if is_cut and has_kept else None,
         routing_ids=ids,
         routing_weights=weights,

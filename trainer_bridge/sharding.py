@@ -40,6 +40,12 @@ class World:
         """Over all ranks; every rank must call."""
         return int(self._reduced((number,), dist.ReduceOp.MAX)[0])
 
+    def same(self, text: str) -> str:
+        """The first rank's; every rank must call."""
+        texts = [text]
+        dist.broadcast_object_list(texts, src=0, device=torch.device("cpu"))
+        return texts[0]
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         self.largest(0)

@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from secrets import token_hex
 from typing import Any
 
 import numpy as np
@@ -90,7 +89,6 @@ class Trainer:
         self._held = HeldWeights(named)
         self._loss = make_loss(config.loss)
         self.version = 0
-        self.lineage = token_hex(8)
         if self.is_rl:
             if config.loss.kl.coef:
                 self._held.hold(_REFERENCE)
@@ -271,7 +269,6 @@ class Trainer:
         return TrainerState(
             version=self.version,
             num_updates=self.optimiser.num_updates,
-            lineage=self.lineage,
             held=tuple(self._held.labels),
         )
 
@@ -287,7 +284,7 @@ class Trainer:
         prefix = "optim."
         moments = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         self.optimiser.load(moments, state.num_updates)
-        self.version, self.lineage = state.version, state.lineage
+        self.version = state.version
         return state
 
     # -- telling

@@ -70,10 +70,9 @@ class TrajectoryFiles:
         groups = [Group.of(name, found, config.advantage_std) for name, found in by_group.items()]
         return cls(tuple(groups))
 
-    def batch(self, step: int, size: int, epochs: int) -> Sequence[Group] | None:
-        """The groups of iteration `step`; None behind the last. The last of an epoch may be short."""
-        per_epoch = -(-len(self.groups) // size)
-        epoch, part = divmod(step, per_epoch)
+    def batch(self, iteration: int, size: int, epochs: int) -> Sequence[Group] | None:
+        """The groups of an iteration; None behind the last. The last of an epoch may be short."""
+        epoch, part = divmod(iteration, -(-len(self.groups) // size))
         return self.groups[part * size : (part + 1) * size] if epoch < epochs else None
 
 

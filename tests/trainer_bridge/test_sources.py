@@ -1,0 +1,84 @@
+"""A trainer that an engine's end of the bridge feeds: nothing twice, nothing lost, over a restart."""
+
+import asyncio
+import threading
+from contextlib import contextmanager
+
+import pytest
+
+from everstep.engine.checkpoint import Checkpoint
+from everstep.engine.errors import BridgeError, ConfigError
+from everstep.trainer_bridge.config import read_config
+from everstep.trainer_bridge.fsdp_trainer import train
+from everstep.trainer_bridge.trajectory_sender import TrajectorySender
+
+from .bridge_groups import ListSource
+from .training_runs import make_run, reports, write_config
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("run"))
+
+
+@contextmanager
+def an_engine(source, iterations, *, acked=-1):
+    """The engine's end on a thread of its own, with some iterations complete; (sender, endpoint)."""
+    ready, done = threading.Event(), asyncio.Event()
+    found = {}
+
+    async def serve():
+        sender = TrajectorySender(
+            source, run="run", endpoint="tcp://127.0.0.1:0", heartbeat_s=0.2, acked=acked
+        )
+        found["endpoint"] = await sender.start()
+        found["sender"], found["loop"] = sender, asyncio.get_running_loop()
+        for iteration in iterations:
+            sender.announce(iteration)
+        ready.set()
+        await done.wait()
+        await sender.close()
+
+    thread = threading.Thread(target=asyncio.run, args=(serve(),))
+    thread.start()
+    try:
+        assert ready.wait(20)
+        yield found["sender"], found["endpoint"]
+    finally:
+        found["loop"].call_soon_threadsafe(done.set)
+        thread.join(20)
+
+
+def config_of(folder, output, endpoint, **more):
+    source = {"path": "", "endpoint": endpoint, "deadline_s": 20.0}
+    return read_config(write_config(folder, output, source=source, **more))
+
+
+def test_iterations_are_trained_acknowledged_and_dealt_anew_after_a_restart(folder):
+    source = ListSource([[[3, 5], [0, 4]], [[2, 2]], [], [[6, 1], [1, 9]]])
+    with an_engine(source, range(4)) as (sender, endpoint):
+        train(config_of(folder, "online", endpoint, max_steps=1), lambda line: None)
+        # three more are trained in another life of the trainer
+        several = config_of(folder, "online", endpoint, max_steps=4, checkpoint={"every": 1})
+        train(several, lambda line: None)
+        assert source.released == 3
+        assert sender.dealer.trained[3].version == 4
+        final = Checkpoint.open(folder / "online" / "final")
+        assert sender.dealer.trained[3].digest == final.content_digest()
+    found = reports(folder / "online")
+    assert [report["version"] for report in found] == [1, 2, 3, 4]
+    # a response of no tokens is no sample
+    assert [report["samples"] for report in found] == [3, 2, 0, 4]
+    assert [report["trained_groups"] for report in found] == [2, 1, 0, 2]
+
+
+def test_weights_older_than_what_was_acknowledged_are_refused(folder):
+    with an_engine(ListSource([[], [], [[1, 2]]]), [2], acked=1) as (_, endpoint):
+        config = config_of(folder, "older", endpoint)
+        with pytest.raises(BridgeError, match="goes on with iteration 2, the weights here hold"):
+            train(config, lambda line: None)
+
+
+def test_one_source_is_named(folder):
+    with pytest.raises(ConfigError, match=r"source.path .* or source.endpoint .*: set one"):
+        config_of(folder, "both", "")

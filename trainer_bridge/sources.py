@@ -1,0 +1,134 @@
+"""Where a run's groups come from: files that are read whole, or an engine that goes on sampling."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from secrets import token_hex
+from typing import Protocol
+
+from ..engine.errors import BridgeError, InvalidTrajectory
+from ..engine.ring_config import RingConfig
+from ..engine.trajectory import unpack
+from .config import TrainConfig
+from .curve import read_keys
+from .protocol import TrajectoryGroup
+from .samples import Group, sample_of
+from .sharding import World
+from .trajectory_files import TrajectoryFiles
+from .trajectory_receiver import TrajectoryReceiver
+
+
+class Source(Protocol):
+    """Iterations are numbered as the versions that they are trained on: from 0."""
+
+    def share(self, iteration: int) -> Sequence[Group] | None:
+        """This rank's groups of an iteration; None: there are no more."""
+
+    def trained(self, iteration: int, digest: str) -> None:
+        """Its update is in version iteration + 1, whose weights have this digest."""
+
+    def durable(self, checkpoint: Path, iteration: int) -> None:
+        """A checkpoint holds the effect of everything up to this iteration."""
+
+    def close(self) -> None: ...
+
+
+class FileSource:
+    """Groups of files, again and again for some epochs."""
+
+    def __init__(self, config: TrainConfig, world: World, ring: RingConfig) -> None:
+        self._config, self._world = config, world
+        self._files = TrajectoryFiles.read(config, ring)
+
+    def share(self, iteration: int) -> Sequence[Group] | None:
+        size = self._config.batch.groups
+        groups = self._files.batch(iteration, size, self._config.source.epochs)
+        return None if groups is None else groups[self._world.rank :: self._world.size]
+
+    def trained(self, iteration: int, digest: str) -> None:
+        """Files need not know."""
+
+    def durable(self, checkpoint: Path, iteration: int) -> None:
+        """Files stay."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class BridgeSource:
+    """Groups that an engine deals to the ranks (protocol.py), once each.
+
+    iteration   the first that is not in the weights yet
+    checkpoint  that they come from, None for the model that the run began with
+
+    A lineage is one life of the trainer: what the checkpoint does not hold is dealt anew.
+    Raises PeerMissing, PeerRefused and ConfigError, in one line each.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        world: World,
+        ring: RingConfig,
+        iteration: int,
+        checkpoint: Path | None,
+    ) -> None:
+        self._config, self._ring = config, ring
+        source = config.source
+        self._receiver = TrajectoryReceiver(
+            source.endpoint,
+            run=source.run,
+            lineage=world.same(token_hex(8)),
+            rank=world.rank,
+            world=world.size,
+            checkpoint="" if checkpoint is None else checkpoint.name,
+            done_through=iteration - 1,
+            keys=read_keys(Path(source.keys), "trainer") if source.keys else None,
+        )
+        try:
+            self._receiver.connect(source.deadline_s)
+        except BaseException:
+            self._receiver.close("it could not begin")
+            raise
+
+    def share(self, iteration: int) -> Sequence[Group] | None:
+        self._receiver.doing = f"waits for iteration {iteration}"
+        found = self._receiver.next_iteration(self._config.source.deadline_s)
+        if found.number != iteration:
+            raise BridgeError(
+                f"the engine at {self._receiver.endpoint} goes on with iteration {found.number}, the "
+                f"weights here hold those before {iteration}: what lies between is gone"
+            )
+        groups = [self._group(group) for group in found]
+        self._receiver.doing = f"trains iteration {iteration}"
+        return groups
+
+    def trained(self, iteration: int, digest: str) -> None:
+        self._receiver.trained(iteration, iteration + 1, digest)
+
+    def durable(self, checkpoint: Path, iteration: int) -> None:
+        self._receiver.durable(checkpoint.name, iteration)
+
+    def close(self) -> None:
+        self._receiver.close()
+
+    def _group(self, group: TrajectoryGroup) -> Group:
+        """Responses of no tokens count in the group's baseline, and have nothing to train."""
+        samples, others = [], []
+        try:
+            for member in group.members:
+                rollout = unpack(member.trajectory)
+                if not rollout.output_ids:
+                    others.append(member.reward)
+                    continue
+                samples.append(
+                    sample_of(
+                        rollout,
+                        self._ring,
+                        replay=self._config.routing_replay,
+                        reward=member.reward,
+                        mask=member.mask,
+                    )
+                )
+        except InvalidTrajectory as error:
+            raise BridgeError(f"group {group.name}: {error}") from None
+        return Group.of(group.name, samples, self._config.advantage_std, others=others)
