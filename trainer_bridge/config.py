@@ -97,6 +97,18 @@ class SourceConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     ] = 600.0
 
 
+class PublishConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where engines on this host find each version of the weights, while an engine is the source."""
+
+    root: Annotated[
+        str, Meta(description="folder of the versions; default: everstep-RUN in /dev/shm")
+    ] = ""
+    keep: Annotated[int, Meta(ge=1, description="how many of the newest stay")] = 2
+    canaries: Annotated[
+        int, Meta(ge=0, description="responses that are scored with each, for engines to compare")
+    ] = 4
+
+
 class CheckpointConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What is kept to go on from."""
 
@@ -141,6 +153,7 @@ class TrainConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     alarms: AlarmConfig = AlarmConfig()
     source: SourceConfig = SourceConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    publish: PublishConfig = PublishConfig()
 
     def check(self) -> None:
         """Raise ConfigError, one line, where settings are missing or contradict each other."""

@@ -11,10 +11,8 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from ..engine.checkpoint import tensor_digest
 from ..engine.hub import prepare_target
 from ..engine.json_keys import read_json, write_json
-from ..engine.manifest import combine_digests
 from ..engine.safetensors_writer import Part, Unit, write_shards
 from .sharding import World
 from .trainable import TrainableRing
@@ -67,14 +65,6 @@ def copy_companions(source: Path, target: Path, dtype: torch.dtype) -> None:
         if file.is_file() and file.suffix not in _NOT_COPIED and file.name not in _WRITTEN:
             shutil.copyfile(file, target / file.name)
     write_json(target / "config.json", _config(read_json(source / "config.json"), dtype))
-
-
-@torch.no_grad()
-def content_digest(ring: TrainableRing, dtype: torch.dtype) -> str:
-    """What `Checkpoint.content_digest` says of an export in `dtype`. Collective."""
-    units = [_unit(name, tensor, dtype) for name, tensor in ring.tensors()]
-    pieces = ((unit.parts[0].name, piece) for unit in units for _, piece in unit.pieces())
-    return combine_digests({name: tensor_digest(name, piece) for name, piece in pieces})
 
 
 def _unit(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> Unit:

@@ -22,7 +22,7 @@ from ..engine.errors import EverstepError
 from ..engine.hub import resolve
 from .checkpointing import Checkpoints, TrainerState
 from .config import TrainConfig, read_config
-from .export import content_digest, export
+from .export import export
 from .loss_alarms import Alarms
 from .sharding import World, join_world
 from .sources import BridgeSource, FileSource, Source
@@ -68,9 +68,7 @@ class Run:
             if groups is None:
                 break
             report = trainer.step(groups)
-            if self.config.source.endpoint:
-                digest = content_digest(trainer.ring, trainer.dtype)
-                source.trained(report.version - 1, digest)
+            source.trained(report, groups)
             self._tell(report)
             if every and not trainer.version % every:
                 self._save(source)
@@ -80,10 +78,9 @@ class Run:
         self.say(f"{trainer.version} iterations; the model is in {self.output / 'final'}")
 
     def _open(self, checkpoint: Path | None) -> Source:
-        config, world, ring = self.config, self.world, self.trainer.ring.config
-        if config.source.endpoint:
-            return BridgeSource(config, world, ring, self.trainer.version, checkpoint)
-        return FileSource(config, world, ring)
+        if self.config.source.endpoint:
+            return BridgeSource(self.trainer, checkpoint)
+        return FileSource(self.config, self.world, self.trainer.ring.config)
 
     def _go_on(self) -> Path | None:
         """From the newest checkpoint, if there is one."""

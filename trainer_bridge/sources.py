@@ -13,8 +13,11 @@ from .curve import read_keys
 from .protocol import TrajectoryGroup
 from .samples import Group, sample_of
 from .sharding import World
+from .trainer import Report, Trainer
+from .trainer_canaries import make_canaries, texts_of
 from .trajectory_files import TrajectoryFiles
 from .trajectory_receiver import TrajectoryReceiver
+from .weight_sender import SHARED_MEMORY, WeightSender
 
 
 class Source(Protocol):
@@ -23,8 +26,8 @@ class Source(Protocol):
     def share(self, iteration: int) -> Sequence[Group] | None:
         """This rank's groups of an iteration; None: there are no more."""
 
-    def trained(self, iteration: int, digest: str) -> None:
-        """Its update is in version iteration + 1, whose weights have this digest."""
+    def trained(self, report: Report, groups: Sequence[Group]) -> None:
+        """These groups were trained, and `report.version` is in the weights."""
 
     def durable(self, checkpoint: Path, iteration: int) -> None:
         """A checkpoint holds the effect of everything up to this iteration."""
@@ -44,7 +47,7 @@ class FileSource:
         groups = self._files.batch(iteration, size, self._config.source.epochs)
         return None if groups is None else groups[self._world.rank :: self._world.size]
 
-    def trained(self, iteration: int, digest: str) -> None:
+    def trained(self, report: Report, groups: Sequence[Group]) -> None:
         """Files need not know."""
 
     def durable(self, checkpoint: Path, iteration: int) -> None:
@@ -55,33 +58,39 @@ class FileSource:
 
 
 class BridgeSource:
-    """Groups that an engine deals to the ranks (protocol.py), once each.
+    """Groups that an engine deals to the ranks (protocol.py), once each; versions for it.
 
-    iteration   the first that is not in the weights yet
-    checkpoint  that they come from, None for the model that the run began with
+    checkpoint  that the trainer goes on from, None for the model that the run began with
 
     A lineage is one life of the trainer: what the checkpoint does not hold is dealt anew.
     Raises PeerMissing, PeerRefused and ConfigError, in one line each.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        world: World,
-        ring: RingConfig,
-        iteration: int,
-        checkpoint: Path | None,
-    ) -> None:
-        self._config, self._ring = config, ring
-        source = config.source
+    def __init__(self, trainer: Trainer, checkpoint: Path | None) -> None:
+        self._trainer, config = trainer, trainer.config
+        world, source = trainer.world, config.source
+        lineage = world.same(token_hex(8))
+        root = Path(config.publish.root or SHARED_MEMORY / f"everstep-{source.run}")
+        self._sender = WeightSender(
+            trainer.ring,
+            world,
+            source=trainer.folder,
+            root=root,
+            dtype=trainer.dtype,
+            lineage=lineage,
+            keep=config.publish.keep,
+        )
+        if checkpoint is not None:
+            # the engine may be ahead of it, and goes back to these weights
+            self._sender.publish(trainer.version)
         self._receiver = TrajectoryReceiver(
             source.endpoint,
             run=source.run,
-            lineage=world.same(token_hex(8)),
+            lineage=lineage,
             rank=world.rank,
             world=world.size,
             checkpoint="" if checkpoint is None else checkpoint.name,
-            done_through=iteration - 1,
+            done_through=trainer.version - 1,
             keys=read_keys(Path(source.keys), "trainer") if source.keys else None,
         )
         try:
@@ -92,7 +101,8 @@ class BridgeSource:
 
     def share(self, iteration: int) -> Sequence[Group] | None:
         self._receiver.doing = f"waits for iteration {iteration}"
-        found = self._receiver.next_iteration(self._config.source.deadline_s)
+        deadline_s = self._trainer.config.source.deadline_s
+        found = self._receiver.next_iteration(deadline_s)
         if found.number != iteration:
             raise BridgeError(
                 f"the engine at {self._receiver.endpoint} goes on with iteration {found.number}, the "
@@ -102,8 +112,12 @@ class BridgeSource:
         self._receiver.doing = f"trains iteration {iteration}"
         return groups
 
-    def trained(self, iteration: int, digest: str) -> None:
-        self._receiver.trained(iteration, iteration + 1, digest)
+    def trained(self, report: Report, groups: Sequence[Group]) -> None:
+        trainer = self._trainer
+        texts = texts_of(groups, trainer.config.publish.canaries)
+        canaries = make_canaries(trainer.ring, trainer.world, texts)
+        published = self._sender.publish(report.version, canaries)
+        self._receiver.trained(report.version - 1, report.version, published.digest)
 
     def durable(self, checkpoint: Path, iteration: int) -> None:
         self._receiver.durable(checkpoint.name, iteration)
@@ -123,12 +137,12 @@ class BridgeSource:
                 samples.append(
                     sample_of(
                         rollout,
-                        self._ring,
-                        replay=self._config.routing_replay,
+                        self._trainer.ring.config,
+                        replay=self._trainer.config.routing_replay,
                         reward=member.reward,
                         mask=member.mask,
                     )
                 )
         except InvalidTrajectory as error:
             raise BridgeError(f"group {group.name}: {error}") from None
-        return Group.of(group.name, samples, self._config.advantage_std, others=others)
+        return Group.of(group.name, samples, self._trainer.config.advantage_std, others=others)

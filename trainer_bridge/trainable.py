@@ -181,8 +181,11 @@ class TrainableRing(nn.Module):
             node = child
         return node
 
-    def forward(self, batch: PackedBatch) -> Scores:
-        """Score a batch's targets. All of the model's parameters take part, whatever is routed."""
+    def forward(self, batch: PackedBatch, trace: model.Trace | None = None) -> Scores:
+        """Score a batch's targets. All of the model's parameters take part, whatever is routed.
+
+        trace  called with (layer, residual stream (T, H)) after each layer
+        """
         ops, head = self._operations(batch)
         forced, weights = batch.routing_ids, batch.routing_weights
         x = nn.functional.embedding(batch.ids, tensor_of(self, "model.word_embeddings.weight"))
@@ -195,6 +198,8 @@ class TrainableRing(nn.Module):
             x, ids = layer(x, ops, replay)
             if ids is not None:
                 used.append(ids)
+            if trace is not None:
+                trace(layer.index, x)
         x = ops.rms_norm(x, tensor_of(self, "model.norm.weight"))
         tied = self.config.tie_word_embeddings
         lp, entropy = target_logprobs(

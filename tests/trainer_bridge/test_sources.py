@@ -6,8 +6,12 @@ from contextlib import contextmanager
 
 import pytest
 
+from everstep.engine.canaries import make_canary
 from everstep.engine.checkpoint import Checkpoint
+from everstep.engine.config import ModelConfig
 from everstep.engine.errors import BridgeError, ConfigError
+from everstep.engine.manifest import read_manifest
+from everstep.engine.weights import load_weights
 from everstep.trainer_bridge.config import read_config
 from everstep.trainer_bridge.fsdp_trainer import train
 from everstep.trainer_bridge.trajectory_sender import TrajectorySender
@@ -51,7 +55,12 @@ def an_engine(source, iterations, *, acked=-1):
 
 def config_of(folder, output, endpoint, **more):
     source = {"path": "", "endpoint": endpoint, "deadline_s": 20.0}
-    return read_config(write_config(folder, output, source=source, **more))
+    sections = {
+        "source": source,
+        "publish": {"root": str(folder / f"{output}-versions"), "canaries": 2},
+        "numerics": {"kernels": "exact"},
+    }
+    return read_config(write_config(folder, output, **sections, **more))
 
 
 def test_iterations_are_trained_acknowledged_and_dealt_anew_after_a_restart(folder):
@@ -65,6 +74,18 @@ def test_iterations_are_trained_acknowledged_and_dealt_anew_after_a_restart(fold
         assert sender.dealer.trained[3].version == 4
         final = Checkpoint.open(folder / "online" / "final")
         assert sender.dealer.trained[3].digest == final.content_digest()
+    versions = folder / "online-versions"
+    assert sorted(path.name for path in versions.iterdir()) == ["v3", "v4"]
+    manifest = read_manifest(versions / "v4")
+    assert (manifest.version, manifest.digest) == (4, final.content_digest())
+    assert manifest.parent == read_manifest(versions / "v3").digest
+    # in the engine's own kernels the trainer says what the engine says, to the bit
+    weights = load_weights(
+        Checkpoint.open(versions / "v4"), ModelConfig(), on_progress=lambda *_: None
+    )
+    assert len(manifest.canaries) == 2
+    for canary in manifest.canaries:
+        assert canary == make_canary(weights, canary.ids, canary.num_prompt)
     found = reports(folder / "online")
     assert [report["version"] for report in found] == [1, 2, 3, 4]
     # a response of no tokens is no sample

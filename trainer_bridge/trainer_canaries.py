@@ -1,0 +1,69 @@
+"""The trainer's side of the canaries: what its model says of a few sequences, beside its weights.
+
+An engine scores them again in the weights that it received (engine/canaries.py), before they serve.
+"""
+
+import math
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+import torch
+
+from ..engine.manifest import Canary, signs
+from .packing import TrainSequence, pack
+from .samples import Group
+from .sharding import World, reshard
+from .trainable import TrainableRing
+from .trainable_operations import wide
+
+# tokens of a sequence that becomes one; longer ones are cut
+_MAX_TOKENS = 128
+Text = tuple[list[int], int]
+"""Token ids, and how many of them are the prompt."""
+
+
+def texts_of(groups: Sequence[Group], count: int) -> list[Text]:
+    """At most `count` responses of the groups, one of each as far as there are so many."""
+    samples = [group.samples[0] for group in groups if group.samples]
+    found = []
+    for sample in samples[:count]:
+        ids = sample.sequence.ids[:_MAX_TOKENS].tolist()
+        if sample.sequence.num_prompt < len(ids):
+            found.append((ids, sample.sequence.num_prompt))
+    return found
+
+
+@torch.no_grad()
+def make_canaries(ring: TrainableRing, world: World, texts: Sequence[Text]) -> list[Canary]:
+    """The first rank's texts, scored by the weights as they are: logprobs at T = 1, and a number
+    for each layer and position. Collective."""
+    said = world.same(msgspec.json.encode(texts).decode())
+    shared = msgspec.json.decode(said, type=list[Text])
+    if not shared:
+        return []
+    direction = torch.tensor(list(signs(ring.config.hidden_size)), dtype=torch.float32)
+    direction = (direction / math.sqrt(ring.config.hidden_size)).to(world.device)
+    prints: list[torch.Tensor] = []
+    batch = pack([_whole(ids, num_prompt) for ids, num_prompt in shared]).to(world.device)
+    scores = ring(batch, lambda _, x: prints.append(wide(x) @ direction))
+    reshard(ring)
+    counts = torch.bincount(batch.responses[0], minlength=len(shared)).tolist()
+    lps = torch.split(scores.lp, counts)
+    layers = [torch.split(one.cpu(), list(batch.lengths)) for one in prints]
+    return [
+        Canary(
+            ids=ids,
+            num_prompt=num_prompt,
+            lp=lps[n].tolist(),
+            fingerprints=[one[n].numpy().astype("<f4").tobytes() for one in layers],
+        )
+        for n, (ids, num_prompt) in enumerate(shared)
+    ]
+
+
+def _whole(ids: Sequence[int], num_prompt: int) -> TrainSequence:
+    """With one token more, which is not scored: so that the last of `ids` has a row too."""
+    mask = np.ones(len(ids) + 1 - num_prompt, dtype=np.bool_)
+    mask[-1] = False
+    return TrainSequence(np.array([*ids, 0], dtype=np.int64), num_prompt, mask=mask)
