@@ -27,12 +27,14 @@ from ..engine.rotary import rotary_tables
 from ..engine.weights import Layer, Mlp, Moe
 from ..kernels import ExpertBank, Pair, Weight
 from .exact_operations import ExactHead, ExactOperations
+from .fp8_operations import Fp8Operations
 from .packing import PackedBatch
 from .target_logprobs import PlainHead, target_logprobs
 from .trainable_operations import PlainOperations, wide
 
-Numerics = Literal["plain", "exact"]
-"""plain: torch's products, any device; exact: the engine's kernels and bits, on the CPU."""
+Numerics = Literal["plain", "exact", "fp8"]
+"""plain: torch's products, any device; exact: the engine's kernels and bits, on the CPU; fp8: as
+plain, with FP8 products (CUDA)."""
 
 
 @dataclass(frozen=True)
@@ -240,7 +242,8 @@ class TrainableRing(nn.Module):
         tables = self._rotary(max(batch.lengths), batch.ids.device)
         if self.numerics == "exact":
             return ExactOperations(self.config, batch, tables), ExactHead()
-        return PlainOperations(self.config, batch, tables), PlainHead()
+        operations = Fp8Operations if self.numerics == "fp8" else PlainOperations
+        return operations(self.config, batch, tables), PlainHead()
 
     def _rotary(self, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Tables of `length` positions at least, kept from pass to pass."""

@@ -26,6 +26,7 @@ from msgspec import Struct
 from ..engine.errors import ConfigError
 from .checkpointing import TrainerState, read_state, read_tensors
 from .config import TrainConfig
+from .fp8_operations import check_fp8
 from .held_weights import HeldWeights
 from .loss_metrics import LossMetrics
 from .losses import BatchSize, LossInputs, make_loss
@@ -73,12 +74,14 @@ class Trainer:
     def __init__(self, config: TrainConfig, world: World, folder: Path) -> None:
         config.check()
         self.config, self.world, self.folder = config, world, folder
+        if config.numerics.fp8:
+            check_fp8(world.device)
         ring_config = trainable_config(folder)
         auto = "bfloat16" if ring_config.dtype == "bfloat16" else "float32"
         self.dtype = DTYPES[auto if config.numerics.dtype == "auto" else config.numerics.dtype]
         self.ring = TrainableRing(
             ring_config,
-            numerics=config.numerics.kernels,
+            numerics="fp8" if config.numerics.fp8 else config.numerics.kernels,
             device="meta",
             recompute_layers=config.numerics.recompute,
         )
