@@ -58,6 +58,7 @@ class LiveRollout:
         "num_prompt",
         "num_unreported_rows",
         "parent_hash",
+        "place",
         "sampling",
         "seed",
         "share",
@@ -91,7 +92,9 @@ class LiveRollout:
         """Running number of its latest admission; 0: never admitted."""
         self.num_unreported_rows = len(ids)
         """See `num_reported_rows`; counted from the end of `ids`, it is 1 as long as it decodes."""
-        self.due = 0
+        self.place = 0
+        """Written by Decoding: where it stands on the ring of block borders."""
+        self.due: int | None = None
         """Written by Decoding: number of the step for which it stands in the calendar."""
         self.num_cached_tokens: int | None = None
         """To be sent with its next tokens."""

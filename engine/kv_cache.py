@@ -11,10 +11,10 @@ tokens from position 0 on and under the same weights.
     beyond                                       allocated for the step in hand
 """
 
-import hashlib
+import struct
 import sys
-from array import array
 from collections.abc import Sequence
+from hashlib import blake2b
 
 from msgspec import Struct
 
@@ -109,6 +109,7 @@ class KVCacheManager:
 
     def __init__(self, config: ResolvedKV) -> None:
         self.block_size = config.block_size
+        self._pack = struct.Struct(f"{config.block_size}I").pack
         self._is_caching = config.prefix_caching
         self._num_parking_blocks = config.num_parking_blocks
         self._pool = BlockPool(config.num_blocks)
@@ -261,10 +262,30 @@ class KVCacheManager:
         self.register(kv)
 
     def register(self, kv: RolloutKV) -> None:
-        """Tell the index what it has to learn of a table, if anything."""
-        count = len(kv.ids) - kv.num_missing_tokens
-        if count >= kv.next_registration:
-            self._register(kv, count)
+        """Tell the index what it has to learn of a table, if anything: of blocks that became full,
+        and of the one being filled."""
+        ids = kv.ids
+        num_tokens = len(ids) - kv.num_missing_tokens
+        if num_tokens < kv.next_registration:
+            return
+        size, pool, hashes = self.block_size, self._pool, kv.hashes
+        num_full = num_tokens // size
+        start = kv.num_registered * size
+        for index in range(kv.num_registered, num_full):
+            tokens = ids[start : start + size]
+            is_next = index == len(hashes)
+            key = self._extend_chain(hashes, tokens) if is_next else self._hash(kv, index)
+            if not pool.complete(kv.blocks[index], key, tokens):
+                parent = hashes[index - 1] if index else self._root
+                pool.register(kv.blocks[index], Content(parent, key, tokens))
+            start += size
+        kv.num_registered = num_full
+        if num_tokens == start:
+            kv.next_registration = start + 1
+        else:
+            kv.next_registration = start + size
+            parent = hashes[num_full - 1] if num_full else self._root
+            pool.register(kv.blocks[num_full], Content(parent, None, ids, start, kv))
 
     def drop(self, kv: RolloutKV) -> None:
         """Give up the table; what it computed stays findable until its blocks are handed out."""
@@ -324,7 +345,7 @@ class KVCacheManager:
     # the index
 
     def _root_hash(self) -> bytes:
-        return hashlib.blake2b(f"everstep kv {self.version}".encode(), digest_size=32).digest()
+        return blake2b(f"everstep kv {self.version}".encode(), digest_size=32).digest()
 
     def _renew(self, kv: RolloutKV) -> None:
         """An empty table belongs to the present version."""
@@ -336,35 +357,21 @@ class KVCacheManager:
         """Chain hash of block `index` of the rollout's tokens, full by then."""
         hashes, size = kv.hashes, self.block_size
         while len(hashes) <= index:
-            parent = hashes[-1] if hashes else self._root
-            tokens = kv.ids[len(hashes) * size : (len(hashes) + 1) * size]
-            hashes.append(
-                hashlib.blake2b(parent + array("I", tokens).tobytes(), digest_size=32).digest()
-            )
+            start = len(hashes) * size
+            self._extend_chain(hashes, kv.ids[start : start + size])
         return hashes[index]
+
+    def _extend_chain(self, hashes: list[bytes], tokens: list[int]) -> bytes:
+        """The hash of one more block."""
+        parent = hashes[-1] if hashes else self._root
+        key = blake2b(parent + self._pack(*tokens), digest_size=32).digest()
+        hashes.append(key)
+        return key
 
     def parent_hash(self, kv: RolloutKV) -> bytes:
         """Chain hash of the full blocks that are computed."""
         index = kv.num_computed_tokens // self.block_size
         return self._hash(kv, index - 1) if index else self._root
-
-    def _register(self, kv: RolloutKV, num_tokens: int) -> None:
-        """Tell the index of blocks that became full, and of the one being filled."""
-        size, pool, blocks = self.block_size, self._pool, kv.blocks
-        num_full = num_tokens // size
-        for index in range(kv.num_registered, num_full):
-            key = self._hash(kv, index)
-            tokens = kv.ids[index * size : (index + 1) * size]
-            if not pool.complete(blocks[index], key, tokens):
-                parent = kv.hashes[index - 1] if index else self._root
-                pool.register(blocks[index], Content(parent, key, tokens))
-        kv.num_registered = num_full
-        start = num_full * size
-        kv.next_registration = start + 1
-        if num_tokens > start:
-            parent = kv.hashes[num_full - 1] if num_full else self._root
-            pool.register(blocks[num_full], Content(parent, None, kv.ids, start, kv))
-            kv.next_registration = start + size
 
     def check_invariants(self) -> None:
         """Raise AssertionError if tables, references, host memory or the index disagree."""

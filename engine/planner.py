@@ -22,7 +22,7 @@ class Draft:
     """The plan of a step while it is being made.
 
     decodes     rows of those that decode, known once all the rest is
-    due         of those: whose day it is in the calendar
+    due         of those: whose row begins or completes a block
     last        of those: whose last token it is, by max_tokens
     rollouts    who is catching up, aligned with `chunks`
     """
@@ -105,10 +105,17 @@ class Planner:
         draft, decoding = self._draft, self._roster.decoding
         decoding.charge()
         draft.budget -= len(decoding)
-        draft.due = decoding.take_due()
+        draft.due, others = decoding.take_due()
+        size = self._kv.block_size
         for rollout in draft.due:
-            if rollout in decoding:  # else preempted for one before it
-                self._prepare_decode(rollout)
+            kv = rollout.kv
+            begins = len(kv.ids) > len(kv.blocks) * size
+            # else preempted for one before it
+            if begins and rollout.state == "running" and self._make_room(rollout, 1):
+                self._kv.grow_by_one(kv)
+        for rollout in others:
+            if rollout.state == "running":
+                self._pass_day(rollout)
         chunks: list[LiveRollout] = []
         for rollout in list(self._roster.catching_up):
             if rollout.state != "running":
@@ -120,18 +127,13 @@ class Planner:
         chunks.sort(key=importance, reverse=True)
         return chunks
 
-    def _prepare_decode(self, rollout: LiveRollout) -> None:
-        """What is to be done for its row on a day of its own."""
+    def _pass_day(self, rollout: LiveRollout) -> None:
+        """Its last token is drawn, or its stop ids may be."""
         length = len(rollout.ids)
         if length + 1 == rollout.max_length:
             self._draft.last.add(rollout)
         if length == rollout.min_length:
             self._roster.decoding.lift_ban(rollout)
-        kv = rollout.kv
-        if length > len(kv.blocks) * self._kv.block_size and (
-            self._kv.num_free or self._make_room(rollout, 1)
-        ):
-            self._kv.grow_by_one(kv)
 
     def _plan_chunk(self, rollout: LiveRollout) -> None:
         """As much of the gap as the budget allows; the caller has checked the latter."""

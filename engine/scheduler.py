@@ -278,7 +278,7 @@ class Scheduler:
             drawn = enumerate(zip(rollouts, token_ids, strict=False))
             apart.update(index for index, (r, token_id) in drawn if token_id in r.stop_ids)
         gone: set[int] = set()
-        if self._roster.decoding.batch() is not decodes:
+        if not self._roster.decoding.is_still(decodes):
             gone.update(index for index, r in enumerate(rollouts) if r.state == "ended")
         return apart - gone, gone
 
