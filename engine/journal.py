@@ -141,6 +141,7 @@ class Journal:
             ],
             flip=memory.books.flip,
             num_accepted=memory.books.num_accepted,
+            flips=list(memory.flips),
             budgets=[replace(row.budget) for row in memory.budgets.by_id.values()],
         )
 

@@ -60,3 +60,9 @@ SELECT number, id, pool, tokens, used, state, created_s, ended_s, sum FROM budge
 
 -- name: drop-budget
 DELETE FROM budgets WHERE number = ?
+
+-- name: add-flip
+INSERT INTO flips VALUES (?, ?, ?, ?, ?, ?, ?, ?)
+
+-- name: flips
+SELECT number, version, digest, folder, parent, lineage, base, sum FROM flips ORDER BY number

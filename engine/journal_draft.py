@@ -76,6 +76,8 @@ class Memory(Struct, kw_only=True):
     keys: dict[KeyName, KnownKey] = {}
     origins: dict[Origin, int] = {}
     budgets: BudgetBooks = msgspec.field(default_factory=BudgetBooks)
+    flips: list[Flip] = []
+    """In order."""
     first_rows: dict[int, int] = {}
     """Live rollout → its first row in `tokens`; in the order of these rows."""
     low_row: int = 1
@@ -143,6 +145,9 @@ def load_memory(db: apsw.Connection) -> Memory:
     for values in rows_of(db, "budgets") if schema_of(db) >= 2 else ():
         memory.budgets.put(BudgetRow.of(values))
         found.tables["budgets"].add(values[-1])
+    for values in rows_of(db, "flips") if schema_of(db) >= 3 else ():
+        memory.flips.append(Flip(*verified("flips", values)[1:]))
+        found.tables["flips"].add(values[-1])
     _load_tokens(db, memory, found)
     for name, tally in memory.books.tables.items():
         if tally != found.tables[name]:
@@ -185,6 +190,7 @@ class Draft:
         self._keys: dict[KeyName, KnownKey] = {}
         self._origins: dict[Origin, int] = {}
         self._budgets = BudgetDraft(db, memory.budgets, self._books.tables["budgets"], now_s)
+        self._flips: list[Flip] = []
         self._rows: list[TokenRow] = []
         self._first_rows: dict[int, int] = {}
         self._ended: set[int] = set()
@@ -218,7 +224,7 @@ class Draft:
             case CloseBudget():
                 self._budgets.close(op.budget_id)
             case Flip():
-                self._books.flip = (op.version, op.digest)
+                self._flip(op)
 
     def write(self) -> None:
         """The rows of tokens and budgets, and the books: the last thing before COMMIT."""
@@ -238,6 +244,7 @@ class Draft:
         for entry in self._entries.values():
             memory.entries[entry.id] = memory.by_number[entry.number] = entry
         memory.keys |= self._keys
+        memory.flips += self._flips
         memory.origins |= self._origins
         self._budgets.take_over()
         memory.first_rows |= self._first_rows
@@ -285,6 +292,18 @@ class Draft:
         self._db.execute(SQL["add-key"], columns)
         self._books.tables["keys"].add(columns[-1])
         self._keys[name] = KnownKey(number, key, rollout_ids, columns[-1])
+
+    def _flip(self, op: Flip) -> None:
+        self._books.flip = (op.version, op.digest)
+        self._flips.append(op)
+        number = len(self._memory.flips) + len(self._flips)
+        columns = (
+            *(number, op.version, op.digest, op.folder),
+            *(op.parent, op.lineage, op.base),
+        )
+        row_sum = checksum("flips", *columns)
+        self._db.execute(SQL["add-flip"], (*columns, row_sum))
+        self._books.tables["flips"].add(row_sum)
 
     def _append(self, op: Append) -> None:
         if not op.grown:

@@ -51,7 +51,7 @@ class _State(Struct):
     keys: dict[tuple[str, str, str], tuple[RequestKey, list[str]]]
     budgets: dict[str, Budget] = {}
     is_all_paused: bool = False
-    flip: tuple[int, str] | None = None
+    flips: list[Flip] = []
     num_accepted: int = 0
     num_rollouts: int = 0
 
@@ -90,7 +90,8 @@ class MemoryJournal:
             live=live,
             is_all_paused=state.is_all_paused,
             keys=keys,
-            flip=state.flip,
+            flip=(state.flips[-1].version, state.flips[-1].digest) if state.flips else None,
+            flips=list(state.flips),
             num_accepted=state.num_accepted,
             budgets=[msgspec.structs.replace(budget) for budget in state.budgets.values()],
         )
@@ -208,7 +209,7 @@ class MemoryJournal:
                     raise IllegalState(f"budget {op.budget_id} is not in the journal")
                 self._end(draft.budgets[op.budget_id], BudgetState.CLOSED)
             case Flip():
-                draft.flip = (op.version, op.digest)
+                draft.flips = [*draft.flips, op]
 
     def _accept(self, draft: _State, op: Accept) -> None:
         if (limit := self._config.max_bytes) < self.num_bytes:

@@ -167,11 +167,22 @@ class CloseBudget(Struct, tag="close_budget"):
     budget_id: str
 
 
-class Flip(Struct, tag="flip"):
-    """From here on these weights are current."""
+class Flip(Struct, tag="flip", frozen=True):
+    """From here on these weights are current.
+
+    folder   where they can be read again
+    parent   digest of those that they were trained on from; "": unknown
+    lineage  which run of numbers the version belongs to
+    base     the model that the server was started with: started with another, it is not to come
+             back with these weights
+    """
 
     version: int
     digest: str
+    folder: str = ""
+    parent: str = ""
+    lineage: str = ""
+    base: str = ""
 
 
 Op = Accept | Append | End | Pause | Resume | Ack | OpenBudget | CloseBudget | Flip
@@ -212,6 +223,7 @@ class Recovered(Struct, kw_only=True):
     live          in order of acceptance, tokens and segments in place, text empty (the manager
                   rebuilds it), state QUEUED or PAUSED
     num_accepted  the largest number of a submission, or how many there were if that is more
+    flips         all of them, in order; of a journal begun before they were kept, the later ones
     budgets       in order of opening; those that ended long ago are gone, but the newest of a pool
     """
 
@@ -220,6 +232,7 @@ class Recovered(Struct, kw_only=True):
     keys: list[tuple[RequestKey, list[str]]]
     flip: tuple[int, str] | None
     num_accepted: int
+    flips: list[Flip] = []
     budgets: list[Budget] = []
 
 

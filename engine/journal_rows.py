@@ -87,7 +87,7 @@ class Books(Struct):
     next_key: int = 1
     tables: dict[str, Tally] = msgspec.field(
         default_factory=lambda: {
-            name: Tally() for name in ("rollouts", "tokens", "origins", "keys", "budgets")
+            name: Tally() for name in ("rollouts", "tokens", "origins", "keys", "budgets", "flips")
         }
     )
 

@@ -45,6 +45,7 @@ def described(journal: Journal) -> dict[str, object]:
             "flip": recovered.flip,
             "num_accepted": recovered.num_accepted,
             "budgets": recovered.budgets,
+            "flips": recovered.flips,
             "list": journal.list(Query(limit=1000)),
             "ended": [
                 journal.read(s.id) for s in journal.list(Query(limit=1000)) if s.state.is_ended
@@ -82,7 +83,7 @@ def fill(journal: Journal) -> None:
             routing_weights=bytes(8),
         )
         journal.commit([Append(ORIGINS[step // 2], news, 1_800_000_001.0 + step)])
-    journal.commit([Flip(2, "bb"), Pause(["ro-0"])])
+    journal.commit([Flip(2, "bb", "/models/2", "aa", "line-1", "/models/0"), Pause(["ro-0"])])
     whole = end(journal.read("ro-1"))
     whole.text, whole.text_offset = "done", 4
     journal.commit([End(whole), Accept([make_rollout("ro-3", group_id="grp-2")])])

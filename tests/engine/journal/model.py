@@ -64,7 +64,7 @@ class Model:
     rollouts: tuple[Rollout, ...] = ()
     budgets: tuple[Budget, ...] = ()
     keys: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    flip: Origin | None = None
+    flips: tuple[Origin, ...] = ()
     is_all_paused: bool = False
     num_accepted: int = 0
     next_number: int = 1
@@ -139,7 +139,7 @@ class Model:
         return self._with(replace(self.find(name), is_acked=True, tokens=(), origins=(), text=""))
 
     def flip_to(self, origin: Origin) -> "Model":
-        return replace(self, flip=origin)
+        return replace(self, flips=(*self.flips, origin))
 
     def compact(self) -> "Model":
         """Names of acknowledged ones are kept for no time at all; budgets and keys for long."""

@@ -132,7 +132,8 @@ class JournalMachine(RuleBasedStateMachine):
                 )
             case "close_budget":
                 return CloseBudget(data.draw(st.sampled_from("wxyz")))
-        return Flip(data.draw(st.integers(0, 3)), "digest")
+        number = data.draw(st.integers(0, 3))
+        return Flip(number, "digest", f"/folder/{number}", lineage=data.draw(st.text(max_size=2)))
 
     @rule(is_thorough=st.booleans())
     def compact(self, is_thorough):

@@ -91,7 +91,7 @@ class Run:
     def plan(self, name: str) -> tuple[list[Op], m.Model]:
         """What the operation is here, and the model after it."""
         model = self.model
-        version = 1 if model.flip is None else model.flip[0]
+        version = model.flips[-1][0] if model.flips else 1
         live, ended = model.live(), model.ended()
         match name:
             case "accept":
@@ -204,11 +204,13 @@ def observe(journal: Journal) -> m.Model:
                 text=rollout.text,
             )
         rollouts.append(seen)
+    last = recovered.flips[-1] if recovered.flips else None
+    assert recovered.flip == (last and (last.version, last.digest))
     return m.Model(
         tuple(rollouts),
         tuple(m.Budget(b.id, b.tokens, b.used, str(b.state)) for b in recovered.budgets),
         tuple((key.key, tuple(ids)) for key, ids in recovered.keys),
-        recovered.flip,
+        tuple((flip.version, flip.digest) for flip in recovered.flips),
         recovered.is_all_paused,
         recovered.num_accepted,
     )
