@@ -28,6 +28,7 @@ from pathlib import Path
 from everstep.engine.config import BatchConfig, ResolvedKV
 from everstep.engine.intake import Submission
 from everstep.engine.manager import RolloutManager
+from everstep.engine.manifest import Version
 from everstep.engine.messages import (
     Add,
     FromCore,
@@ -75,7 +76,7 @@ class TimedCore:
         self._is_full = False
         self._returned_s: float | None = None
 
-    async def start(self) -> Ready:
+    async def start(self, _: Version | None = None, /) -> Ready:
         return Ready(
             core_id="timed",
             vocab_size=VOCAB_SIZE,

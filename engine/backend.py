@@ -3,14 +3,17 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+from .manifest import Version
 from .messages import FromCore, Ready, ToCore
 
 
 class Backend(Protocol):
     """Carries messages to one core and back, in order. Used from one asyncio loop."""
 
-    async def start(self) -> Ready:
+    async def start(self, weights: Version | None = None, /) -> Ready:
         """Start the core and wait until it takes work.
+
+        weights  those that it is to serve; None: the model that the backend was made with
 
         Calls `on_loading` (given to the constructor) for each `Loading`.
         Raises CheckpointError, ConfigError or EngineDied with the core's own message.

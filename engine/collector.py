@@ -8,12 +8,15 @@ import asyncio
 import contextlib
 import traceback
 from collections.abc import Iterable, Sequence
+from typing import get_args
+
+import msgspec
 
 from . import log
 from .backend import Backend
 from .budgets import Budgets
 from .config import RestartConfig
-from .errors import EngineUnavailable, EverstepError
+from .errors import CheckpointError, EngineUnavailable, EverstepError
 from .growth import Growth, News
 from .holdings import Holdings
 from .journal_ops import Origin
@@ -22,14 +25,19 @@ from .messages import (
     Add,
     Cancel,
     Died,
+    Flipped,
     FromCore,
+    KVChanged,
     Meter,
     Metered,
     Pause,
     Ready,
+    Refused,
     Rejected,
     Resume,
     RolloutTokens,
+    Staged,
+    Staging,
     StateChanged,
     Stats,
     ToCore,
@@ -38,8 +46,9 @@ from .messages import (
 )
 from .metrics import Registry
 from .restart import restart
-from .rollout import FinishReason, Rollout, RolloutState
+from .rollout import FinishReason, KVState, Rollout, RolloutState
 from .tokenizer import Tokenizer
+from .versions import Versions
 
 
 class Collector:
@@ -53,6 +62,7 @@ class Collector:
         *,
         keeper: Keeper | None,
         budgets: Budgets,
+        versions: Versions,
         restarts: RestartConfig,
         metrics: Registry,
     ) -> None:
@@ -60,19 +70,32 @@ class Collector:
         """The core's latest."""
         self.failure: str | None = None
         """Why no core will be started any more."""
+        self.missing: str | None = None
+        """Why the core does not have the weights that it should."""
         self._backend = backend
         self._holdings = holdings
         self._tokenizer = tokenizer
         self._keeper = keeper
         self._budgets = budgets
         budgets.send = self._meter
+        self._versions = versions
+        versions.tell = self._tell_of_weights
+        versions.on_change = self._on_weights
         self._restarts = restarts
         self._info: Ready | None = None
         self._last_info: Ready | None = None
-        self._origin = Origin(0, "", "", "")
+        self._origins: dict[str, Origin] = {"computed": Origin(0, "", "", "")}
+        """Of a step's tokens, by what they were drawn over; the same objects until that changes."""
         self._is_closing = False
         self._task: asyncio.Task[None] | None = None
         self._num_restarts = metrics.counter("everstep:core_restarts_total", "cores started again")
+        self._foreign: set[str] = set()
+        """Rollouts that draw over KV of other weights than those that draw."""
+        self._num_foreign_tokens = metrics.counter(
+            "everstep:foreign_version_kv_tokens_total",
+            "tokens drawn over KV that other weights had written",
+            ["kv"],
+        )
 
     @property
     def info(self) -> Ready:
@@ -90,8 +113,21 @@ class Collector:
 
     async def start(self) -> Ready:
         """Start the backend. `collect` when everything that is live is held."""
-        self._info = self._last_info = await self._backend.start()
+        self._info = self._last_info = await self._start_core()
         return self._info
+
+    async def _start_core(self) -> Ready:
+        """With the weights that serve; where those cannot be had, with the model that the server
+        was started with, and all rollouts wait for weights."""
+        self.missing = None
+        version = self._versions.to_start_with
+        if version is None:
+            return await self._backend.start()
+        try:
+            return await self._backend.start(version)
+        except CheckpointError as error:
+            self.missing = str(error)
+        return await self._backend.start()
 
     def collect(self) -> None:
         """Tell the core of all that is live, and listen to it."""
@@ -141,15 +177,41 @@ class Collector:
             self.tell(Cancel([growth.rollout.id for growth in growths]))
 
     def hold(self) -> None:
-        """Have durable rollouts stand still while nothing of them can be journaled, else go on."""
-        durable = [growth for growth in self._holdings.live() if growth.rollout.is_durable]
-        if not durable or self._info is None:
+        """Have rollouts stand still that may not go on now, and the others go on."""
+        if self._info is None:
             return
-        if self._keeper is not None and self._keeper.is_held:
-            self.tell(Pause([growth.rollout.id for growth in durable]))
-        else:
-            ids = [g.rollout.id for g in durable if g.rollout.id not in self._holdings.paused]
-            self.tell(Resume(ids))
+        live = self._holdings.live()
+        held = [growth.rollout.id for growth in live if self._is_held(growth)]
+        others = {growth.rollout.id for growth in live} - self._holdings.paused - {*held}
+        if held:
+            self.tell(Pause(held))
+        if others:
+            self.tell(Resume([g.rollout.id for g in live if g.rollout.id in others]))
+
+    @property
+    def is_holding(self) -> bool:
+        """Whether some may not go on now."""
+        is_stalled = self._keeper is not None and self._keeper.is_held
+        return is_stalled or self._versions.waiting_for is not None
+
+    def _is_held(self, growth: Growth) -> bool:
+        """Nothing of a durable one can be journaled now; or its weights are missing."""
+        if self._versions.waiting_for is not None:
+            return True
+        return growth.rollout.is_durable and self._keeper is not None and self._keeper.is_held
+
+    def _tell_of_weights(self, message: ToCore) -> None:
+        _ = self.info  # raises while there is no core
+        self.tell(message)
+
+    def _on_weights(self) -> None:
+        """Another version serves; those that waited for it go on."""
+        current, info = self._versions.current, self._info
+        if current is not None and info is not None:
+            self._info = self._last_info = msgspec.structs.replace(
+                info, version=current.number, digest=current.digest, path=current.folder
+            )
+        self.hold()
 
     def _meter(self, meter: Meter) -> bool:
         """Limit a pool, if there is a core to be told."""
@@ -172,7 +234,6 @@ class Collector:
     def _add(self, growth: Growth) -> Add:
         rollout = growth.rollout
         stop_ids = self.stop_ids(rollout)
-        is_held = rollout.is_durable and self._keeper is not None and self._keeper.is_held
         return Add(
             rollout_id=rollout.id,
             prompt_ids=rollout.prompt_ids,
@@ -185,7 +246,7 @@ class Collector:
             priority=rollout.priority,
             client=rollout.client,
             pool=rollout.pool,
-            start_paused=is_held or rollout.id in self._holdings.paused,
+            start_paused=self._is_held(growth) or rollout.id in self._holdings.paused,
         )
 
     # --- from the core -------------------------------------------------------------------
@@ -230,16 +291,20 @@ class Collector:
                     self.end(growth, RolloutState.FAILED, reason)
             case Stats():
                 self.stats = message
+            case KVChanged():
+                self._take_kv(message)
+            case Staging() | Staged() | Refused() | Flipped():
+                self._versions.take(message)
             case _:
                 log.event("core.unexpected_message", level="warning", kind=type(message).__name__)
 
     def _take_tokens(self, message: Tokens) -> None:
         """The outcome of a step. What goes to the journal goes in one piece."""
-        info, origin = self.info, self._origin_of(message)
-        durable: list[tuple[Growth, News]] = []
+        info, origins = self.info, self._origins_of(message)
+        durable: dict[str, list[tuple[Growth, News]]] = {}
 
         def take(growth: Growth, tokens: RolloutTokens) -> None:
-            news = growth.prepare(tokens, origin, info)
+            news = growth.prepare(tokens, origins[growth.kv], info)
             if news is None:
                 return
             if growth.rollout.pool:
@@ -250,7 +315,7 @@ class Collector:
                     # a stop string, of which the core knows nothing
                     self.tell(Cancel([growth.rollout.id]))
             elif growth.rollout.is_durable:
-                durable.append((growth, news))
+                durable.setdefault(growth.kv, []).append((growth, news))
             else:
                 self._show(growth)
 
@@ -261,12 +326,17 @@ class Collector:
                 take(growth, tokens)
         for row in message.plain.rows() if message.plain is not None else ():
             growth = self._holdings.get(row[0])
-            if growth is not None and growth.is_open and not growth.take_plain(row, origin):
+            if growth is None or not growth.is_open:
+                continue
+            if not growth.take_plain(row, origins[growth.kv]):
                 take(growth, tokens_of(row))
-        if durable and self._keeper is not None:
-            self._keeper.append(origin, durable, self._show)
+        if self._keeper is not None:
+            for kv, fresh in durable.items():
+                self._keeper.append(origins[kv], fresh, self._show)
         if message.drawn:
             self._budgets.note_drawn(message.drawn)
+        if self._foreign:
+            self._count_foreign(message)
 
     def _show(self, growth: Growth) -> None:
         is_first = not growth.rollout.output_ids
@@ -290,16 +360,30 @@ class Collector:
         failed = reason.type == "error"
         self.end(growth, RolloutState.FAILED if failed else RolloutState.FINISHED, reason)
 
-    def _origin_of(self, message: Tokens) -> Origin:
-        """Of a step's tokens; the same object as long as nothing changes."""
-        origin, info = self._origin, self.info
+    def _origins_of(self, message: Tokens) -> dict[str, Origin]:
+        origin, info = self._origins["computed"], self.info
         if (origin.version, origin.digest, origin.core) != (
             message.version,
             message.digest,
             info.core_id,
         ):
-            self._origin = Origin(message.version, message.digest, info.numerics, info.core_id)
-        return self._origin
+            self._origins = {
+                kv: Origin(message.version, message.digest, info.numerics, info.core_id, kv)
+                for kv in get_args(KVState)
+            }
+        return self._origins
+
+    def _take_kv(self, message: KVChanged) -> None:
+        for rollout_id, kv in message.moves:
+            for growth in self._holdings.live([rollout_id]):
+                growth.kv = kv
+        self._foreign = {g.rollout.id for g in self._holdings.live() if g.kv != "computed"}
+
+    def _count_foreign(self, message: Tokens) -> None:
+        for tokens in message.each():
+            growth = self._holdings.get(tokens.rollout_id)
+            if tokens.ids and growth is not None and growth.kv != "computed":
+                self._num_foreign_tokens.add(len(tokens.ids), growth.kv)
 
     # --- a core that dies ----------------------------------------------------------------
 
@@ -309,12 +393,14 @@ class Collector:
             return False
         self._info = None
         self._budgets.lose_core()
+        self._versions.note_death()
         try:
-            info = await restart(self._backend, died, deaths, self._restarts)
+            info = await restart(self._start_core, died, deaths, self._restarts)
         except EverstepError as error:
             self.give_up(str(error))
             return False
         self._info = self._last_info = info
+        self._versions.note_start(info, self.missing)
         self._num_restarts.add()
         log.event("core.restarted", rollouts=len(self._holdings.live()))
         self._resubmit()
@@ -322,7 +408,9 @@ class Collector:
 
     def _resubmit(self) -> None:
         growths = self._holdings.live()
+        self._foreign = set()
         for growth in growths:
+            growth.kv = "computed"
             is_paused = growth.rollout.id in self._holdings.paused
             growth.move(RolloutState.PAUSED if is_paused else RolloutState.QUEUED)
         messages: list[ToCore] = [*self._budgets.meters(), *map(self._add, growths)]

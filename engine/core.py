@@ -12,13 +12,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
 from . import log
 from .config import EngineConfig, ResolvedKV
-from .errors import ConfigError, EverstepError
+from .errors import CheckpointError, ConfigError, EverstepError
+from .manifest import Version
 from .messages import (
     Add,
     Cancel,
@@ -98,7 +99,10 @@ class Core:
 
     def _swap_weights(self, message: Stage | Flip | Unstage) -> list[FromCore]:
         if self._swap is None:
-            return [Refused(message.version, "this core cannot change its weights")]
+            if isinstance(message, Unstage):
+                return []
+            what: Literal["stage", "flip"] = "flip" if isinstance(message, Flip) else "stage"
+            return [Refused(message.version, "this core cannot change its weights", what=what)]
         match message:
             case Stage():
                 return self._swap.stage(message)
@@ -161,8 +165,14 @@ class Core:
         return is_idle
 
 
-def build(config: EngineConfig, on_loading: Callable[[Loading], None]) -> tuple[Core, Ready]:
+def build(
+    config: EngineConfig,
+    on_loading: Callable[[Loading], None],
+    version: Version | None = None,
+) -> tuple[Core, Ready]:
     """Load the model and make a core of it.
+
+    version  the weights to load; None: those of `config.model.path`, as version 0
 
     Raises CheckpointError, ConfigError: one line each, before anything is served.
     """
@@ -179,11 +189,17 @@ def build(config: EngineConfig, on_loading: Callable[[Loading], None]) -> tuple[
     def progress(stage: str, done: int, total: int) -> None:
         on_loading(Loading(stage, done, total))
 
-    checkpoint = Checkpoint.open(resolve(config.model.path, progress))
+    path = config.model.path if version is None else version.folder
+    checkpoint = Checkpoint.open(resolve(path, progress))
     ring = checkpoint.config
     dtype = compute_dtype(ring, config.model)
     kv = resolve_kv(config, ring, dtype.itemsize)
-    weights = load_weights(checkpoint, config.model, on_progress=progress)
+    number = 0 if version is None else version.number
+    weights = load_weights(checkpoint, config.model, version=number, on_progress=progress)
+    if version is not None and weights.digest != version.digest:
+        raise CheckpointError(
+            f"{path} holds {weights.digest[:12]}, not {version.words}: its files were changed"
+        )
     runner = ModelRunner(weights, kv, config.model)
     progress("warm-up", 0, 1)
     runner.warm_up()
@@ -272,7 +288,8 @@ def _free_bytes() -> int:
 def main() -> None:
     """Entry of the core's process: one JSON line on standard input says what to run.
 
-    {"endpoint": zmq address to connect to, "config": EngineConfig, "json_log": bool}
+    {"endpoint": zmq address to connect to, "config": EngineConfig, "weights": Version or null,
+     "json_log": bool}
     Standard input stays open as long as the front lives; its end ends the core.
     """
     import zmq
@@ -297,7 +314,8 @@ def main() -> None:
         return found
 
     try:
-        core, ready = build(config, lambda loading: send([loading]))
+        weights = msgspec.convert(job["weights"], Version | None)
+        core, ready = build(config, lambda loading: send([loading]), weights)
         # weights and code live as long as the process: the collector need not walk them each time
         gc.collect()
         gc.freeze()

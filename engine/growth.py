@@ -18,7 +18,7 @@ from .detokenizer import Detokenizer
 from .errors import InvalidTrajectory
 from .journal_ops import Extra, Grown, Origin, grow
 from .messages import PlainToken, Ready, RolloutTokens
-from .rollout import FinishReason, Rollout, RolloutState
+from .rollout import FinishReason, KVState, Rollout, RolloutState
 from .tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -56,6 +56,7 @@ class Growth:
         "_origin",
         "_tokenizer",
         "is_open",
+        "kv",
         "news",
         "num_readers",
         "rollout",
@@ -66,6 +67,8 @@ class Growth:
         self.news = asyncio.Event()
         self.is_open = not rollout.state.is_ended
         self.num_readers = 0
+        self.kv: KVState = "computed"
+        """What the core that has it draws its tokens over."""
         self._tokenizer = tokenizer
         self._detokenizer = detokenizer_of(rollout, tokenizer)
         self._ahead: deque[News] = deque()

@@ -30,7 +30,8 @@ from .intake import Accepted, Submission
 from .journal_ops import Budget, Query, RequestKey
 from .journal_thread import JournalThread
 from .keeping import Ids, Keeper, Page, ids_of
-from .messages import Pause, Ready, Resume, Stats
+from .manifest import Version
+from .messages import Flipped, KVPolicy, Pause, Ready, Resume, Staged, Stats
 from .metrics import Counter, Gauge, Histogram, Registry
 from .readers import Delta, deltas, until
 from .recovery import bring_back
@@ -38,6 +39,7 @@ from .rollout import Rollout, RolloutState
 from .tokenizer import Tokenizer
 from .trajectory import Trajectory
 from .transfer import export_of, forks_of, imported
+from .versions import Versions
 
 __all__ = ["Delta", "RolloutManager"]
 
@@ -52,6 +54,8 @@ class RolloutManager:
 
     journal        what makes rollouts durable (`accept` …); it is closed with the manager
     retain_keys_s  how long an Idempotency-Key is remembered, as the journal does
+    model_path     the folder that the backend was made with: a journal that was begun with another
+                   does not bring its weights back
     allow_other_weights  whether journaled rollouts go on under weights that they were not begun with
     """
 
@@ -66,6 +70,7 @@ class RolloutManager:
         journal: JournalThread | None = None,
         retain_keys_s: float = 86400.0,
         allow_other_weights: bool = False,
+        model_path: str = "",
         metrics: Registry | None = None,
     ) -> None:
         self.metrics = metrics or Registry()
@@ -79,6 +84,7 @@ class RolloutManager:
         self._is_recovered = False
         self._is_draining = False
         self._holdings = Holdings(self.metrics)
+        self._versions = Versions(base=model_path, metrics=self.metrics)
         self._keeper: Keeper | None = None
         if journal is not None:
             self._keeper = Keeper(journal, self._holdings, retain_keys_s=retain_keys_s)
@@ -90,11 +96,13 @@ class RolloutManager:
             tokenizer,
             keeper=self._keeper,
             budgets=self._budgets,
+            versions=self._versions,
             restarts=restarts,
             metrics=self.metrics,
         )
         if self._keeper is not None:
             self._keeper.on_change = self._on_journal
+            self._versions.journal = self._keeper.journal.commit
 
     @property
     def info(self) -> Ready:
@@ -137,18 +145,21 @@ class RolloutManager:
 
         Raises what the backend raises; JournalError; ConfigError for a journal of other weights.
         """
-        await self._core.start()
+        recovered = None
         if self._keeper is not None:
             recovered = await self._keeper.recover()
             self._budgets.restore(recovered.budgets)
-            self.num_recovered = await bring_back(
+            self._versions.restore(recovered.flips)
+        info = await self._core.start()
+        if recovered is not None:
+            self.num_recovered = bring_back(
                 recovered,
-                self._keeper,
                 self._core,
                 self._holdings,
                 self._tokenizer,
                 allow_other_weights=self._allow_other_weights,
             )
+        self._versions.note_start(info, self._core.missing)
         self._is_recovered = True
         self._core.collect()
 
@@ -412,7 +423,7 @@ class RolloutManager:
             await self._keeper.resume(growths, is_all=is_all)
         self._holdings.resume(growths, is_all=is_all)
         self._core.tell(Resume(None if is_all else names))
-        if self._keeper is not None and self._keeper.is_held:
+        if self._core.is_holding:
             self._core.hold()
         return names
 
@@ -476,6 +487,65 @@ class RolloutManager:
         """Those of the journal among them; raises EngineUnavailable before."""
         self._kept  # noqa: B018
         return self._budgets
+
+    # --- weights -----------------------------------------------------------------------
+
+    @property
+    def version(self) -> Version:
+        """That which serves, or which rollouts wait for. Raises EngineUnavailable before."""
+        current = self._versions.current
+        if current is None:
+            raise EngineUnavailable(self._core.failure or "the engine is loading")
+        return current
+
+    @property
+    def versions(self) -> Versions:
+        """All that is known of weights: what served, what is staged and how far it is."""
+        return self._versions
+
+    async def stage(self, path: str) -> Staged:
+        """Load a version's folder beside what serves, and check it; returns once it can be flipped
+        to. Another one that is staged, or being staged, is given up.
+
+        Raises WeightsRefused, naming the tensor or the first layer that differs; CheckpointError;
+        StaleVersion where its number or lineage is not to come; EngineUnavailable. Whatever is
+        raised, what serves goes on serving.
+        """
+        return await self._weights.stage(path)
+
+    async def flip(self, version: int, kv: KVPolicy = "keep") -> Flipped:
+        """Serve the staged version from the next step on; returns once that is journaled.
+
+        kv  what becomes of the KV of live rollouts (`messages.Flip`)
+
+        No rollout ends by it. Raises IllegalState unless that version is staged; EngineUnavailable.
+        """
+        return await self._weights.flip(version, kv)
+
+    async def update_weights(self, path: str, kv: KVPolicy = "keep") -> tuple[Staged, Flipped]:
+        """`stage`, then `flip`."""
+        staged = await self.stage(path)
+        return staged, await self.flip(staged.version, kv)
+
+    async def unstage(self) -> None:
+        """Give up what is staged or being staged, if anything is."""
+        await self._weights.unstage()
+
+    async def rollback(
+        self, version: int, *, path: str | None = None, kv: KVPolicy = "keep"
+    ) -> Flipped:
+        """Serve a version again by its name; a new lineage begins (`self.version.lineage`), and
+        versions of the old one are refused from then on.
+
+        path  its folder, where it never served here or its files are elsewhere now
+        """
+        return await self._weights.roll_back(version, path, kv)
+
+    @property
+    def _weights(self) -> Versions:
+        """Raises EngineUnavailable while no core could be told."""
+        _ = self._core.info
+        return self._versions
 
     async def _named(self, ids: Sequence[str] | None, group: str | None) -> Growths:
         """The live ones that are meant; raises UnknownRollout where one was never here."""

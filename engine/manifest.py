@@ -81,6 +81,29 @@ class Manifest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     delta: None = None
 
 
+class Version(Struct, frozen=True, kw_only=True):
+    """Weights that serve, served or are to serve.
+
+    number   grows within a lineage
+    digest   of all tensors; a number may come again after a rollback, a digest means one thing
+    folder   where they can be read (again)
+    parent   digest of those that they were trained on from; "": unknown
+    lineage  run of numbers that it belongs to; "" until the first rollback, unless the trainer
+             names one
+    """
+
+    number: int
+    digest: str
+    folder: str = ""
+    parent: str = ""
+    lineage: str = ""
+
+    @property
+    def words(self) -> str:
+        """For messages: number and the digest's beginning."""
+        return f"version {self.number} ({self.digest[:12]})"
+
+
 class _Format(Struct):
     format: int
 

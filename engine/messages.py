@@ -345,6 +345,7 @@ class Refused(Struct, tag="refused"):
     message: str
     tensor: str | None = None
     layer: int | None = None
+    what: Literal["stage", "flip"] = "stage"
 
 
 class Flipped(Struct, tag="flipped", kw_only=True):

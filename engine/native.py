@@ -23,6 +23,7 @@ import zmq.asyncio
 from . import errors
 from .config import PATIENCE, EngineConfig
 from .errors import EngineDied, EverstepError
+from .manifest import Version
 from .messages import (
     Died,
     FromCore,
@@ -71,7 +72,7 @@ class ProcessBackend:
         """Process id of the core, None before start."""
         return self._process.pid if self._process else None
 
-    async def start(self) -> Ready:
+    async def start(self, weights: Version | None = None, /) -> Ready:
         await self.close()
         # a private folder: nobody else may speak to the core
         self._folder = tempfile.TemporaryDirectory(prefix="everstep-")
@@ -84,6 +85,7 @@ class ProcessBackend:
         job = {
             "endpoint": endpoint,
             "config": msgspec.to_builtins(self._config),
+            "weights": msgspec.to_builtins(weights),
             "json_log": self._json_log,
         }
         with contextlib.suppress(BrokenPipeError):
@@ -187,7 +189,7 @@ class ThreadBackend:
         self._from_core: asyncio.Queue[list[FromCore]] = asyncio.Queue()
         self._thread: threading.Thread | None = None
 
-    async def start(self) -> Ready:
+    async def start(self, weights: Version | None = None, /) -> Ready:
         await self.close()
         loop = asyncio.get_running_loop()
         self._to_core = queue.SimpleQueue()
@@ -201,7 +203,7 @@ class ThreadBackend:
         if "torch" not in sys.modules:
             os.environ.update(PATIENCE | dict(os.environ))
         self._thread = threading.Thread(
-            target=_run_on_thread, args=(self._config, self._to_core, send), daemon=True
+            target=_run_on_thread, args=(self._config, weights, self._to_core, send), daemon=True
         )
         self._thread.start()
         while True:
@@ -232,6 +234,7 @@ class ThreadBackend:
 
 def _run_on_thread(
     config: EngineConfig,
+    weights: Version | None,
     to_core: "queue.SimpleQueue[ToCore]",
     send: Callable[[list[FromCore]], None],
 ) -> None:
@@ -247,7 +250,7 @@ def _run_on_thread(
             return found
 
     try:
-        core, ready = build(config, lambda loading: send([loading]))
+        core, ready = build(config, lambda loading: send([loading]), weights)
         send([ready])
         core.loop(receive, send)
         send([Died("the engine was closed")])

@@ -5,17 +5,15 @@ from .collector import Collector
 from .errors import ConfigError, EverstepError
 from .growth import Growth
 from .holdings import Holdings
-from .journal_ops import Flip, Recovered
-from .keeping import Keeper
+from .journal_ops import Recovered
 from .messages import Ready
 from .rollout import FinishReason, RolloutState
 from .tokenizer import Tokenizer
 from .transfer import check_here
 
 
-async def bring_back(
+def bring_back(
     recovered: Recovered,
-    keeper: Keeper,
     core: Collector,
     holdings: Holdings,
     tokenizer: Tokenizer | None,
@@ -29,9 +27,8 @@ async def bring_back(
     the live rollouts were accepted under (unless that is allowed).
     """
     info = core.info
-    _check_weights(recovered, info, allow_other_weights=allow_other_weights)
-    if recovered.flip != (info.version, info.digest):
-        await keeper.commit(Flip(info.version, info.digest))
+    if core.missing is None:
+        _check_weights(recovered, info, allow_other_weights=allow_other_weights)
     num_live = 0
     for rollout in recovered.live:
         growth = Growth(rollout, tokenizer)

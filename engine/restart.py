@@ -1,16 +1,18 @@
 """A core that dies is started again, with growing delays, until that is given up."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from itertools import count
 
 from . import log
-from .backend import Backend
 from .config import RestartConfig
 from .errors import EngineDied, EngineUnavailable, EverstepError
 from .messages import Died, Ready
 
 
-async def restart(backend: Backend, died: Died, deaths: int, config: RestartConfig) -> Ready:
+async def restart(
+    start: Callable[[], Awaitable[Ready]], died: Died, deaths: int, config: RestartConfig
+) -> Ready:
     """Start it until it runs.
 
     deaths  in a row, without a token in between
@@ -27,7 +29,7 @@ async def restart(backend: Backend, died: Died, deaths: int, config: RestartConf
         delay_s = config.first_delay_s * 4 ** min(attempt - 1, 30)
         await asyncio.sleep(min(delay_s, config.max_delay_s))
         try:
-            return await backend.start()
+            return await start()
         except EngineUnavailable as error:
             reason = str(error)
         except EverstepError as error:

@@ -94,13 +94,14 @@ class Swap:
     def flip(self, order: Flip) -> list[FromCore]:
         """Between two steps; `Flipped` comes with the first step under the new weights."""
         if self._staged is None or self._staged[0].version != order.version:
-            return [Refused(order.version, f"version {order.version} is not staged here")]
+            return [_not_flipped(order, f"version {order.version} is not staged here")]
         _, prepared = self._staged
         if prepared.digest != order.digest:
+            staged = prepared.digest[:12]
             return [
-                Refused(
-                    order.version,
-                    f"version {order.version} is staged with the digest {prepared.digest[:12]}, "
+                _not_flipped(
+                    order,
+                    f"version {order.version} is staged with the digest {staged}, "
                     f"not {order.digest[:12]}",
                 )
             ]
@@ -232,6 +233,10 @@ class _Work:
             slices=self._slices,
             longest_slice_s=self._longest_s,
         )
+
+
+def _not_flipped(order: Flip, reason: str) -> Refused:
+    return Refused(order.version, reason, what="flip")
 
 
 def _refusal(order: Stage, error: Exception) -> Refused:

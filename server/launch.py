@@ -91,6 +91,7 @@ def serve(
             journal=journal,
             retain_keys_s=config.journal.retain_keys_s,
             allow_other_weights=config.journal.other_weights == "continue",
+            model_path=str(folder),
             metrics=metrics,
         )
         kept = files_folder(config.journal, config.http.port)

@@ -7,11 +7,19 @@ the first row that reads it, not by a wrong token much later.
 
 import hashlib
 from collections.abc import Generator, Sequence
+from pathlib import Path
 
 from msgspec import Struct
 
 from everstep.engine.config import ResolvedKV
 from everstep.engine.errors import WeightsRefused
+from everstep.engine.manifest import (
+    Manifest,
+    TensorRecord,
+    combine_digests,
+    read_manifest,
+    write_manifest,
+)
 from everstep.engine.messages import (
     Add,
     FromCore,
@@ -275,8 +283,26 @@ class FakeWeights(Struct):
     digest: str
 
 
+def make_version(
+    folder: Path, number: int, *, lineage: str = "", parent: str | None = None, content: str = ""
+) -> Path:
+    """A folder with a manifest and no weights. content: what its digest depends on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256(f"{number} {content}".encode()).hexdigest()
+    manifest = Manifest(
+        version=number,
+        digest=combine_digests({"w": digest}),
+        parent=parent,
+        lineage=lineage,
+        tensors={"w": TensorRecord("F32", (1,), digest)},
+    )
+    write_manifest(folder, manifest)
+    return folder
+
+
 class FakeStager:
-    """Stages whatever a path says, `DIGEST`, or `DIGEST!TENSOR`: refused, naming that tensor."""
+    """Stages what a path says: a folder of `make_version`, a digest, or `DIGEST!TENSOR`, which is
+    refused and names that tensor. A folder that holds a file `refuse` is refused too."""
 
     def __init__(self, runner: FakeRunner, *, num_pieces: int = 3) -> None:
         self.runner = runner
@@ -284,6 +310,10 @@ class FakeStager:
 
     def stage(self, order: Stage) -> Generator[Part, None, tuple[FakeWeights, StageReport]]:
         digest, _, tensor = order.path.partition("!")
+        manifest = read_manifest(Path(order.path))
+        if manifest is not None:
+            digest = manifest.digest
+            tensor = "w" if Path(order.path, "refuse").exists() else ""
         for done in range(self.num_pieces):
             yield "read", done, self.num_pieces
         if tensor:

@@ -79,6 +79,7 @@ BOOKS = {
     "swap",
     "tokenizer",
     "transfer",
+    "versions",
 }
 # a core's loop runs over a FakeRunner too: it reaches the machine only inside `build`
 LOOP = {"core", "determinism", "reference", "verify"}

@@ -23,6 +23,7 @@ from everstep.engine.errors import EverstepError, JournalFull
 from everstep.engine.journal_memory import MemoryJournal
 from everstep.engine.journal_ops import NEW, Accept, Append, CloseBudget, End, Op, OpenBudget
 from everstep.engine.manager import RolloutManager
+from everstep.engine.manifest import Version
 from everstep.engine.messages import Died, FromCore, Ready, ToCore
 from everstep.engine.rollout import FinishReason, Rollout
 from everstep.engine.scheduler import Scheduler
@@ -261,7 +262,7 @@ class HandBackend:
         self._inbox: asyncio.Queue[list[FromCore]] = asyncio.Queue()
         self._unheard: list[list[FromCore]] = []
 
-    async def start(self) -> Ready:
+    async def start(self, _: Version | None = None, /) -> Ready:
         self.starts += 1
         self._unheard = []
         self._inbox = asyncio.Queue()

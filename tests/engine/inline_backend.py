@@ -2,13 +2,15 @@
 
 import asyncio
 from collections.abc import Sequence
+from pathlib import Path
 
 from everstep.engine.config import BatchConfig, ResolvedKV
 from everstep.engine.core import Core
-from everstep.engine.errors import EngineDied
+from everstep.engine.errors import CheckpointError, EngineDied
+from everstep.engine.manifest import Version
 from everstep.engine.messages import Died, FromCore, Ready, ToCore, Tokens
 from everstep.engine.scheduler import Scheduler
-from tests.fakes import FakeRunner
+from tests.fakes import FakeRunner, FakeStager
 
 KV = ResolvedKV(
     block_size=4, num_blocks=200, max_model_len=64, prefix_caching=True, num_parking_blocks=8
@@ -31,14 +33,18 @@ class InlineBackend:
         self.is_held = False
         self.steps_left: int | None = None
 
-    async def start(self) -> Ready:
+    async def start(self, weights: Version | None = None, /) -> Ready:
         self.starts += 1
         if self.start_failures:
             self.start_failures -= 1
             raise EngineDied("no core today")
+        if weights is not None and not Path(weights.folder).is_dir():
+            raise CheckpointError(f"no model at {weights.folder}")
+        number, digest = (1, "v1") if weights is None else (weights.number, weights.digest)
         scheduler = Scheduler(KV, BatchConfig(max_num_seqs=8, max_num_batched_tokens=16))
-        scheduler.set_version("v1")
-        self.core = Core(scheduler, FakeRunner(KV, vocab_size=self.vocab_size))
+        scheduler.set_version(digest)
+        runner = FakeRunner(KV, vocab_size=self.vocab_size, version=number, digest=digest)
+        self.core = Core(scheduler, runner, FakeStager(runner), stage_share=1.0)
         self._queue, self._dead = [], None
         return Ready(
             core_id=f"core-{self.starts}",
@@ -47,8 +53,9 @@ class InlineBackend:
             num_blocks=KV.num_blocks,
             block_size=KV.block_size,
             max_num_seqs=8,
-            version=1,
-            digest="v1",
+            version=number,
+            digest=digest,
+            path="base" if weights is None else weights.folder,
             numerics="fake",
             eos_ids=[],
             num_moe_layers=1,

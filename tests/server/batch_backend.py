@@ -8,6 +8,7 @@ import asyncio
 import hashlib
 from collections.abc import Sequence
 
+from everstep.engine.manifest import Version
 from everstep.engine.messages import (
     Add,
     Cancel,
@@ -43,7 +44,7 @@ class FakeBackend:
         self._live: dict[str, Add] = {}
         self._has_work = asyncio.Event()
 
-    async def start(self) -> Ready:
+    async def start(self, _: Version | None = None, /) -> Ready:
         self._live.clear()
         return Ready(
             core_id="fake",

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
+from everstep.engine.manifest import Version
 from everstep.engine.messages import (
     Add,
     Cancel,
@@ -77,7 +78,7 @@ class FakeBackend:
         self._live: dict[str, tuple[Add, int]] = {}
         self._news = asyncio.Event()
 
-    async def start(self) -> Ready:
+    async def start(self, _: Version | None = None, /) -> Ready:
         return self.ready
 
     def send(self, messages: Sequence[ToCore]) -> None:
