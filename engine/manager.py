@@ -330,7 +330,7 @@ class RolloutManager:
             raise UnknownRollout(f"no rollout has the id {rollout_id!r}")
         return growth.rollout
 
-    def waits_for(self, rollout: Rollout) -> Literal["resume", "budget", "disk"] | None:
+    def waits_for(self, rollout: Rollout) -> Literal["resume", "budget", "disk", "weights"] | None:
         """What a paused one stands still for."""
         if rollout.state is not RolloutState.PAUSED:
             return None
@@ -338,6 +338,8 @@ class RolloutManager:
             return "resume"
         if rollout.is_durable and self.journal_trouble is not None:
             return "disk"
+        if self._versions.waiting_for is not None:
+            return "weights"
         return "budget" if self._budgets.is_metered(rollout.pool) else "resume"
 
     async def find(self, rollout_id: str) -> Rollout:

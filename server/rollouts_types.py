@@ -148,9 +148,9 @@ class RolloutAnswer(Struct, kw_only=True):
     """Which sample of its group."""
     pool: str = ""
     state: RolloutState
-    waits_for: Literal["resume", "budget", "disk"] | None = None
+    waits_for: Literal["resume", "budget", "disk", "weights"] | None = None
     """What one that is paused stands still for: the user, a budget of its pool, room for the
-    journal."""
+    journal, the weights that it goes on with."""
     finish_reason: FinishReason | None = None
     prompt_ids: list[int]
     output_ids: list[int] = []

@@ -88,7 +88,12 @@ class InlineBackend:
     def _step(self) -> list[FromCore] | None:
         assert self.core is not None
         if self.is_held or self.steps_left == 0:
-            return None
+            # no rollout grows; weights are staged all the same
+            swap = self.core._swap
+            if swap is None or not swap.is_busy:
+                return None
+            swap.nothing_to_run()
+            return swap.work()
         events = self.core.step()
         if self.steps_left is not None and any(isinstance(e, Tokens) for e in events or ()):
             self.steps_left -= 1

@@ -24,7 +24,7 @@ from everstep.engine.errors import (
 from everstep.engine.growth import Growth
 from everstep.engine.intake import Submission
 from everstep.engine.journal_memory import MemoryJournal
-from everstep.engine.journal_ops import Accept, Origin, Query, RequestKey
+from everstep.engine.journal_ops import Accept, Flip, Origin, Query, RequestKey
 from everstep.engine.journal_thread import JournalThread
 from everstep.engine.manager import RolloutManager
 from everstep.engine.messages import RolloutTokens
@@ -705,7 +705,7 @@ def test_the_journal_of_other_weights_is_not_gone_on_with_unless_told_to():
             backend.is_held = True
             rollout_id = await accepted(manager)
         before = world.store.recover()
-        world.store._state.flip = (3, "another")
+        world.store.commit([Flip(3, "another")])
         with pytest.raises(Exception, match=r"another.*--journal"):
             async with world.managed():
                 pass
