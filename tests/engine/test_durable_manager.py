@@ -314,7 +314,7 @@ def test_wait_returns_for_more_tokens_for_the_ending_and_for_the_time():
 
 def test_pause_resume_and_cancel_by_id_by_group_and_of_all():
     async def body(world):
-        async with world.managed() as (manager, _):
+        async with world.managed() as (manager, backend):
             group = await manager.accept(ask(samples=3, max_tokens=40))
             other = await accepted(manager, max_tokens=40)
             assert await manager.pause(group=group.group_id) == group.rollout_ids
@@ -331,6 +331,7 @@ def test_pause_resume_and_cancel_by_id_by_group_and_of_all():
             assert manager.get(late).output_ids == []
             assert set(await manager.resume()) == {*group.rollout_ids[1:], late}
             assert (await manager.wait(late)).state is RolloutState.FINISHED
+            backend.is_held = True
             last = await accepted(manager, max_tokens=50)
             await manager.cancel([last, other])
             ended = await manager.find(last)
