@@ -149,7 +149,7 @@ class RolloutManager:
         if self._keeper is not None:
             recovered = await self._keeper.recover()
             self._budgets.restore(recovered.budgets)
-            self._versions.restore(recovered.flips)
+            self._versions.restore(recovered.flips, recovered.flip)
         info = await self._core.start()
         if recovered is not None:
             self.num_recovered = bring_back(

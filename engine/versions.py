@@ -73,6 +73,7 @@ class Versions:
         self.waiting_for: str | None = None
         """Why all rollouts stand still, if they do: the weights that they go on with are missing."""
         self._base = base
+        self._journaled: tuple[int, str] | None = None
         self._own_folders = {"", base}
         """Of the model that the server was started with."""
         self._asked: deque[_Asked] = deque()
@@ -102,8 +103,12 @@ class Versions:
             return None
         return current
 
-    def restore(self, flips: Sequence[ops.Flip]) -> None:
-        """What a journal brings back, unless the server was started with another model."""
+    def restore(self, flips: Sequence[ops.Flip], last: tuple[int, str] | None) -> None:
+        """What a journal brings back, unless the server was started with another model.
+
+        last  number and digest of the latest, which every journal has
+        """
+        self._journaled = last
         if flips and flips[-1].folder and self._base in ("", flips[-1].base):
             self._base = flips[-1].base
             self._own_folders.add(self._base)
@@ -129,7 +134,11 @@ class Versions:
             self.waiting_for = f"waiting for the weights of {current.words}: {missing}"
             log.event("weights.missing", level="error", reason=self.waiting_for)
         elif current is None or current.digest != info.digest:
-            self._note(Version(number=info.version, digest=info.digest, folder=info.path))
+            version = Version(number=info.version, digest=info.digest, folder=info.path)
+            if self._journaled == (info.version, info.digest):
+                self.history.append(version)
+            else:
+                self._note(version)
         self._number.set(info.version)
 
     def note_death(self) -> None:

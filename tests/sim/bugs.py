@@ -47,23 +47,23 @@ def sibling_lost(patch: pytest.MonkeyPatch) -> None:
     """Recovery brings back only the first sample of a group."""
     real = manager.bring_back
 
-    async def careless(recovered, *args, **options):
+    def careless(recovered, *args, **options):
         live = [rollout for rollout in recovered.live if rollout.index == 0]
-        return await real(replace(recovered, live=live), *args, **options)
+        return real(replace(recovered, live=live), *args, **options)
 
     patch.setattr(manager, "bring_back", careless)
 
 
 def version_stamp_dropped(patch: pytest.MonkeyPatch) -> None:
     """Tokens carry the version of the first weights that a front has seen."""
-    origin_of = Collector._origin_of
+    origins_of = Collector._origins_of
 
     def first(self, message):
-        found = getattr(self, "first_origin", None) or origin_of(self, message)
-        self.first_origin = found
+        found = getattr(self, "first_origins", None) or origins_of(self, message)
+        self.first_origins = found
         return found
 
-    patch.setattr(Collector, "_origin_of", first)
+    patch.setattr(Collector, "_origins_of", first)
 
 
 def acknowledged_in_vain(patch: pytest.MonkeyPatch) -> None:
