@@ -16,6 +16,8 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterable, Sequence
 from typing import Protocol
 
+from msgspec import Struct
+
 
 class Filling(Protocol):
     """The writer of a block that is not full yet."""
@@ -23,28 +25,18 @@ class Filling(Protocol):
     num_computed_tokens: int
 
 
-class Content:
+class Content(Struct, eq=False):
     """Tokens that a block holds after those that `parent` stands for.
 
     A full block has a `key`, the hash of its whole chain. A block that is still being written has
     a `writer`: it holds as many of `ids` from `start` on as its writer has computed.
     """
 
-    __slots__ = ("ids", "key", "parent", "start", "writer")
-
-    def __init__(
-        self,
-        parent: bytes,
-        key: bytes | None,
-        ids: Sequence[int],
-        start: int = 0,
-        writer: Filling | None = None,
-    ) -> None:
-        self.parent = parent
-        self.key = key
-        self.ids = ids
-        self.start = start
-        self.writer = writer
+    parent: bytes
+    key: bytes | None
+    ids: Sequence[int]
+    start: int = 0
+    writer: Filling | None = None
 
     @property
     def num_tokens(self) -> int:
