@@ -6,7 +6,7 @@ import math
 import statistics
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from msgspec import Struct
@@ -24,7 +24,7 @@ _ALL = Query(limit=sys.maxsize)
 MOST_READ = 2000
 # fewer say nothing about what a row costs
 _LEAST_TIMED = 20
-_MOST_ERROR = 0.1
+_MOST_ERROR = 0.5
 
 
 class Span(Struct, frozen=True):
@@ -33,6 +33,17 @@ class Span(Struct, frozen=True):
     began_s: float
     ended_s: float
     num_tokens: int
+
+
+class Timing(Struct, frozen=True, kw_only=True):
+    """A step's cost as times tell it. error: of the tokens that it gives for each rollout, root
+    mean square; fewest, most: rollouts at once, in the mean over a rollout's time."""
+
+    cost: StepCost
+    error: float
+    num_rollouts: int
+    fewest: float
+    most: float
 
 
 class Reading(Struct, kw_only=True):
@@ -48,7 +59,7 @@ class Reading(Struct, kw_only=True):
     num_unfinished: int
     num_acked: int
     num_failed: int
-    num_timed: int
+    timing: Timing | None
     group: int
     pools: dict[str, int]
 
@@ -74,6 +85,8 @@ def read_trace(path: Path, pool: str | None = None) -> Reading:
         if s.num_output_tokens and (s.state is RolloutState.ABORTED or not s.state.is_ended)
     ]
     spans = [span for rollout in rollouts if (span := _span(rollout)) is not None]
+    # of those whose times are gone nobody knows whom they slowed down
+    timing = step_timing(spans) if len(rollouts) >= 0.9 * len(finished) else None
     prompts = [len(rollout.prompt_ids) for rollout in rollouts]
     by_group = _by_group(finished)
     cut_by_group = _by_group(cut)
@@ -85,19 +98,19 @@ def read_trace(path: Path, pool: str | None = None) -> Reading:
                 [s.num_output_tokens for s in cut_by_group.get(name, ())] for name in names
             ],
             prompt_tokens=round(statistics.fmean(prompts)) if prompts else 0,
-            cost=step_cost(spans) if len(rollouts) >= 0.9 * len(finished) else None,
+            cost=None if timing is None else timing.cost,
         ),
         num_finished=len(finished),
         num_unfinished=len(cut),
         num_acked=sum(s.is_acked for s in finished),
         num_failed=sum(s.state is RolloutState.FAILED for s in chosen),
-        num_timed=len(spans),
-        group=_group_size(chosen),
+        timing=timing,
+        group=_group_size(by_group.values()),
         pools=dict(pools),
     )
 
 
-def step_cost(spans: Sequence[Span]) -> StepCost | None:
+def step_timing(spans: Sequence[Span]) -> Timing | None:
     """What a step costs, from when rollouts decoded and how many did meanwhile.
 
     With n rows a step takes f + r·n, so a rollout draws ∫ dt / (f + r·n(t)) tokens: for a given
@@ -113,7 +126,15 @@ def step_cost(spans: Sequence[Span]) -> StepCost | None:
         return None
     tokens = [span.num_tokens for span in spans]
     error, ratio, fixed_s = min(_fit(spans, tokens, 10 ** (k / 20)) for k in range(-80, 41))
-    return StepCost(fixed_s=fixed_s, row_s=ratio * fixed_s) if error < _MOST_ERROR else None
+    if error > _MOST_ERROR:
+        return None
+    return Timing(
+        cost=StepCost(fixed_s=fixed_s, row_s=ratio * fixed_s),
+        error=error,
+        num_rollouts=len(spans),
+        fewest=min(means),
+        most=max(means),
+    )
 
 
 def _fit(spans: Sequence[Span], tokens: Sequence[int], ratio: float) -> tuple[float, float, float]:
@@ -170,9 +191,7 @@ def _by_group(summaries: Sequence[Summary]) -> dict[str, list[Summary]]:
     return groups
 
 
-def _group_size(summaries: Sequence[Summary]) -> int:
-    indexes: defaultdict[str, set[int]] = defaultdict(set)
-    for summary in summaries:
-        indexes[summary.group_id].add(summary.index)
-    sizes = Counter(len(found) for found in indexes.values())
+def _group_size(groups: Iterable[Sequence[Summary]]) -> int:
+    """As most prompts have: each sample ends well once, however often it was tried."""
+    sizes = Counter(map(len, groups))
     return max(sizes, key=lambda size: (sizes[size], size))

@@ -136,11 +136,17 @@ def _say_cost(reading: "Reading", *, is_given: bool) -> str:
     cost: StepCost | None = reading.trace.cost
     if cost is None:
         return (
-            "step: the journal does not say what a row costs; a step is taken to cost the same "
-            "however full it is (--step-ms F,R says otherwise)"
+            "step: the journal does not say what a rollout in it costs, and none is charged: the "
+            "speed-ups are upper bounds (--step-ms F,R says it)"
         )
-    source = "as given" if is_given else f"from the times of {reading.num_timed} rollouts"
-    return f"step: {1e3 * cost.fixed_s:.3g} ms and {1e3 * cost.row_s:.3g} ms per rollout, {source}"
+    text = f"step: {1e3 * cost.fixed_s:.3g} ms and {1e3 * cost.row_s:.3g} ms per rollout, "
+    timing = reading.timing
+    if is_given or timing is None:
+        return text + "as given"
+    return text + (
+        f"from the times of {timing.num_rollouts} rollouts, {timing.fewest:.0f} to "
+        f"{timing.most:.0f} at once (off by {100 * timing.error:.0f} %)"
+    )
 
 
 def _cells(candidate: "Candidate") -> list[str]:

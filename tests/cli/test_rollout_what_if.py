@@ -6,7 +6,7 @@ from everstep.cli import run
 from everstep.engine.journal import Journal
 from everstep.engine.journal_ops import Accept, Ack, End
 from everstep.engine.rollout import RolloutState
-from everstep.rollout_trace import Span, read_trace, step_cost
+from everstep.rollout_trace import Span, read_trace, step_timing
 from everstep.trainer_bridge.c3po_words import Sample
 from everstep.trainer_bridge.length_model import CappedLognormal
 from tests.engine.journal.drawn import ORIGINS, end, make_rollout
@@ -133,15 +133,18 @@ def test_a_step_s_cost_is_found_in_the_times():
         # the index-th ends after 50 more steps of those that are left
         now += tokens * (fixed_s + row_s * (30 - index))
         spans.append(Span(0.0, now, tokens * (index + 1)))
-    cost = step_cost(spans)
+    timing = step_timing(spans)
+    cost = timing.cost
+    assert timing.error < 0.01
+    assert timing.most == 30
     assert cost.fixed_s == pytest.approx(fixed_s, rel=0.05)
     assert cost.row_s == pytest.approx(row_s, rel=0.05)
 
 
 def test_times_that_say_nothing_give_no_cost():
     alike = [Span(0.0, 1.0, 100)] * 30
-    assert step_cost(alike) is None
-    assert step_cost([Span(float(i), i + 1.0, 100) for i in range(5)]) is None
-    # paused half of the time, each at another time
-    paused = [Span(0.0, 1.0 + i % 7, 100 + 37 * (i % 5)) for i in range(40)]
-    assert step_cost(paused) is None
+    assert step_timing(alike) is None
+    assert step_timing([Span(float(i), i + 1.0, 100) for i in range(5)]) is None
+    # most were paused for most of their time
+    paused = [Span(0.0, 1.0 + i % 7, 1 + 300 * (i % 5 == 0)) for i in range(40)]
+    assert step_timing(paused) is None
