@@ -64,8 +64,10 @@ class Point(NamedTuple):
         return self.ours.mean_length / self.lengths.mean
 
 
-def setting(*, capacity: int = SAMPLES, r: float = 1.0, fixed: float = 1.0) -> Setting:
-    cost = StepCost(fixed_s=fixed, row_s=r / capacity, prefill_token_s=0.001)
+def setting(*, capacity: int | None = None, r: float = 1.0) -> Setting:
+    """capacity: Ω; default: a batch's samples."""
+    capacity = capacity or SAMPLES
+    cost = StepCost(fixed_s=1.0, row_s=r / capacity, prefill_token_s=0.001)
     return Setting(
         batch=BATCH,
         group=GROUP,
@@ -271,7 +273,7 @@ def kills(ratio: float = RATIO) -> dict[str, list[tuple[float, float, float]]]:
 
 
 def table_kills(found: dict[str, list[tuple[float, float, float]]]) -> Table:
-    header = ["kills per 1,024 tokens"]
+    header = [f"kills per {MEDIAN:,} tokens"]
     header += [f"{policy}: trained / true length" for policy in found]
     header += [f"{policy}: sampled / trained tokens" for policy in found]
     rows = [header]
@@ -372,7 +374,9 @@ def plot(
     speed.set(xscale="log", yscale="log", title="speed-up of the rollout phase")
     speed.set(xlabel="cap / median length")
     speed.set_xticks(RATIOS, [str(ratio) for ratio in RATIOS])
-    speed.set_yticks((0.5, 1, 2, 4, 8), ("0.5", "1", "2", "4", "8"))
+    # room for the legend above the curves
+    speed.set_ylim(0.6, 60)
+    speed.set_yticks((1, 2, 4, 8), ("1", "2", "4", "8"))
     speed.minorticks_off()
     ages.plot([p.retention for p in retentions], [p.bias for p in retentions], "o-", color="C0")
     ages.plot(
@@ -381,9 +385,11 @@ def plot(
     ages.legend(["trained / true length", "purged share"], fontsize="small")
     ages.set(title=f"σ, at cap {RATIO} × median", xlabel="σ", ylim=(0, 1.1))
     for policy, points in killed_by.items():
-        bias.plot([p[0] for p in points], [p[1] for p in points], "o-", label=policy)
+        # two of them are one line
+        style = "o--" if policy == "resumed" else "o-"
+        bias.plot([p[0] for p in points], [p[1] for p in points], style, label=policy)
     bias.set(title="length bias of restarting what was killed", ylim=(0, 1.1))
-    bias.set(xlabel="kills per 1,024 tokens", ylabel="trained / true length")
+    bias.set(xlabel=f"kills per {MEDIAN:,} tokens", ylabel="trained / true length")
     bottom = [0.0] * len(waste)
     for name, colour in (("purged", "C3"), ("regenerated", "C1"), ("cancelled", "C7")):
         values = [100 * getattr(figures, name) for figures in waste.values()]

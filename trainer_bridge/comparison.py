@@ -194,4 +194,6 @@ def retention_without_purges(longest: int, *, budget: int, capacity: int) -> int
 def step_speed_up(rollout_speed_up: float, training_share: float) -> float:
     """Of a whole step, where training takes `training_share` of the slower side's step and as
     long on the faster one (Amdahl)."""
+    if not rollout_speed_up:
+        return 0.0
     return 1.0 / (training_share + (1.0 - training_share) / rollout_speed_up)

@@ -209,7 +209,7 @@ def _candidate(
         capacity=capacity,
         retention=retention,
         rollout_speed_up=speed_up,
-        step_speed_up=step_speed_up(speed_up, question.training_share) if speed_up else 0.0,
+        step_speed_up=step_speed_up(speed_up, question.training_share),
         purged=ours.purged,
         length_bias=ours.mean_length / mean,
         mean_lag=ours.mean_lag,

@@ -18,7 +18,7 @@ def drawn(ratio: float, *, groups: int = 40, size: int = 4) -> Trace:
 
 
 def test_a_heavy_tail_gains_and_what_is_recommended_is_within_the_bounds():
-    question = Question(group=4, batch=8, max_lag=8)
+    question = Question(group=4, batch=4, max_lag=8)
     answer = what_if(drawn(12), question)
     best = answer.best
     assert answer.is_fit
@@ -28,9 +28,9 @@ def test_a_heavy_tail_gains_and_what_is_recommended_is_within_the_bounds():
     assert best.purged <= 0.01
     assert best.max_lag <= 8
     assert best.length_bias == pytest.approx(1, abs=0.15)
-    assert best.budget == round(8 * 4 * answer.mean_length)
+    assert best.budget == round(4 * 4 * answer.mean_length)
     # less staleness is put up with: less is gained
-    careful = what_if(drawn(12), Question(group=4, batch=8, max_lag=2)).best
+    careful = what_if(drawn(12), Question(group=4, batch=4, max_lag=2)).best
     assert careful.max_lag <= 2
     assert careful.rollout_speed_up < best.rollout_speed_up
 
@@ -71,7 +71,7 @@ def test_a_rollout_that_was_cut_is_as_long_as_one_that_went_further():
 
 
 def test_a_large_batch_is_simulated_by_a_smaller_one():
-    answer = what_if(drawn(4), Question(group=4, batch=320, capacity=640))
+    answer = what_if(drawn(4), Question(group=4, batch=320, capacity=640, retention=3))
     assert answer.scale == 10
     assert answer.best.capacity == 640
 

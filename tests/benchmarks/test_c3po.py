@@ -1,0 +1,58 @@
+"""benchmarks/c3po.py sim, small: every table, the plot, and the figures that they must agree in."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+
+import c3po
+import c3po_sim
+
+
+@pytest.fixture
+def small(monkeypatch):
+    for name, value in {
+        "MEDIAN": 24,
+        "BATCH": 4,
+        "GROUP": 2,
+        "SAMPLES": 8,
+        "WARM_UP": 12,
+        "MEASURED": 16,
+        "KILLED": 60,
+        "RATIOS": (1, 16),
+    }.items():
+        monkeypatch.setattr(c3po_sim, name, value)
+
+
+def test_all_tables_and_the_plot_are_made(small, capsys, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(sys, "argv", ["c3po.py", "sim", "--plots", str(tmp_path)])
+    c3po.main()
+    text = capsys.readouterr().out
+    assert text.count("####") == 9
+    rows = [line for line in text.splitlines() if line.startswith("| 1 | 1.00 |")]
+    # equal lengths lose nothing, whatever σ
+    assert len(rows) == 2
+    assert all(row.split(" | ")[3:9] == ["1.00"] * 6 for row in rows)
+    assert (tmp_path / "c3po_sim.svg").stat().st_size > 10_000
+
+
+def test_a_step_gains_less_than_its_rollouts_and_by_the_same_training(small):
+    point = c3po_sim.point(16)
+    assert point.rollout("synchronous") > point.step("synchronous") > 1
+    ours = point.ours.seconds_per_token
+    synchronous = point.theirs["synchronous"].seconds_per_token
+    training = synchronous * 0.8
+    # 4/9 of a synchronous step is training: 0.8 of its rollouts
+    for which, figures in point.theirs.items():
+        expected = (figures.seconds_per_token + training) / (ours + training)
+        assert point.step(which) == pytest.approx(expected)
+
+
+def test_kills_come_as_often_as_they_say():
+    fate = c3po_sim.killed(0.5, "error")
+    after = [fate(c3po_sim.Sample(str(number), 0), 0).after for number in range(3000)]
+    assert min(after) >= 1
+    assert sum(after) / 3000 == pytest.approx(c3po_sim.MEDIAN / 0.5, rel=0.06)
