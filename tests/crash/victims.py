@@ -90,6 +90,8 @@ class Server:
             assert self._launcher.stdin is not None
             self._launcher.stdin.close()
             self._launcher.wait()
+            assert self._launcher.stdout is not None
+            self._launcher.stdout.close()
 
     def _has_exited(self) -> bool:
         if self._cold is not None:
