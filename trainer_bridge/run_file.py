@@ -129,6 +129,12 @@ class RunFile:
             sql = "SELECT key FROM records WHERE kind = ? ORDER BY key"
             return [key for (key,) in self._db.execute(sql, (kind,))]
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Give it back. Idempotent."""
         with contextlib.suppress(apsw.ConnectionClosedError):

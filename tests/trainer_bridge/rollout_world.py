@@ -6,10 +6,11 @@ are a function of the seed and the position, lengths of the seed.
 """
 
 import asyncio
+import contextlib
 import copy
 import hashlib
 import selectors
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +27,7 @@ from everstep.engine.rollout import (
 from everstep.trainer_bridge.c3po_config import C3poConfig
 from everstep.trainer_bridge.rollout_driver import Delivered, RolloutDriver
 from everstep.trainer_bridge.rollout_engine import Budget, Facts, Prompt, Seen, Work
-from everstep.trainer_bridge.run_file import RunFile
+from everstep.trainer_bridge.run_file import Changes, RunFile
 from everstep.trainer_bridge.run_state import RunState
 from everstep.trainer_bridge.run_words import Header, KeptPrompt, Position
 
@@ -102,8 +103,7 @@ class FakeBudget(Struct):
 
 
 class FakeEngine:
-    """What is durable is in `rollouts`, `budgets` and `keys`; `is_down` and `delay_s` are the
-    world's.
+    """What is durable is in `rollouts`, `budgets_` and `keys`; the rest is the world's.
 
     length_of  (seed, prompt id) → tokens
     """
@@ -122,7 +122,9 @@ class FakeEngine:
         self.patience_s = patience_s
         self.version = 0
         self.is_down = False
-        self.delay_s = 0.001
+        self.is_cut_off = False
+        """Nobody reaches it, and it goes on."""
+        self.delay_s = self.cancel_s = 0.001
         self.rollouts: dict[str, FakeRollout] = {}
         self.budgets_: dict[str, FakeBudget] = {}
         self.keys: dict[str, str] = {}
@@ -135,6 +137,16 @@ class FakeEngine:
         """Seeds of rollouts that fail after their first token."""
 
     # --- the world's side
+
+    def used(self) -> dict[int, int]:
+        """Iteration → tokens that were sampled under its leases, whether anybody knows or not."""
+        found: dict[int, int] = {}
+        for key, name in self.keys.items():
+            words = key.split("/")
+            if name in self.budgets_ and len(words) == 3:
+                iteration = int(words[1])
+                found[iteration] = found.get(iteration, 0) + self.budgets_[name].used
+        return found
 
     def live(self, pool: str) -> list[FakeRollout]:
         found = [f for f in self.rollouts.values() if f.rollout.pool == pool]
@@ -187,7 +199,7 @@ class FakeEngine:
         """As a client with patience: a call that comes too early waits."""
         await asyncio.sleep(self.delay_s)
         waited_s = 0.0
-        while self.is_down:
+        while self.is_down or self.is_cut_off:
             if waited_s >= self.patience_s:
                 raise EngineUnavailable(f"no answer from {self.name}")
             waited_s += 0.1
@@ -233,7 +245,7 @@ class FakeEngine:
             if fake.rollout.state.is_ended:
                 break
             await self.news.wait()
-            if self.is_down:
+            if self.is_down or self.is_cut_off:
                 await self._there()
         return await self.read(rollout_id)
 
@@ -245,6 +257,7 @@ class FakeEngine:
         return copy.deepcopy(fake.rollout)
 
     async def cancel(self, rollout_ids: Sequence[str]) -> None:
+        await asyncio.sleep(self.cancel_s)
         await self._there()
         for rollout_id in rollout_ids:
             fake = self.rollouts[rollout_id]
@@ -350,6 +363,28 @@ class FakeSink:
         return len(self.lines)
 
 
+class Killed(Exception):
+    """The process is gone, between one statement and the next."""
+
+
+class CrashingFile(RunFile):
+    """Kills its process at a commit: before it, or right behind it."""
+
+    commits_left = 1 << 30
+    is_behind = False
+
+    @contextlib.contextmanager
+    def changes(self) -> Iterator[Changes]:
+        with super().changes() as changes:
+            yield changes
+            if changes.steps:
+                self.commits_left -= 1
+            if not self.commits_left and not self.is_behind:
+                raise Killed
+        if not self.commits_left:
+            raise Killed
+
+
 class World:
     """What a run outlives: its file, its engines, its output."""
 
@@ -368,6 +403,8 @@ class World:
         self.epochs, self.seed = epochs, seed
         self.sink = FakeSink()
         self.notes: list[str] = []
+        self.crash: tuple[int, bool] | None = None
+        """At which commit of the next process, and whether behind it."""
 
     def open(self) -> RunState:
         header = Header(
@@ -378,7 +415,15 @@ class World:
             sampling=SamplingParams(),
             config=self.config,
         )
-        return RunState(RunFile.open(self.path), header)
+        file = CrashingFile.open(self.path)
+        if self.crash is not None:
+            file.commits_left, file.is_behind = self.crash
+            self.crash = None
+        try:
+            return RunState(file, header)
+        except BaseException:
+            file.close()
+            raise
 
     async def drive(self, *, limit: int | None = None) -> RunState:
         """To its end, or until it is cancelled."""
