@@ -1,12 +1,6 @@
 """`everstep serve` as a process with a journal in a file: killed in mid-stream, started again."""
 
-import os
-import signal
-import socket
-import subprocess
-import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -14,42 +8,9 @@ import pytest
 from everstep import Client
 from everstep.engine.rollout import Rollout
 
+from ..serving import Served
+
 SAMPLING = {"max_tokens": 250, "ignore_eos": True, "seed": 5, "temperature": 1.0}
-
-
-class Served:
-    """A server of the tiny checkpoint on a port and a journal of its own."""
-
-    def __init__(self, checkpoint: Path, folder: Path) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        flags = ["--port", str(self.port), "--journal", str(folder / "journal.db")]
-        flags += ["--max-model-len", "1024", "--num-threads", "1"]
-        self._command = [sys.executable, "-m", "everstep", "serve", str(checkpoint), *flags]
-        self._log = folder / "log"
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> str:
-        """The banner."""
-        with self._log.open("w") as log:
-            self._process = subprocess.Popen(
-                self._command, stderr=log, cwd=Path(__file__).parents[2]
-            )
-        while "URL" not in (banner := self._log.read_text()):
-            assert self._process.poll() is None, banner
-            time.sleep(0.05)
-        return banner
-
-    def kill(self) -> None:
-        assert self._process is not None
-        os.kill(self._process.pid, signal.SIGKILL)
-        self._process.wait(30)
-
-    def stop(self) -> int:
-        assert self._process is not None
-        self._process.terminate()
-        return self._process.wait(60)
 
 
 @pytest.fixture
@@ -58,9 +19,7 @@ def served(tiny_checkpoint: Path, tmp_path: Path):
     try:
         yield server
     finally:
-        if server._process is not None:
-            server._process.kill()
-            server._process.wait(30)
+        server.end()
 
 
 def columns(rollout: Rollout) -> tuple:

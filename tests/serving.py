@@ -1,0 +1,50 @@
+"""`everstep serve` as a process: started, killed, started again."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+class Served:
+    """A server of the tiny checkpoint on a port and a journal of its own."""
+
+    def __init__(self, checkpoint: Path, folder: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        flags = ["--port", str(self.port), "--journal", str(folder / "journal.db")]
+        flags += ["--max-model-len", "1024", "--num-threads", "1"]
+        self._command = [sys.executable, "-m", "everstep", "serve", str(checkpoint), *flags]
+        self._log = folder / "log"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> str:
+        """The banner."""
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                self._command, stderr=log, cwd=Path(__file__).parents[1]
+            )
+        while "URL" not in (banner := self._log.read_text()):
+            assert self._process.poll() is None, banner
+            time.sleep(0.05)
+        return banner
+
+    def kill(self) -> None:
+        assert self._process is not None
+        os.kill(self._process.pid, signal.SIGKILL)
+        self._process.wait(30)
+
+    def stop(self) -> int:
+        assert self._process is not None
+        self._process.terminate()
+        return self._process.wait(60)
+
+    def end(self) -> None:
+        """Whatever became of it."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait(30)
