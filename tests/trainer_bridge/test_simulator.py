@@ -13,6 +13,7 @@ from everstep.trainer_bridge.c3po_config import C3poConfig
 from everstep.trainer_bridge.c3po_words import Sample
 from everstep.trainer_bridge.comparison import (
     Setting,
+    retention_without_purges,
     run_baseline,
     run_c3po,
     step_speed_up,
@@ -261,6 +262,46 @@ def random_of(*parts) -> float:
     from everstep.engine.rollout import derive_seed
 
     return derive_seed(*parts) / 2**63
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    capacity=st.integers(1, 6),
+    share=st.integers(1, 9),
+    rest=st.integers(0, 5),
+    group=st.integers(1, 3),
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12),
+)
+def test_the_retention_that_is_named_purges_nothing(capacity, share, rest, group, lengths):
+    budget = capacity * share + rest % capacity
+    retention = retention_without_purges(max(lengths), budget=budget, capacity=capacity)
+    simulator = Simulator(
+        C3poConfig(budget=budget, capacity=capacity, retention=retention, group=group),
+        (str(number) for number in range(8)),
+        lambda sample: lengths[(3 * int(sample.prompt) + sample.index) % len(lengths)],
+    )
+    assert not any(iteration.purged for iteration in simulator.run(1000))
+    assert simulator.machine.total.wasted == 0
+
+
+def test_recomputed_kv_costs_the_prefill_of_what_is_carried():
+    def seconds(*, recomputes_kv):
+        simulator = Simulator(
+            C3poConfig(budget=10, capacity=3, retention=9),
+            iter(LENGTHS),
+            of,
+            cost=COST,
+            prompt_tokens=4,
+            recomputes_kv=recomputes_kv,
+        )
+        return [(iteration.seconds, iteration.pool) for iteration in simulator.run(99)]
+
+    kept, again = seconds(recomputes_kv=False), seconds(recomputes_kv=True)
+    carried = [0.0]
+    for _, pool in kept[:-1]:
+        carried.append(sum((4 + live.length) * 0.5 for live in pool if live.spans))
+    assert [b - a for (a, _), (b, _) in zip(kept, again, strict=True)] == carried
+    assert sum(carried) > 0
 
 
 def test_the_step_gains_what_amdahl_leaves():
