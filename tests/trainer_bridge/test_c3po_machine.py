@@ -245,11 +245,11 @@ class C3poMachine(RuleBasedStateMachine):
             self.fail(sample, trouble)
 
     @precondition(lambda self: self.machine.hold)
-    @rule(data=st.data(), is_sure=st.sampled_from([False, False, True]))
-    def reject(self, data, is_sure):
+    @rule(data=st.data(), doubt=st.integers(0, 9))
+    def reject(self, data, doubt):
         given = {group.prompt for group in self.batch or ()}
         prompts = sorted(set(self.machine.hold) - given)
-        if is_sure and prompts:
+        if not doubt and prompts:
             sample = Sample(data.draw(st.sampled_from(prompts)), 0)
             commands = self.tell(words.Reject(sample, "too long"))
             assert words.Abandoned(sample.prompt, sample, "too long") in commands
