@@ -10,6 +10,7 @@ import httpx
 
 from ..engine.errors import EverstepError
 from ..engine.journal_ops import Budget
+from ..engine.messages import KVPolicy, Staged
 from ..engine.rollout import Record, Rollout, RolloutState
 from ..engine.trajectory import Trajectory
 from ..server.rollouts_types import (
@@ -18,6 +19,14 @@ from ..server.rollouts_types import (
     RolloutSummary,
     StreamEvent,
     Submitted,
+)
+from ..server.weights_types import (
+    FlipRequest,
+    RollbackRequest,
+    StageRequest,
+    Updated,
+    UpdateRequest,
+    WeightsAnswer,
 )
 from . import client_flows as flows
 from .client_base import PAGE, BaseClient, Messages, Sampling
@@ -35,10 +44,11 @@ class AsyncClient(BaseClient):
         base_url: str | None = None,
         *,
         api_key: str | None = None,
+        admin_key: str | None = None,
         retry_s: float = 120.0,
         http: httpx.AsyncClient | None = None,
     ) -> None:
-        super().__init__(base_url, api_key, retry_s)
+        super().__init__(base_url, api_key, admin_key, retry_s)
         self._owns_http = http is None
         self._http = http or httpx.AsyncClient(limits=httpx.Limits(max_connections=None))
 
@@ -211,6 +221,38 @@ class AsyncClient(BaseClient):
     async def budgets(self, pool: str | None = None) -> Sequence[Budget]:
         """As `Client.budgets`."""
         return await self._run(flows.budgets(pool, self._patience()))
+
+    async def weights(self) -> WeightsAnswer:
+        """As `Client.weights`."""
+        return await self._run(flows.weights(self._admin_key, self._patience()))
+
+    async def stage_weights(self, path: str) -> Staged:
+        """As `Client.stage_weights`."""
+        request = StageRequest(path=path)
+        return await self._run(flows.stage_weights(request, self._admin_key, self._patience()))
+
+    async def flip_weights(self, version: int, *, kv: KVPolicy = "keep") -> Updated:
+        """As `Client.flip_weights`."""
+        request = FlipRequest(version=version, kv=kv)
+        return await self._run(
+            flows.change_weights("flip", request, self._admin_key, self._patience())
+        )
+
+    async def update_weights(self, path: str, *, kv: KVPolicy = "keep") -> Updated:
+        """As `Client.update_weights`."""
+        request = UpdateRequest(path=path, kv=kv)
+        return await self._run(
+            flows.change_weights("update", request, self._admin_key, self._patience())
+        )
+
+    async def rollback_weights(
+        self, version: int, *, path: str | None = None, kv: KVPolicy = "keep"
+    ) -> Updated:
+        """As `Client.rollback_weights`."""
+        request = RollbackRequest(version=version, path=path, kv=kv)
+        return await self._run(
+            flows.change_weights("rollback", request, self._admin_key, self._patience())
+        )
 
     async def close(self) -> None:
         """End the connections. Idempotent."""

@@ -23,6 +23,7 @@ import httpx
 
 from ..engine.errors import EverstepError
 from ..engine.journal_ops import Budget
+from ..engine.messages import KVPolicy, Staged
 from ..engine.rollout import Record, Rollout, RolloutState
 from ..engine.trajectory import Trajectory
 from ..server.rollouts_types import (
@@ -31,6 +32,14 @@ from ..server.rollouts_types import (
     RolloutSummary,
     StreamEvent,
     Submitted,
+)
+from ..server.weights_types import (
+    FlipRequest,
+    RollbackRequest,
+    StageRequest,
+    Updated,
+    UpdateRequest,
+    WeightsAnswer,
 )
 from . import client_flows as flows
 from .client_base import PAGE, BaseClient, Messages, Sampling
@@ -45,6 +54,7 @@ class Client(BaseClient):
 
     base_url  of the server; default: EVERSTEP_BASE_URL, else OPENAI_BASE_URL, else this machine
     api_key   default: EVERSTEP_API_KEY, or OPENAI_API_KEY together with OPENAI_BASE_URL
+    admin_key for calls that change the weights; default: EVERSTEP_ADMIN_KEY
     retry_s   how long an absent, loading or overloaded server is borne before its error is raised
     http      an httpx.Client of your own (proxies, certificates); it is not closed here
     """
@@ -54,10 +64,11 @@ class Client(BaseClient):
         base_url: str | None = None,
         *,
         api_key: str | None = None,
+        admin_key: str | None = None,
         retry_s: float = 120.0,
         http: httpx.Client | None = None,
     ) -> None:
-        super().__init__(base_url, api_key, retry_s)
+        super().__init__(base_url, api_key, admin_key, retry_s)
         self._owns_http = http is None
         self._http = http or httpx.Client(limits=httpx.Limits(max_connections=None))
 
@@ -241,6 +252,37 @@ class Client(BaseClient):
     def budgets(self, pool: str | None = None) -> Sequence[Budget]:
         """In order of opening, as they are now."""
         return self._run(flows.budgets(pool, self._patience()))
+
+    def weights(self) -> WeightsAnswer:
+        """Which version serves, what is staged, what served before."""
+        return self._run(flows.weights(self._admin_key, self._patience()))
+
+    def stage_weights(self, path: str) -> Staged:
+        """Load and check the version in a folder of the server's machine, beside what serves.
+
+        Raises WeightsRefused, StaleVersion, CheckpointError; what serves goes on serving.
+        """
+        request = StageRequest(path=path)
+        return self._run(flows.stage_weights(request, self._admin_key, self._patience()))
+
+    def flip_weights(self, version: int, *, kv: KVPolicy = "keep") -> Updated:
+        """Serve the staged version from the next step on. No rollout ends by it."""
+        request = FlipRequest(version=version, kv=kv)
+        return self._run(flows.change_weights("flip", request, self._admin_key, self._patience()))
+
+    def update_weights(self, path: str, *, kv: KVPolicy = "keep") -> Updated:
+        """`stage_weights`, then `flip_weights`."""
+        request = UpdateRequest(path=path, kv=kv)
+        return self._run(flows.change_weights("update", request, self._admin_key, self._patience()))
+
+    def rollback_weights(
+        self, version: int, *, path: str | None = None, kv: KVPolicy = "keep"
+    ) -> Updated:
+        """Serve a version again; what is published from then on has to name the new `lineage`."""
+        request = RollbackRequest(version=version, path=path, kv=kv)
+        return self._run(
+            flows.change_weights("rollback", request, self._admin_key, self._patience())
+        )
 
     def close(self) -> None:
         """End the connections. Idempotent."""

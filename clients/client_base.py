@@ -1,5 +1,6 @@
 """What the blocking and the async client both are: an address, and a way to make requests."""
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,8 +17,11 @@ PAGE = 500
 class BaseClient:
     """What both clients know: where the server is, and how long trouble is borne."""
 
-    def __init__(self, base_url: str | None, api_key: str | None, retry_s: float) -> None:
+    def __init__(
+        self, base_url: str | None, api_key: str | None, admin_key: str | None, retry_s: float
+    ) -> None:
         self._address = Address.find(base_url, api_key)
+        self._admin_key = admin_key or os.environ.get("EVERSTEP_ADMIN_KEY")
         self._patience_s = retry_s
         self._has_answered = False
 

@@ -21,8 +21,10 @@ from ..engine.errors import (
     EverstepError,
     InvalidRequest,
     Overloaded,
+    WeightsRefused,
 )
 from ..engine.journal_ops import Budget, BudgetState
+from ..engine.messages import Staged
 from ..engine.rollout import Record, Rollout, RolloutState, SamplingParams
 from ..engine.trajectory import Trajectory, decode, seal, unpack
 from ..server.openai_types import ErrorResponse
@@ -35,6 +37,7 @@ from ..server.rollouts_types import (
     Selection,
     Submitted,
 )
+from ..server.weights_types import StageRequest, Updated, WeightsAnswer
 
 T = TypeVar("T")
 StructT = TypeVar("StructT", bound=Struct)
@@ -46,6 +49,8 @@ FIRST_CONTACT_S = 5.0
 POLL_S = 20.0
 MIN_POLL_S = 1.0
 READ_TIMEOUT_S = 60.0
+# a version is loaded and checked beside generation, which has most of the time
+WEIGHTS_TIMEOUT_S = 3600.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 2.0
 # answers of proxies whose server is away for a moment
 _AWAY = frozenset({502, 503, 504})
@@ -202,7 +207,9 @@ def error_from(code: str | None, message: str, field: str | None) -> EverstepErr
         error = EverstepError(message)
         error.code = code or error.code
         return error
-    return kind(message, field=field) if issubclass(kind, InvalidRequest) else kind(message)
+    if issubclass(kind, InvalidRequest):
+        return kind(message, field=field)
+    return kind(message, tensor=field) if issubclass(kind, WeightsRefused) else kind(message)
 
 
 def _classes() -> dict[str, type[EverstepError]]:
@@ -366,6 +373,39 @@ def wait_budget(
         is_late = until is not None and clock() >= until
         if is_late or budget.state is not BudgetState.OPEN:
             return budget
+
+
+# --- weights
+
+
+def weights(key: str | None, patience: Patience) -> Flow[WeightsAnswer]:
+    call = Call(method="GET", path="/weights", headers=_admin(key))
+    response = yield from send(call, patience)
+    return _read(response, WeightsAnswer)
+
+
+def stage_weights(request: StageRequest, key: str | None, patience: Patience) -> Flow[Staged]:
+    response = yield from send(_change("stage", request, key), patience)
+    return _read(response, Staged)
+
+
+def change_weights(
+    verb: str, request: Struct, key: str | None, patience: Patience
+) -> Flow[Updated]:
+    """Sent again after trouble: a version that serves already is not served twice."""
+    response = yield from send(_change(verb, request, key), patience)
+    return _read(response, Updated)
+
+
+def _change(verb: str, request: Struct, key: str | None) -> Call:
+    call = _post(f"/weights/{verb}", _json(request))
+    return msgspec.structs.replace(
+        call, headers=call.headers | _admin(key), read_s=WEIGHTS_TIMEOUT_S
+    )
+
+
+def _admin(key: str | None) -> dict[str, str]:
+    return {} if key is None else {"authorization": f"Bearer {key}"}
 
 
 # --- what they say

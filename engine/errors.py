@@ -23,7 +23,7 @@
     ├── BridgeError               500  engine and trainer cannot work together; names the peer
     │   ├── PeerMissing           504  nobody answered in time; names who is missing
     │   └── PeerRefused           409  the other side will not have us; its reason
-    ├── CheckpointError           exit 2  a model folder that cannot be loaded; names the tensor or the key
+    ├── CheckpointError           400, exit 2  a model folder that cannot be loaded; names the tensor or the key
     ├── ConfigError               exit 2  a setting that cannot be used; names its path
     └── MissingExtra              exit 2  an optional package is not installed; names the extra
 
@@ -202,6 +202,8 @@ class CheckpointError(EverstepError):
     """A model folder that cannot be loaded. The message names the file, tensor or key."""
 
     code = "checkpoint_error"
+    # of a call that names a folder; a command ends with 2
+    status = 400
 
 
 class ConfigError(EverstepError):

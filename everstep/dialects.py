@@ -24,6 +24,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "http.host": ("--host",),
     "http.port": ("--port",),
     "http.api_key": ("--api-key",),
+    "http.admin_key": ("--admin-key", "--admin-api-key"),
     "openai.served_model_name": ("--served-model-name",),
     "openai.logprobs_mode": ("--logprobs-mode",),
     "openai.chat_template": ("--chat-template",),
@@ -164,7 +165,6 @@ FOREIGN = (
         "there is no GPU memory to give back, and no call that would",
         takes_value=False,
     ),
-    Foreign(("--admin-api-key",), "no admin calls are served, so there is nothing it guards"),
     Foreign(
         ("--weight-version",),
         "a version is the number and digest of the weights; a name of yours is not kept",

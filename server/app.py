@@ -25,17 +25,19 @@ from ..engine.tokenizer import Tokenizer
 from .batch_queue import BatchQueue
 from .batches import BatchesFace
 from .budgets import BudgetsFace
-from .config import ServeConfig
+from .config import HttpConfig, ServeConfig
 from .generation import Service
 from .http import error_body, error_response, json_response
 from .openai import OpenAIFace
 from .operations import Operations
 from .rollouts import RolloutsFace
 from .stream import ClientGone
+from .weights import WeightsFace
 
 CLIENT_CLOSED_REQUEST = 499
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _PROTECTED = ("/v1/", "/rollouts/")
+_ADMIN = "/weights/"
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
@@ -57,9 +59,14 @@ def create_app(
             *BatchesFace(batches, max_body_bytes=config.http.max_body_bytes).routes(),
             *BudgetsFace(service).routes(),
             *RolloutsFace(service).routes(),
+            *WeightsFace(service).routes(),
             *Operations(service).routes(),
         ],
-        middleware=[Middleware(RequestId), Middleware(ApiKey, key=config.http.api_key)],
+        middleware=[
+            Middleware(RequestId),
+            Middleware(ApiKey, key=config.http.api_key),
+            Middleware(AdminKey, config=config.http),
+        ],
         exception_handlers={
             EverstepError: _on_error,
             HTTPException: _on_http_error,
@@ -114,9 +121,46 @@ class ApiKey:
             return True
         if not (scope["path"] + "/").startswith(_PROTECTED):
             return True
-        scheme, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
-        is_equal = hmac.compare_digest(token.strip().encode("utf-8", "replace"), self._key)
-        return scheme.lower() == "bearer" and is_equal
+        return _has_key(scope, self._key)
+
+
+class AdminKey:
+    """As `ApiKey`, for the calls that change what is served. No key set: for this machine only,
+    which a server that listens to others cannot tell, so it refuses."""
+
+    def __init__(self, app: ASGIApp, config: HttpConfig) -> None:
+        self._app = app
+        self._key = config.admin_key.encode() if config.admin_key is not None else None
+        self._is_loopback = config.is_loopback
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        status, reason = self._refusal(scope)
+        if not status:
+            await self._app(scope, receive, send)
+            return
+        body = error_body(reason, status=status, code="invalid_admin_key")
+        headers = {"www-authenticate": "Bearer"} if status == 401 else None
+        await json_response(body, status=status, headers=headers)(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> tuple[int, str]:
+        if scope["type"] != "http" or not (scope["path"] + "/").startswith(_ADMIN):
+            return 0, ""
+        if self._key is None:
+            if self._is_loopback:
+                return 0, ""
+            return 403, "admin calls need a key: start the server with --admin-key"
+        if _has_key(scope, self._key):
+            return 0, ""
+        return 401, (
+            "a valid admin key is required: send the header 'Authorization: Bearer KEY' with that "
+            "of --admin-key"
+        )
+
+
+def _has_key(scope: Scope, key: bytes) -> bool:
+    scheme, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
+    is_equal = hmac.compare_digest(token.strip().encode("utf-8", "replace"), key)
+    return scheme.lower() == "bearer" and is_equal
 
 
 async def _on_error(_: Request, error: Exception) -> Response:

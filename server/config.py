@@ -18,6 +18,17 @@ class HttpConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     )
     port: Annotated[int, Meta(ge=0, le=65535, description="port; 0 = any free one")] = 8000
     api_key: Annotated[str, Meta(min_length=1, description="key that /v1 asks for")] | None = None
+    admin_key: (
+        Annotated[
+            str,
+            Meta(
+                min_length=1,
+                description="key that /weights asks for; without one it is served to this machine "
+                "only",
+            ),
+        ]
+        | None
+    ) = None
     max_body_bytes: Annotated[int, Meta(ge=1024, description="largest request; beyond it: 413")] = (
         64 * 2**20
     )
@@ -76,6 +87,8 @@ class ServeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
                 f"http.host {self.http.host!r} can be reached from outside this machine: "
                 "set http.api_key (--api-key), or use 127.0.0.1"
             )
+        if self.http.admin_key is not None and self.http.admin_key == self.http.api_key:
+            raise ConfigError("http.admin_key is http.api_key: give the admin calls another one")
         return self
 
     @property

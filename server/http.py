@@ -15,6 +15,7 @@ from ..engine.errors import (
     InvalidRequest,
     JournalFull,
     Overloaded,
+    WeightsRefused,
 )
 from .openai_types import ErrorBody, ErrorResponse
 from .stream import ClientGone, RolloutFailed
@@ -72,6 +73,8 @@ def error_body(
 
 def error_of(error: EverstepError) -> ErrorResponse:
     param = error.field if isinstance(error, InvalidRequest) else None
+    if isinstance(error, WeightsRefused):
+        param = error.tensor
     return error_body(str(error), status=error.status, code=error.code, param=param)
 
 

@@ -118,6 +118,8 @@ def why_unready(manager: RolloutManager) -> str | None:
         _ = manager.info
     except EngineUnavailable as error:
         return str(error)
+    if manager.versions.waiting_for is not None:
+        return manager.versions.waiting_for
     return None if manager.is_healthy else "the engine died"
 
 

@@ -11,7 +11,7 @@ VLLM = """
     model --served-model-name ring --host 127.0.0.1 --port 8001 --max-model-len 512
     --max-num-seqs 8 --max-num-batched-tokens 64 --gpu-memory-utilization 0.9
     --enable-prefix-caching --kv-cache-dtype auto --dtype bfloat16 --quantization fp8 --seed 3
-    --enable-return-routed-experts --logprobs-mode processed_logprobs --api-key k
+    --enable-return-routed-experts --logprobs-mode processed_logprobs --api-key k --admin-key a
     --scheduling-policy priority --reasoning-parser deepseek_r1 --tool-call-parser hermes
     --chat-template {{messages}} --enable-sleep-mode --skip-tokenizer-init
 """
