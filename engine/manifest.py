@@ -30,12 +30,15 @@ class Canary(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     lp            ln p of each of ids[num_prompt:] given those before it; T = 1, no processors
     fingerprints  after each main layer: float32 little-endian, one number per position, the dot
                   product of the residual stream with `signs(hidden)`, over √hidden
+    numerics      id of the numerics that it was scored under, by a trainer that runs the engine's
+                  kernels: an engine of the same id must say the same, to the bit. "": others
     """
 
     ids: list[Count]
     num_prompt: Annotated[int, Meta(ge=1)]
     lp: list[float]
     fingerprints: list[bytes] | None = None
+    numerics: str = ""
 
     def fault(self) -> str | None:
         """What is wrong with it in itself, or None."""

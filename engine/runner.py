@@ -12,19 +12,18 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ..kernels import StepOutput, explain, level_name, log_softmax, top_of
+from ..kernels import StepOutput, explain, log_softmax, top_of
 from . import log, model
 from .config import ModelConfig, ResolvedKV
 from .drawing import Drawer, columns_of, sampled_of
 from .model import KVStore
+from .numerics import numerics_id
 from .plan import Draws, Row, RowResult, StepPlan, StepResult
 from .rollout import SamplingParams
 from .rotary import rotary_tables
 from .step import ForwardPass
 from .weights import Weights
 
-# changes when the bits of the C++ kernels do
-KERNELS_VERSION = 1
 # rows of prompt logits in memory at once
 PROMPT_ROWS = 64
 # by index of the row, those that do more or less than draw one token
@@ -58,16 +57,7 @@ class ModelRunner:
     @property
     def numerics(self) -> str:
         """What promises equal bits: device class, kernel level, library, dtypes."""
-        level, torch_part = level_name(), f"torch-{torch.__version__}"
-        if level == "torch":
-            level = torch.backends.cpu.get_cpu_capability().lower()
-        else:
-            torch_part = f"everstep-{KERNELS_VERSION}"
-        dtype = str(self.weights.dtype).removeprefix("torch.")
-        parts = ["cpu", torch_part, level, dtype, self.weights.formats]
-        if self._rope_tables != "float32":
-            parts.append(f"rope-{self._rope_tables}")
-        return "/".join(parts)
+        return numerics_id(self.weights, self._rope_tables)
 
     @property
     def kernels(self) -> dict[str, str]:

@@ -75,7 +75,7 @@ class WeightStager:
             )
         read = yield from _read(reader, order.version)
         weights = replace(read, digest=digest, config=self._runner.weights.config)
-        comparison = Comparison(weights)
+        comparison = Comparison(weights, self._runner.numerics)
         if manifest is not None:
             yield from self._score(weights, manifest, comparison)
         loaded = Loaded(weights, self._runner.forward_of(weights))
