@@ -147,7 +147,7 @@ def make_canary(
         num_prompt=num_prompt,
         lp=score.lp,
         fingerprints=found if fingerprints else None,
-        numerics=numerics_id(weights),
+        numerics=numerics_id(weights.dtype, weights.formats),
     )
 
 

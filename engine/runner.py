@@ -57,7 +57,7 @@ class ModelRunner:
     @property
     def numerics(self) -> str:
         """What promises equal bits: device class, kernel level, library, dtypes."""
-        return numerics_id(self.weights, self._rope_tables)
+        return numerics_id(self.weights.dtype, self.weights.formats, self._rope_tables)
 
     @property
     def kernels(self) -> dict[str, str]:

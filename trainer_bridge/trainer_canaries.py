@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ..engine.manifest import Canary, signs
+from ..engine.numerics import numerics_id
 from .packing import TrainSequence, pack
 from .samples import Group
 from .sharding import World, reshard
@@ -45,11 +46,19 @@ def make_canaries(ring: TrainableRing, world: World, texts: Sequence[Text]) -> l
     direction = torch.tensor(list(signs(ring.config.hidden_size)), dtype=torch.float32)
     direction = (direction / math.sqrt(ring.config.hidden_size)).to(world.device)
     prints: list[torch.Tensor] = []
+    dtypes: set[torch.dtype] = set()
+
+    def trace(_: int, x: torch.Tensor) -> None:
+        dtypes.add(x.dtype)
+        prints.append(wide(x) @ direction)
+
     batch = pack([_whole(ids, num_prompt) for ids, num_prompt in shared]).to(world.device)
-    scores = ring(batch, lambda _, x: prints.append(wide(x) @ direction))
+    scores = ring(batch, trace)
     reshard(ring)
     counts = torch.bincount(batch.responses[0], minlength=len(shared)).tolist()
     lps = torch.split(scores.lp, counts)
+    # only in the engine's own kernels does it say what an engine must say, to the bit
+    numerics = numerics_id(dtypes.pop(), "plain") if ring.numerics == "exact" else ""
     layers = [torch.split(one.cpu(), list(batch.lengths)) for one in prints]
     return [
         Canary(
@@ -57,6 +66,7 @@ def make_canaries(ring: TrainableRing, world: World, texts: Sequence[Text]) -> l
             num_prompt=num_prompt,
             lp=lps[n].tolist(),
             fingerprints=[one[n].numpy().astype("<f4").tobytes() for one in layers],
+            numerics=numerics,
         )
         for n, (ids, num_prompt) in enumerate(shared)
     ]
