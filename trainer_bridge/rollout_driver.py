@@ -8,15 +8,16 @@ what came of it:
     budget that is left ▸ leased to engines      all leases over ▸ rollouts read, iteration settled
     phase training ▸ groups written, then trained(version)
 
-All of it may be done twice: keys, ids and the size of the output make the second time harmless. So
-a driver that was killed carries on from the records, and needs no plan of its own.
+It goes in turns: tell what came, decide, commit, and only then have done what was decided. All of
+that may be done twice: keys, ids and the size of the output make the second time harmless. So a
+driver that was killed carries on from the records, and needs no plan of its own.
 """
 
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from msgspec import Struct
 
@@ -94,7 +95,8 @@ class Sink(Protocol):
 class RolloutDriver:
     """Runs one run to its end, or to `limit` iterations.
 
-    on_note  said to the user, one line: an engine stays away, or is back
+    on_note      said to the user, one line: an engine stays away, or is back
+    has_threads  whether commits and the output may be written beside the event loop
     """
 
     def __init__(
@@ -108,6 +110,7 @@ class RolloutDriver:
         on_report: Callable[[Report], None] = lambda _: None,
         on_note: Callable[[str], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
+        has_threads: bool = True,
     ) -> None:
         self._state = state
         self._engines = {engine.name: engine for engine in engines}
@@ -116,6 +119,9 @@ class RolloutDriver:
         self._limit = limit
         self._note = on_note
         self._clock = clock
+        self._has_threads = has_threads
+        self._writing: asyncio.Future[Any] | None = None
+        self._closed: set[str] = set()
         self._reporter = Reporter(state, self._engines, on_report, clock)
         self._tasks = Tasks(self._leave)
         self._fleet = Fleet(
@@ -137,21 +143,39 @@ class RolloutDriver:
             await self._fleet.start()
             self._tasks.run("report", "", self._reporter.run)
             while await self._advance():
+                await self._commit()
+                self._kick()
                 self._tell(await self._tasks.news())
+            await self._commit()
             if self._state.machine.phase == "done":
                 await self._fleet.finish()
         finally:
+            if self._writing is not None and not self._writing.done():
+                # the file is the caller's to close
+                await asyncio.wait([self._writing])
             await self._tasks.close()
             self._reporter.report()
+
+    async def _commit(self) -> None:
+        if self._state.has_news:
+            await self._write(self._state.flush)
+
+    async def _write(self, call: Callable[[], T]) -> T:
+        """Do what waits for the disk, while the engine of this process goes on."""
+        if not self._has_threads:
+            return call()
+        work = asyncio.ensure_future(asyncio.to_thread(call))
+        self._writing = work
+        return await asyncio.shield(work)
 
     # --- what there is to do -------------------------------------------------------------
 
     async def _advance(self) -> bool:
-        """Do all that can be done without waiting for an engine; False: the run is over."""
+        """Decide all that can be decided by now; False: the run is over."""
         machine = self._state.machine
         while True:
             await self._extend()
-            self._kick()
+            self._lease_out()
             match machine.phase:
                 case "done":
                     return False
@@ -160,7 +184,7 @@ class RolloutDriver:
                         return False
                     self._state.begin()
                 case "training":
-                    self._train()
+                    await self._train()
                 case "open" | "stopping":
                     if not await self._settle():
                         return True
@@ -183,6 +207,24 @@ class RolloutDriver:
             return False
         return True
 
+    def _lease_out(self) -> None:
+        """Give what is left of the budget to engines that need it, take it from those that do not."""
+        state = self._state
+        if state.machine.phase == "stopping":
+            for lease in state.active_leases():
+                self._give_back(lease)
+        if state.machine.phase != "open":
+            return
+        state.deal()
+        live = state.live()
+        for lease in state.active_leases():
+            if len(live) > 1 and not live.get(lease.engine, 1):
+                self._give_back(lease)
+
+    def _give_back(self, lease: Lease) -> None:
+        if lease.state in ("asked", "open") and lease.engine in self._state.engines:
+            self._state.move_lease(lease, state="closing")
+
     def _kick(self) -> None:
         """Have tasks for everything that is outstanding, and none twice."""
         state = self._state
@@ -196,35 +238,19 @@ class RolloutDriver:
             if self._to_ack[name]:
                 ids, self._to_ack[name] = self._to_ack[name], []
                 self._tasks.run(("ack", *ids), name, partial(self._acknowledge, name, ids))
-        if state.machine.phase == "open":
-            state.deal()
-            self._take_back()
-        elif state.machine.phase == "stopping":
-            for lease in state.active_leases():
-                self._give_back(lease)
         for lease in state.active_leases():
-            budget = ("lease", state.machine.iteration, lease.number)
-            if lease.engine in state.engines and budget not in self._tasks:
-                self._tasks.run(budget, lease.engine, partial(self._lease, lease))
+            if lease.engine in state.engines:
+                self._see_to(lease)
 
-    def _take_back(self) -> None:
-        """What an engine without rollouts holds of the budget is another's."""
-        live = self._state.live()
-        for lease in self._state.active_leases():
-            if len(live) > 1 and not live.get(lease.engine, 1):
-                self._give_back(lease)
-
-    def _give_back(self, lease: Lease) -> None:
-        if lease.state in ("asked", "open") and lease.engine in self._state.engines:
-            self._state.move_lease(lease, state="closing")
-            if lease.budget_id is not None:
-                self._close(lease)
-
-    def _close(self, lease: Lease) -> None:
-        engine, budget_id = self._engines[lease.engine], lease.budget_id
-        assert budget_id is not None
-        close = partial(engine.close_budget, budget_id)
-        self._tasks.run(("close", budget_id), lease.engine, close)
+    def _see_to(self, lease: Lease) -> None:
+        key = ("lease", lease.iteration, lease.number)
+        if key not in self._tasks:
+            self._tasks.run(key, lease.engine, partial(self._lease, lease))
+        budget_id = lease.budget_id
+        if lease.state == "closing" and budget_id is not None and budget_id not in self._closed:
+            self._closed.add(budget_id)
+            close = partial(self._engines[lease.engine].close_budget, budget_id)
+            self._tasks.run(("close", budget_id), lease.engine, close)
 
     def _cancel_leaving(self, name: str) -> None:
         places = self._state.places.values()
@@ -236,12 +262,14 @@ class RolloutDriver:
             cancel = partial(self._engines[name].cancel, found)
             self._tasks.run(("cancel", *found), name, cancel)
 
-    def _train(self) -> None:
+    async def _train(self) -> None:
         """Write the complete groups."""
         state, machine = self._state, self._state.machine
         train = next(c for c in machine.outstanding() if isinstance(c, Train))
         groups = [self._delivered(group, train.iteration) for group in train.groups]
-        size = self._sink.write(groups) if groups else state.output.size
+        size = state.output.size
+        if groups:
+            size = await self._write(partial(self._sink.write, groups))
         now_s = self._clock()
         state.trained(train, self._fleet.version, OutputMark(size), now_s - self._began_s)
         self._began_s = now_s
@@ -446,8 +474,6 @@ class RolloutDriver:
             self._tasks.put(partial(self._opened, lease, budget.id))
         else:
             budget = await engine.budget(lease.budget_id, 0.0)
-            if lease.state == "closing":
-                await engine.close_budget(budget.id)
         while budget.is_open:
             budget = await engine.budget(budget.id, BUDGET_POLL_S)
         self._tasks.put(partial(self._over, lease, budget.used))
@@ -455,7 +481,6 @@ class RolloutDriver:
     def _opened(self, lease: Lease, budget_id: str) -> None:
         if lease.state == "closing":
             self._state.move_lease(lease, budget_id=budget_id)
-            self._close(lease)
         elif lease.state == "asked":
             self._state.move_lease(lease, budget_id=budget_id, state="open")
 

@@ -1,7 +1,7 @@
 """The file in which a run of C3PO++ outlives its process: records by kind and key.
 
 One SQLite file in WAL mode through apsw, every commit synced, locked for as long as it is open.
-What one event changes is one commit, so a process that is killed between any two statements
+What an event changes is in one commit, so a process that is killed between any two statements
 stands, when it is started again, before the event or behind it. A record carries a checksum of
 its own, since SQLite has none.
 """
@@ -33,27 +33,31 @@ CREATE TABLE records (
   PRIMARY KEY (kind, key)
 ) WITHOUT ROWID
 """
+_PUT = "INSERT OR REPLACE INTO records VALUES (?, ?, ?)"
+_DELETE = "DELETE FROM records WHERE kind = ? AND key = ?"
 _encode = msgspec.msgpack.Encoder().encode
 
 
 class Changes:
-    """What one commit does, in order."""
+    """What the next commit does. Of several writes of one record the last one counts."""
 
     def __init__(self) -> None:
-        self.steps: list[tuple[str, tuple[Any, ...]]] = []
+        self.emptied: set[str] = set()
+        self.records: dict[tuple[str, Key], bytes | None] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self.emptied or self.records)
 
     def put(self, kind: str, key: Key, value: Struct | str) -> None:
         """Write a record, over one that has this kind and key."""
-        body = _encode(value)
-        self.steps.append(
-            ("INSERT OR REPLACE INTO records VALUES (?, ?, ?)", (kind, key, _sealed(body)))
-        )
+        self.records[kind, key] = _encode(value)
 
     def drop(self, kind: str, key: Key) -> None:
-        self.steps.append(("DELETE FROM records WHERE kind = ? AND key = ?", (kind, key)))
+        self.records[kind, key] = None
 
     def drop_all(self, kind: str) -> None:
-        self.steps.append(("DELETE FROM records WHERE kind = ?", (kind,)))
+        self.emptied.add(kind)
+        self.records = {name: body for name, body in self.records.items() if name[0] != kind}
 
 
 class RunFile:
@@ -62,6 +66,8 @@ class RunFile:
     def __init__(self, path: Path, db: apsw.Connection) -> None:
         """Use `RunFile.open`."""
         self.path = path
+        self.changes = Changes()
+        """For the next `flush`."""
         self._db = db
         self._pid = os.getpid()
 
@@ -86,22 +92,22 @@ class RunFile:
                 raise
         return cls(path, db)
 
-    @contextlib.contextmanager
-    def changes(self) -> Iterator[Changes]:
-        """What is done to it inside is one commit, durable at the end, or nothing at all.
-
-        Raises JournalFull, JournalError.
-        """
+    def flush(self) -> None:
+        """Make `changes` durable, all of them or none. Raises JournalFull, JournalError."""
         assert os.getpid() == self._pid, "a run file does not survive a fork"
-        changes = Changes()
-        yield changes
-        if not changes.steps:
+        changes, self.changes = self.changes, Changes()
+        if not changes:
             return
         with _translated(self.path):
             self._db.execute("BEGIN IMMEDIATE")
             try:
-                for sql, values in changes.steps:
-                    self._db.execute(sql, values)
+                for kind in changes.emptied:
+                    self._db.execute("DELETE FROM records WHERE kind = ?", (kind,))
+                for (kind, key), body in changes.records.items():
+                    if body is None:
+                        self._db.execute(_DELETE, (kind, key))
+                    else:
+                        self._db.execute(_PUT, (kind, key, _sealed(body)))
                 self._db.execute("COMMIT")
             except BaseException:
                 # SQLite may have rolled back by itself (a full disk)
@@ -110,24 +116,24 @@ class RunFile:
                 raise
 
     def read(self, kind: str, key: Key, type: type[T]) -> T | None:
-        """A record, or None. Raises JournalDamaged."""
+        """A record as the next commit will leave it, or None. Raises JournalDamaged."""
+        if (kind, key) in self.changes.records:
+            body = self.changes.records[kind, key]
+            return None if body is None else msgspec.msgpack.decode(body, type=type)
+        if kind in self.changes.emptied:
+            return None
         sql = "SELECT body FROM records WHERE kind = ? AND key = ?"
         with _translated(self.path):
             rows = self._db.execute(sql, (kind, key)).fetchall()
         return self._decoded(kind, key, rows[0][0], type) if rows else None
 
     def records(self, kind: str, type: type[T]) -> Iterator[tuple[Any, T]]:
-        """(key, record) of a kind, in order of their keys. Raises JournalDamaged."""
+        """(key, record) of a kind as committed, in order of their keys. Raises JournalDamaged."""
         sql = "SELECT key, body FROM records WHERE kind = ? ORDER BY key"
         with _translated(self.path):
             rows = self._db.execute(sql, (kind,)).fetchall()
         for key, body in rows:
             yield key, self._decoded(kind, key, body, type)
-
-    def keys(self, kind: str) -> list[Any]:
-        with _translated(self.path):
-            sql = "SELECT key FROM records WHERE kind = ? ORDER BY key"
-            return [key for (key,) in self._db.execute(sql, (kind,))]
 
     def __enter__(self) -> Self:
         return self

@@ -1,9 +1,9 @@
 """What a run of C3PO++ knows: the controller, where its samples are, and the file of all that.
 
-Events go in here. What an event changes, in the controller and around it, is one commit, and what
-has to be done in the world follows from the records: a place without a rollout is to be submitted,
-a lease without a budget is to be opened, phase `training` has groups to be written. So a driver
-that was killed carries on from the records alone.
+Events go in here. What an event changes, in the controller and around it, is one commit (`flush`),
+and what has to be done in the world follows from the records: a place without a rollout is to be
+submitted, a lease without a budget is to be opened, phase `training` has groups to be written. It
+is done behind the commit, so a driver that was killed carries on from the records alone.
 """
 
 import uuid
@@ -78,6 +78,7 @@ class RunState:
         self.abandoned = dict(file.records("abandoned", str))
         """Prompt → why it will never be delivered."""
         self.bad_lines = dict(file.records("bad", str))
+        file.flush()
 
     # --- what is known -------------------------------------------------------------------
 
@@ -129,50 +130,50 @@ class RunState:
 
     def extend(self, prompts: Sequence[KeptPrompt], position: Position) -> None:
         """More prompts of the stream; where `position` is at the end, no more will follow."""
-        with self._file.changes() as changes:
-            for prompt in prompts:
-                self.prompts[prompt.name] = prompt
-                changes.put("prompt", prompt.name, prompt)
-            self.position = position
-            changes.put("position", _ONLY, position)
-            if prompts:
-                names = tuple(prompt.name for prompt in prompts)
-                self._apply(words.Extend(names), changes)
-            if position.is_at_end:
-                self._apply(words.EndStream(), changes)
+        changes = self._file.changes
+        for prompt in prompts:
+            self.prompts[prompt.name] = prompt
+            changes.put("prompt", prompt.name, prompt)
+        self.position = position
+        changes.put("position", _ONLY, position)
+        if prompts:
+            names = tuple(prompt.name for prompt in prompts)
+            self._apply(words.Extend(names), changes)
+        if position.is_at_end:
+            self._apply(words.EndStream(), changes)
 
     def begin(self) -> None:
         """The next iteration."""
-        with self._file.changes() as changes:
-            self.tally.iteration = self.machine.iteration
-            self.tally.grown = {}
-            changes.drop_all("lease")
-            self.leases.clear()
-            self._apply(words.Begin(), changes)
-            self._rest(changes)
+        changes = self._file.changes
+        self.tally.iteration = self.machine.iteration
+        self.tally.grown = {}
+        changes.drop_all("lease")
+        self.leases.clear()
+        self._apply(words.Begin(), changes)
+        self._rest(changes)
 
     def submitted(self, rollout_ids: Mapping[Sample, str]) -> None:
         """Engines have them under these ids."""
-        with self._file.changes() as changes:
-            for sample, rollout_id in rollout_ids.items():
-                place = self.places.get(sample)
-                if place is not None:
-                    place.rollout_id = rollout_id
-                    changes.put("place", key_of(sample), place)
+        changes = self._file.changes
+        for sample, rollout_id in rollout_ids.items():
+            place = self.places.get(sample)
+            if place is not None:
+                place.rollout_id = rollout_id
+                changes.put("place", key_of(sample), place)
 
     def saw(self, rollouts: Sequence[tuple[Sample, Rollout]]) -> None:
         """Rollouts as they are now: what grew, and what has ended."""
-        with self._file.changes() as changes:
-            for sample, rollout in rollouts:
-                place = self.places.get(sample)
-                if place is not None and place.rollout_id == rollout.id:
-                    self._saw(place, rollout, changes)
+        changes = self._file.changes
+        for sample, rollout in rollouts:
+            place = self.places.get(sample)
+            if place is not None and place.rollout_id == rollout.id:
+                self._saw(place, rollout, changes)
 
     def lost(self, samples: Sequence[Sample]) -> None:
         """Their engine knows nothing of them: they are sampled again."""
-        with self._file.changes() as changes:
-            for sample in samples:
-                self._lose(sample, changes)
+        changes = self._file.changes
+        for sample in samples:
+            self._lose(sample, changes)
 
     def leave(self, engine: str) -> tuple[int, int]:
         """An engine stays away: its samples are sampled again, what it holds of the budget is
@@ -181,21 +182,21 @@ class RunState:
         """
         samples = [sample for sample, place in self.places.items() if place.engine == engine]
         unknown = 0
-        with self._file.changes() as changes:
-            self._tell_hidden(engine, samples, changes)
-            for lease in [v for v in self.active_leases() if v.engine == engine]:
-                unknown += self._lose_lease(lease, changes)
-            for sample in samples:
-                self._lose(sample, changes)
-            changes.put("tally", _ONLY, self.tally)
+        changes = self._file.changes
+        self._tell_hidden(engine, samples, changes)
+        for lease in [v for v in self.active_leases() if v.engine == engine]:
+            unknown += self._lose_lease(lease, changes)
+        for sample in samples:
+            self._lose(sample, changes)
+        changes.put("tally", _ONLY, self.tally)
         return len(samples), unknown
 
     def forget_lease(self, lease: Lease) -> None:
         """Its engine knows nothing of it."""
         if lease.is_active:
-            with self._file.changes() as changes:
-                self._lose_lease(lease, changes)
-                changes.put("tally", _ONLY, self.tally)
+            changes = self._file.changes
+            self._lose_lease(lease, changes)
+            changes.put("tally", _ONLY, self.tally)
 
     def _lose_lease(self, lease: Lease, changes: Changes) -> int:
         """Returns its tokens of which nobody knows whether they were sampled."""
@@ -226,45 +227,45 @@ class RunState:
 
     def refused(self, sample: Sample, line: int, message: str) -> None:
         """An engine cannot run it, whatever it is given."""
-        with self._file.changes() as changes:
-            self._bad_line(line, message, changes)
-            place = self.places.get(sample)
-            if place is None:
-                return
-            if not place.is_leaving:
-                # its siblings leave with it
-                self._apply(words.Reject(sample, "is refused"), changes)
-            del self.places[sample]
-            changes.drop("place", key_of(sample))
+        changes = self._file.changes
+        self._bad_line(line, message, changes)
+        place = self.places.get(sample)
+        if place is None:
+            return
+        if not place.is_leaving:
+            # its siblings leave with it
+            self._apply(words.Reject(sample, "is refused"), changes)
+        del self.places[sample]
+        changes.drop("place", key_of(sample))
 
     def bad_line(self, line: int, message: str) -> None:
-        with self._file.changes() as changes:
-            self._bad_line(line, message, changes)
+        changes = self._file.changes
+        self._bad_line(line, message, changes)
 
     def settled(self) -> None:
         """All that happened under the iteration's leases was told."""
-        with self._file.changes() as changes:
-            for place in [p for p in self.places.values() if p.is_leaving]:
-                del self.places[place.sample]
-                changes.drop("place", key_of(place.sample))
-            self._forget_idle(changes)
-            self._apply(words.Settled(), changes)
+        changes = self._file.changes
+        for place in [p for p in self.places.values() if p.is_leaving]:
+            del self.places[place.sample]
+            changes.drop("place", key_of(place.sample))
+        self._forget_idle(changes)
+        self._apply(words.Settled(), changes)
 
     def trained(self, train: words.Train, version: int, output: OutputMark, wall_s: float) -> None:
         """The groups are in the output, which has this size now."""
-        with self._file.changes() as changes:
-            for group in train.groups:
-                self.tally.num_groups += 1
-                self._deliver(group, changes)
-            self.tally.wall_s += wall_s
-            self.output = output
-            changes.put("output", _ONLY, output)
-            self._apply(words.Trained(version), changes)
-            books = self.machine.last_books
-            assert books is not None
-            self.books.append(books)
-            changes.put("books", books.iteration, books)
-            self._rest(changes)
+        changes = self._file.changes
+        for group in train.groups:
+            self.tally.num_groups += 1
+            self._deliver(group, changes)
+        self.tally.wall_s += wall_s
+        self.output = output
+        changes.put("output", _ONLY, output)
+        self._apply(words.Trained(version), changes)
+        books = self.machine.last_books
+        assert books is not None
+        self.books.append(books)
+        changes.put("books", books.iteration, books)
+        self._rest(changes)
 
     # --- leases --------------------------------------------------------------------------
 
@@ -279,23 +280,23 @@ class RunState:
         else:
             dealt = dict(slices(self.left, live, idle))
         if dealt:
-            with self._file.changes() as changes:
-                for engine, tokens in dealt.items():
-                    number = len(self.leases)
-                    iteration = self.machine.iteration
-                    key = f"{self.pool}/{iteration}/{number}"
-                    lease = Lease(
-                        number=number, iteration=iteration, engine=engine, tokens=tokens, key=key
-                    )
-                    self.leases[number] = lease
-                    changes.put("lease", number, lease)
+            changes = self._file.changes
+            for engine, tokens in dealt.items():
+                number = len(self.leases)
+                iteration = self.machine.iteration
+                key = f"{self.pool}/{iteration}/{number}"
+                lease = Lease(
+                    number=number, iteration=iteration, engine=engine, tokens=tokens, key=key
+                )
+                self.leases[number] = lease
+                changes.put("lease", number, lease)
 
     def move_lease(self, lease: Lease, **changed: object) -> None:
         """Change fields of a lease."""
         for name, value in changed.items():
             setattr(lease, name, value)
-        with self._file.changes() as changes:
-            changes.put("lease", lease.number, lease)
+        changes = self._file.changes
+        changes.put("lease", lease.number, lease)
 
     def unexplained(self) -> dict[str, int]:
         """Engine → tokens that its leases say were used and nobody has told of, where any are."""
@@ -305,7 +306,17 @@ class RunState:
         found = {e: used[e] - self.tally.grown.get(e, 0) for e in used.keys() | self.tally.grown}
         return {engine: count for engine, count in found.items() if count}
 
+    @property
+    def has_news(self) -> bool:
+        """Whether there is something to flush."""
+        return bool(self._file.changes)
+
+    def flush(self) -> None:
+        """Make durable what was told. Nothing that follows from it may be done before."""
+        self._file.flush()
+
     def close(self) -> None:
+        """What was told since the last flush is forgotten."""
         self._file.close()
 
     # --- inside --------------------------------------------------------------------------
@@ -314,8 +325,8 @@ class RunState:
         known = self._file.read("header", _ONLY, Header)
         if known is None:
             header = replace(wanted, id=wanted.id or uuid.uuid4().hex[:12])
-            with self._file.changes() as changes:
-                changes.put("header", _ONLY, header)
+            changes = self._file.changes
+            changes.put("header", _ONLY, header)
             return header
         for name in ("source", "epochs", "seed", "sampling", "weights"):
             old, new = getattr(known, name), getattr(wanted, name)
@@ -332,8 +343,8 @@ class RunState:
             self.header = self._header(replace(self.header, weights=weights))
             if self.header.weights is None:
                 self.header = replace(self.header, weights=weights)
-                with self._file.changes() as changes:
-                    changes.put("header", _ONLY, self.header)
+                changes = self._file.changes
+                changes.put("header", _ONLY, self.header)
 
     def _machine(self, config: C3poConfig) -> C3po:
         """The controller as it was left; under another config from here on, if that may change."""
@@ -349,9 +360,9 @@ class RunState:
             except ConfigError as error:
                 raise ConfigError(f"{self._file.path}: {error}") from None
         if state is None or machine.config != state.config:
-            with self._file.changes() as changes:
-                changes.put("state", _ONLY, machine.snapshot())
-                changes.drop_all("event")
+            changes = self._file.changes
+            changes.put("state", _ONLY, machine.snapshot())
+            changes.drop_all("event")
             self._num_events = 0
         return machine
 

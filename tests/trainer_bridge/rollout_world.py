@@ -6,11 +6,10 @@ are a function of the seed and the position, lengths of the seed.
 """
 
 import asyncio
-import contextlib
 import copy
 import hashlib
 import selectors
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +26,7 @@ from everstep.engine.rollout import (
 from everstep.trainer_bridge.c3po_config import C3poConfig
 from everstep.trainer_bridge.rollout_driver import Delivered, RolloutDriver
 from everstep.trainer_bridge.rollout_engine import Budget, Facts, Prompt, Seen, Work
-from everstep.trainer_bridge.run_file import Changes, RunFile
+from everstep.trainer_bridge.run_file import RunFile
 from everstep.trainer_bridge.run_state import RunState
 from everstep.trainer_bridge.run_words import Header, KeptPrompt, Position
 
@@ -373,14 +372,11 @@ class CrashingFile(RunFile):
     commits_left = 1 << 30
     is_behind = False
 
-    @contextlib.contextmanager
-    def changes(self) -> Iterator[Changes]:
-        with super().changes() as changes:
-            yield changes
-            if changes.steps:
-                self.commits_left -= 1
-            if not self.commits_left and not self.is_behind:
-                raise Killed
+    def flush(self) -> None:
+        self.commits_left -= bool(self.changes)
+        if not self.commits_left and not self.is_behind:
+            raise Killed
+        super().flush()
         if not self.commits_left:
             raise Killed
 
@@ -439,6 +435,7 @@ class World:
             limit=limit,
             on_note=self.notes.append,
             clock=loop.time,
+            has_threads=False,
         )
         try:
             await driver.run()
