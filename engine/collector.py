@@ -176,6 +176,12 @@ class Collector:
         if growths:
             self.tell(Cancel([growth.rollout.id for growth in growths]))
 
+    def resume(self, growths: Iterable[Growth]) -> None:
+        """Have these go on, but for those that may not now: not one token may come of them."""
+        names = [g.rollout.id for g in growths if g.is_open and not self._is_held(g)]
+        if names:
+            self.tell(Resume(names))
+
     def hold(self) -> None:
         """Have rollouts stand still that may not go on now, and the others go on."""
         if self._info is None:
@@ -187,12 +193,6 @@ class Collector:
             self.tell(Pause(held))
         if others:
             self.tell(Resume([g.rollout.id for g in live if g.rollout.id in others]))
-
-    @property
-    def is_holding(self) -> bool:
-        """Whether some may not go on now."""
-        is_stalled = self._keeper is not None and self._keeper.is_held
-        return is_stalled or self._versions.waiting_for is not None
 
     def _is_held(self, growth: Growth) -> bool:
         """Nothing of a durable one can be journaled now; or its weights are missing."""

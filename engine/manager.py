@@ -31,7 +31,7 @@ from .journal_ops import Budget, Query, RequestKey
 from .journal_thread import JournalThread
 from .keeping import Ids, Keeper, Page, ids_of
 from .manifest import Version
-from .messages import Flipped, KVPolicy, Pause, Ready, Resume, Staged, Stats
+from .messages import Flipped, KVPolicy, Pause, Ready, Staged, Stats
 from .metrics import Counter, Gauge, Histogram, Registry
 from .readers import Delta, deltas, until
 from .recovery import bring_back
@@ -408,7 +408,8 @@ class RolloutManager:
         is_all = ids is None and group is None
         self._holdings.pause(growths, is_all=is_all)
         names = ids_of(growths)
-        self._core.tell(Pause(None if is_all else names))
+        # by name: what is accepted from here on is paused when the core is told of it
+        self._core.tell(Pause(names))
         if self._keeper is not None:
             await self._keeper.pause(growths, is_all=is_all)
         return names
@@ -423,11 +424,12 @@ class RolloutManager:
         is_all = ids is None and group is None
         if self._keeper is not None:
             await self._keeper.resume(growths, is_all=is_all)
+        if is_all:
+            # those too that were accepted, and so paused, while this was journaled
+            growths = self._holdings.live()
         self._holdings.resume(growths, is_all=is_all)
-        self._core.tell(Resume(None if is_all else names))
-        if self._core.is_holding:
-            self._core.hold()
-        return names
+        self._core.resume(growths)
+        return ids_of(growths)
 
     async def cancel(self, ids: Sequence[str] | None = None, *, group: str | None = None) -> Ids:
         """End these (state aborted). Ended ones are left as they are."""

@@ -343,6 +343,18 @@ def test_pause_resume_and_cancel_by_id_by_group_and_of_all():
     run(body)
 
 
+def test_what_is_accepted_while_all_are_resumed_goes_on_also_at_the_next_core():
+    async def body(world):
+        async with world.managed() as (manager, backend):
+            await manager.pause()
+            rollout_id, _ = await asyncio.gather(accepted(manager, max_tokens=40), manager.resume())
+            backend.die()
+            done = await asyncio.wait_for(manager.wait(rollout_id), 10)
+            assert done.state is RolloutState.FINISHED
+
+    run(body)
+
+
 def test_an_unknown_id_is_named_and_nothing_is_done():
     async def body(world):
         async with world.managed() as (manager, backend):

@@ -19,6 +19,7 @@ from everstep.engine.intake import Submission
 from everstep.engine.journal_memory import MemoryJournal
 from everstep.engine.journal_thread import JournalThread
 from everstep.engine.manager import RolloutManager
+from everstep.engine.messages import Resume
 from everstep.engine.rollout import RolloutState, SamplingParams
 from tests.engine.inline_backend import InlineBackend
 from tests.fakes import generate_alone, make_version
@@ -264,7 +265,11 @@ def test_until_its_weights_are_there_rollouts_wait(tmp_path, dies):
             backend.is_held = False
             assert "version 5" in manager.versions.waiting_for
             [late] = manager.submit(ask())
+            mark = len(backend.sent)
             await manager.resume()
+            await manager.resume([late.id])
+            # not for a moment: a core may make a step between two messages
+            assert not [m for m in backend.sent[mark:] if isinstance(m, Resume)]
             await asyncio.sleep(0.05)
             [rollout] = [manager.get(one) for one in accepted.rollout_ids]
             for waiting in (rollout, late):
