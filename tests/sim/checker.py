@@ -27,14 +27,26 @@ Snapshot = Mapping[str, Any]
 
 
 def recompute(
-    seed: int, prompt: Sequence[int], ids: Sequence[int], versions: Sequence[int], start: int
+    seed: int, prompt: Sequence[int], ids: Sequence[int], segments: Sequence[Any]
 ) -> list[tuple[int, float]]:
-    """Tokens and logprobs from output token `start` on, each given those before it."""
-    found = []
-    for at in range(start, len(ids)):
-        words = array("q", [seed, versions[at], len(prompt), *prompt, *ids[:at]])
-        noise = int.from_bytes(hashlib.blake2b(words.tobytes(), digest_size=8).digest(), "little")
-        found.append((noise % VOCAB, -(noise >> 32 & 1023) / 128))
+    """Every token and its logprob, from what the segments say of weights and KV: a token depends on
+    the seed, on all tokens before it, and on the version that wrote the KV of each of them."""
+    found: list[tuple[int, float]] = []
+    num_prompt, whole = len(prompt), [*prompt, *ids]
+    kv = [0] * len(whole)
+    ends = [*(segment[0] for segment in segments), len(ids)][1:]
+    for (start, version, _, policy), end in zip(segments, ends, strict=True):
+        if policy == "computed":
+            kv[: num_prompt + start - 1] = [version] * (num_prompt + start - 1)
+        elif policy == "recompute-prompt":
+            kv[:num_prompt] = [version] * num_prompt
+        for at in range(num_prompt + start, num_prompt + end):
+            kv[at - 1] = version
+            words = array("q", [seed, num_prompt, *whole[:at], *kv[:at]])
+            noise = int.from_bytes(
+                hashlib.blake2b(words.tobytes(), digest_size=8).digest(), "little"
+            )
+            found.append((noise % VOCAB, -(noise >> 32 & 1023) / 128))
     return found
 
 
@@ -159,18 +171,19 @@ class Checker:
             )
         if list(versions) != sorted(versions):
             self._fault(f"I7: {where}: versions go back: {versions}")
+        self._judge_segments(where, found)
         if found["forked_from"] is not None:
             # those before it are its parent's; that they are is judged at the end
             start = max(start, found["forked_from"][1])
-        own = recompute(found["seed"], found["prompt"], ids, versions, start)
-        for at, (token, logprob) in enumerate(own, start):
-            if (token, logprob) != (ids[at], found["lps"][at]):
-                self._fault(
-                    f"I4: {where}: token {at} of version {versions[at]} is {ids[at]} "
-                    f"({found['lps'][at]}), computed {token} ({logprob})"
-                )
-                break
-        self._judge_segments(where, found)
+        if start < len(ids):
+            own = recompute(found["seed"], found["prompt"], ids, found["segments"])
+            for at in range(start, len(ids)):
+                if own[at] != (ids[at], found["lps"][at]):
+                    self._fault(
+                        f"I4: {where}: token {at} of version {versions[at]} is {ids[at]} "
+                        f"({found['lps'][at]}), computed {own[at]}"
+                    )
+                    break
 
     def _is_too_new(self, versions: Sequence[int]) -> bool:
         return bool(versions) and max(versions) > self._version
@@ -179,9 +192,9 @@ class Checker:
         stamped: list[int] = []
         segments = found["segments"]
         ends = [*(segment[0] for segment in segments), len(found["ids"])][1:]
-        for (start, version, digest), end in zip(segments, ends, strict=True):
+        for (start, version, digest, _), end in zip(segments, ends, strict=True):
             stamped += [version] * (end - start)
-            if digest != f"weights-{version}":
+            if digest != f"{version:064x}":
                 self._fault(f"I9: {where}: version {version} has the digest {digest}")
         if stamped != list(found["versions"]):
             self._fault(f"I5: {where}: segments {segments}, versions {found['versions']}")

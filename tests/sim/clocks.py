@@ -1,4 +1,4 @@
-"""The world's clocks, ids and noise while a history runs: all of them follow from its seed."""
+"""The world's clocks, ids, noise and weights while a history runs: all follow from its seed."""
 
 import contextlib
 import gc
@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
-from everstep.engine import log
+from everstep.engine import log, versions
 from everstep.engine.request_keys import RequestKeys
+
+from .language import read_manifest
 
 EPOCH_S = 1_800_000_000.0
 
@@ -49,6 +51,7 @@ def virtual(
         mock.patch.object(uuid, "uuid4", new_id),
         mock.patch.object(os, "urandom", rng.randbytes),
         mock.patch.object(log, "event", on_log),
+        mock.patch.object(versions, "read_manifest", read_manifest),
         mock.patch.dict(defaults, clock=wall),
     ):
         try:

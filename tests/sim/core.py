@@ -14,6 +14,7 @@ from msgspec import Struct
 from everstep.engine.config import BatchConfig, ResolvedKV
 from everstep.engine.core import STATS_EVERY_S, Core
 from everstep.engine.errors import EngineDied
+from everstep.engine.manifest import Version
 from everstep.engine.messages import (
     Died,
     FromCore,
@@ -24,7 +25,7 @@ from everstep.engine.messages import (
     encode,
 )
 
-from .language import digest_of, make_core
+from .language import WeightSettings, make_core
 from .loop import Process, current
 
 PIPE_S = 0.0005
@@ -38,7 +39,8 @@ class CoreSettings(Struct, frozen=True):
     batch: BatchConfig
     step_s: float
     start_s: float
-    unlucky: float = 0.0
+    unlucky: float
+    weights: WeightSettings
 
 
 class Pipe:
@@ -74,26 +76,24 @@ class Pipe:
 
 
 class SimBackend:
-    """version: of the weights that a core which starts now loads."""
+    """A front's end of it."""
 
     def __init__(
         self,
         name: str,
         settings: CoreSettings,
         rng: random.Random,
-        version: Callable[[], int],
-        on_flip: Callable[[int], None],
         on_fault: Callable[[str], None],
     ) -> None:
         self._name, self._settings, self._rng = name, settings, rng
-        self._version, self._on_flip, self._on_fault = version, on_flip, on_fault
+        self._on_fault = on_fault
         self.starts = 0
         self.core: Core | None = None
         self.process: Process | None = None
         self._front = current()
         self._to_core = self._from_core = Pipe(rng)
 
-    async def start(self) -> Ready:
+    async def start(self, weights: Version | None = None, /) -> Ready:
         await self.close()
         await asyncio.sleep(self._settings.start_s * (0.5 + self._rng.random()))
         if self._rng.random() < self._settings.unlucky:
@@ -101,8 +101,11 @@ class SimBackend:
         self.starts += 1
         name = f"{self._name}-{self.starts}"
         self._to_core, self._from_core = Pipe(self._rng), Pipe(self._rng)
-        self.core, ready = make_core(self._settings.kv, self._settings.batch, name, self._version())
-        self.process = Process(self._front.loop, name, parent=self._front)
+        settings, loop = self._settings, self._front.loop
+        self.core, ready = make_core(
+            settings.kv, settings.batch, name, weights, settings.weights, loop.time, self._rng
+        )
+        self.process = Process(loop, name, parent=self._front)
         self.process.spawn(self._live(self.core, self.process, self._to_core, self._from_core))
         return ready
 
@@ -120,27 +123,15 @@ class SimBackend:
         while True:
             messages: list[ToCore] = []
             for data in inbox.take():
-                if data.startswith(_FLIP):
-                    # weights change between two steps
-                    _flip(core, int(data[len(_FLIP) :]))
-                    self._on_flip(int(data[len(_FLIP) :]))
-                else:
-                    messages += decode_to_core(data)
+                messages += decode_to_core(data)
             if core.turn(messages, send):
                 await inbox.wait(STATS_EVERY_S)
             else:
                 await asyncio.sleep(self._settings.step_s * (0.5 + self._rng.random()))
 
     def send(self, messages: Sequence[ToCore]) -> None:
-        self._put(encode(list(messages)))
-
-    def flip(self, version: int) -> None:
-        """Take these weights between two steps."""
-        self._put(_FLIP + str(version).encode())
-
-    def _put(self, data: bytes) -> None:
         if self.process is not None and not self.process.is_dead:
-            self._to_core.put(data, self.process)
+            self._to_core.put(encode(list(messages)), self.process)
 
     async def receive(self) -> list[FromCore]:
         while True:
@@ -155,11 +146,3 @@ class SimBackend:
         if self.process is not None:
             self.process.kill()
         self.core = self.process = None
-
-
-_FLIP = b"flip "
-
-
-def _flip(core: Core, version: int) -> None:
-    core.runner.set_version(version, digest_of(version))  # type: ignore[attr-defined]
-    core.scheduler.set_version(digest_of(version))

@@ -7,22 +7,26 @@ from collections.abc import Callable
 from typing import Any
 
 from msgspec import Struct
-from msgspec.structs import replace
 
-from everstep.engine import journal_ops as ops
 from everstep.engine.config import RestartConfig
-from everstep.engine.errors import EngineUnavailable, EverstepError
+from everstep.engine.errors import (
+    EngineUnavailable,
+    EverstepError,
+    StaleVersion,
+    WeightsRefused,
+)
 from everstep.engine.intake import Submission
 from everstep.engine.journal_ops import Budget, BudgetState, JournalStore, Query, RequestKey
 from everstep.engine.journal_thread import JournalThread, _call_soon
 from everstep.engine.manager import RolloutManager
+from everstep.engine.messages import KVPolicy
 from everstep.engine.rollout import Rollout, RolloutState, SamplingParams
 from everstep.engine.trajectory import seal, unseal
 
 from .core import CoreSettings, SimBackend
 from .disk import SimDisk
 from .history import History
-from .language import EOS, digest_of
+from .language import BASE, EOS, folder_of
 from .loop import Process, SimLoop
 from .network import Network
 
@@ -30,12 +34,14 @@ RESTARTS = RestartConfig(attempts=None, first_delay_s=0.02, max_delay_s=0.1)
 
 
 class FrontSettings(Struct, frozen=True):
-    """commit_s: what a commit takes; compact_s: how often the journal is compacted."""
+    """commit_s: what a commit takes; compact_s: how often the journal is compacted; kv_policy: what
+    flips do with KV, None: now this, now that."""
 
     core: CoreSettings
     commit_s: float
     compact_s: float
     max_live: int
+    kv_policy: KVPolicy | None
 
 
 class LoopJournal(JournalThread):
@@ -127,13 +133,12 @@ class FrontHost:
         self.manager: RolloutManager | None = None
         self.backend: SimBackend | None = None
         self.journal: LoopJournal | None = None
-        self.version = 0
         self.slow = 1.0
         """How many times slower the disk is than usual."""
         self.doom: bool | None = None
         """Die in the middle of the next commit; True: the power goes too."""
-        self.flipping: int | None = None
-        """The version that is being made current."""
+        self.flipping = 0
+        """Flips that are asked for and not answered."""
 
     @property
     def is_ready(self) -> bool:
@@ -151,17 +156,13 @@ class FrontHost:
 
     async def _main(self, process: Process) -> None:
         try:
-            self.flipping = None
+            self.flipping = 0
             store = self.disk.open()
-            flip = store.recover().flip
-            self.version = 1 if flip is None else flip[0]
             self.journal = LoopJournal(store, self, compact_every_s=self._settings.compact_s)
             self.backend = SimBackend(
                 f"core-{self.name}",
                 self._settings.core,
                 self._rng,
-                lambda: self.version,
-                lambda version: self._history.note(self.name, "core flips", version=version),
                 lambda fault: self._history.note(self.name, "fault", what=fault),
             )
             self.manager = RolloutManager(
@@ -171,17 +172,23 @@ class FrontHost:
                 max_live=self._settings.max_live,
                 restarts=RESTARTS,
                 journal=self.journal,
+                model_path=folder_of(BASE),
             )
-            self._flip_lock = asyncio.Lock()
             self._network.serve(self.name, process, self._handle)
-            self._history.note(self.name, "start", version=self.version)
+            self._history.note(self.name, "start")
             while True:
                 try:
                     await self.manager.start()
                     break
                 except EngineUnavailable:
                     await asyncio.sleep(0.05)
-            self._history.note(self.name, "ready", recovered=self.manager.num_recovered)
+            self._history.note(
+                self.name,
+                "ready",
+                recovered=self.manager.num_recovered,
+                version=self.manager.version.number,
+            )
+            self._note_weights()
             self._on_ready(self.name)
         except EverstepError as error:
             self._history.note(self.name, "broken", error=f"{type(error).__name__}: {error}")
@@ -223,7 +230,7 @@ class FrontHost:
             sometimes = self._history.sometimes
             sometimes("core crash")
             sometimes("core crash with an open budget", self._has_open_budget)
-            sometimes("core crash during a flip", self.flipping is not None)
+            sometimes("core crash during a flip", self.flipping > 0)
             self._history.note(self.name, "core crash")
             self.backend.process.kill()
 
@@ -232,7 +239,7 @@ class FrontHost:
         sometimes = self._history.sometimes
         sometimes("front crash")
         sometimes("front crash in the middle of a commit", in_commit)
-        sometimes("front crash during a flip", self.flipping is not None)
+        sometimes("front crash during a flip", self.flipping > 0)
         sometimes("front crash with an open budget", self._has_open_budget)
         if self.manager is None or self.journal is None:
             sometimes("front crash while it starts")
@@ -302,27 +309,39 @@ class FrontHost:
             case "update":
                 return await self._update(values["version"])
             case "version":
-                return self.version
+                return self._serving
         raise AssertionError(method)
 
     async def _update(self, version: int) -> int:
-        """Make the weights of a version current: journaled first, so that no token of theirs can
-        be there without it; then the core takes them between two steps."""
-        manager, backend = self.manager, self.backend
+        """Have the weights of a version staged, and flip to them; returns which serve then."""
+        manager = self.manager
         assert manager is not None
-        assert backend is not None
-        keeper = manager._journaled
-        async with self._flip_lock:
-            if version > self.version:
-                self.flipping = version
-                try:
-                    await keeper.commit(ops.Flip(version, digest_of(version)))
-                    self.version = version
-                    _note_weights(manager, version)
-                    backend.flip(version)
-                finally:
-                    self.flipping = None
-        return self.version
+        kv = self._settings.kv_policy or self._rng.choice(["keep", "recompute", "recompute-prompt"])
+        try:
+            staged = await manager.stage(folder_of(version))
+            self.flipping += 1
+            try:
+                await manager.flip(staged.version, kv)
+            finally:
+                self.flipping -= 1
+            self._history.note(self.name, "serves", version=version, kv=kv)
+        except StaleVersion:
+            pass
+        except WeightsRefused as error:
+            self._history.note(self.name, "refuses", version=version, why=str(error))
+            self._history.sometimes("weights refused")
+            raise
+        return self._serving
+
+    @property
+    def _serving(self) -> int:
+        """0: rollouts wait for weights."""
+        assert self.manager is not None
+        versions = self.manager.versions
+        return 0 if versions.waiting_for is not None else self.manager.version.number
+
+    def _note_weights(self) -> None:
+        self._history.sometimes("weights missing after a restart", self._serving == 0)
 
 
 def budget_of(budget: Budget) -> dict[str, Any]:
@@ -333,14 +352,6 @@ def budget_of(budget: Budget) -> dict[str, Any]:
         "used": budget.used,
         "state": str(budget.state),
     }
-
-
-def _note_weights(manager: RolloutManager, version: int) -> None:
-    core = manager._core
-    for name in ("_info", "_last_info"):
-        info = getattr(core, name)
-        if info is not None:
-            setattr(core, name, replace(info, version=version, digest=digest_of(version)))
 
 
 def _key(route: str, key: str, body: object) -> RequestKey:
@@ -363,7 +374,7 @@ def snapshot(rollout: Rollout) -> dict[str, Any]:
         "ids": tuple(rollout.output_ids),
         "lps": tuple(rollout.lp_sampled),
         "versions": tuple(rollout.versions),
-        "segments": tuple((s.start, s.version, s.digest) for s in rollout.segments),
+        "segments": tuple((s.start, s.version, s.digest, s.kv) for s in rollout.segments),
         "finish": None if reason is None else (reason.type, reason.matched, reason.detail),
         "forked_from": rollout.forked_from,
         "pool": rollout.pool,

@@ -129,6 +129,17 @@ class SimLoop(asyncio.BaseEventLoop):
         """Call it outside of any process: it happens whoever is dead by then."""
         self.call_at(self._now_s + delay_s, call, *args, context=Context())
 
+    def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> Any:
+        """There are no other threads: it is done now, and heard of a little later."""
+        future = self.create_future()
+        try:
+            result = func(*args)
+        except Exception as error:
+            self.call_soon_threadsafe(_settle, future, None, error)
+        else:
+            self.call_soon_threadsafe(_settle, future, result, None)
+        return future
+
     def _process_events(self, event_list: object) -> None:
         """There are none: nothing comes from outside."""
 
@@ -157,6 +168,15 @@ class SimLoop(asyncio.BaseEventLoop):
         self._scheduled.clear()
         self.processes.clear()
         self.close()
+
+
+def _settle(future: "asyncio.Future[Any]", result: Any, error: Exception | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(result)
+    else:
+        future.set_exception(error)
 
 
 def _make_task(

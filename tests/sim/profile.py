@@ -14,6 +14,7 @@ from everstep.trainer_bridge.c3po_config import C3poConfig
 from .controller import C3poSettings
 from .core import CoreSettings
 from .front import FrontSettings
+from .language import WeightSettings
 from .network import Quality
 
 FAULTS = (
@@ -89,6 +90,9 @@ class Profile(Struct, frozen=True, kw_only=True):
             step_s=rng.choice([0.005, 0.02]),
             start_s=rng.choice([0.02, 0.2]),
             unlucky=rng.choice([0.0, 0.0, 0.3]),
+            weights=WeightSettings(
+                bad=rng.choice([0.0, 0.0, 0.2]), missing=rng.choice([0.0, 0.0, 0.3])
+            ),
         )
         is_rough = rng.random() < 0.6
         quality = Quality(
@@ -113,6 +117,7 @@ class Profile(Struct, frozen=True, kw_only=True):
                 commit_s=rng.choice([0.0002, 0.004, 0.02]),
                 compact_s=rng.choice([0.3, 60.0]),
                 max_live=10_000,
+                kv_policy=rng.choice(["keep", "recompute", "recompute-prompt", None]),
             ),
             num_jobs=rng.randint(3, 8),
             batch_groups=rng.randint(1, 3),

@@ -9,6 +9,7 @@ import random
 from typing import Any
 
 from .history import History
+from .language import BASE
 from .loop import Process, SimLoop
 from .network import Network, NoAnswer, Refused
 from .profile import Profile
@@ -27,7 +28,7 @@ class Trainer:
         self._loop, self._network, self._history = loop, network, history
         self._profile, self._rng, self._fronts = profile, rng, fronts
         self.process: Process | None = None
-        self.version = 1
+        self.version = BASE
         self.consumed: dict[str, Any] = {}
         """The checkpoint: group → what was in it."""
         self._held: dict[str, Any] = {}
@@ -83,12 +84,16 @@ class Trainer:
             self._history.note("trainer", "trained", groups=tuple(batch), version=self.version)
 
     async def _publish(self, front: str) -> None:
-        """Tell a front of the newest version until it serves it."""
+        """Tell a front of the newest version until it serves it, and again now and then: it may
+        have lost its weights since."""
+        idle_s = 0.0
         while True:
-            await asyncio.sleep(0.01 + 0.02 * self._rng.random())
-            version = self.version
-            if self.serving.get(front) == version:
+            pause_s = 0.01 + 0.02 * self._rng.random()
+            await asyncio.sleep(pause_s)
+            version, idle_s = self.version, idle_s + pause_s
+            if version == BASE or (self.serving.get(front) == version and idle_s < 0.3):
                 continue
+            idle_s = 0.0
             try:
                 process = self.process
                 assert process is not None
