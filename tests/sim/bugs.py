@@ -16,7 +16,10 @@ from everstep.engine.journal_ops import Ack
 from everstep.engine.journal_thread import JournalThread
 from everstep.engine.keeping import Keeper
 from everstep.engine.kv_cache import KVCacheManager
+from everstep.engine.messages import Resume
 from everstep.engine.request_keys import RequestKeys
+from everstep.engine.roster import Roster
+from everstep.engine.versions import Versions
 from everstep.trainer_bridge.c3po_samples import Samples
 from everstep.trainer_bridge.ledger import Account, Ledger
 
@@ -207,6 +210,26 @@ def member_dropped(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Samples, "_train_group", short)
 
 
+def kept_kv_untold(patch: pytest.MonkeyPatch) -> None:
+    """Segments do not say that their tokens were drawn over KV of older weights."""
+    patch.setattr(Roster, "note_kv", lambda self, rollout, kv: None)
+
+
+def flip_not_journaled(patch: pytest.MonkeyPatch) -> None:
+    """A front that is started again serves the weights that it was made with."""
+    patch.setattr(Versions, "restore", lambda self, flips: None)
+
+
+def resumed_too_early(patch: pytest.MonkeyPatch) -> None:
+    """Who waits for weights is resumed, and paused again at once (this one was ours)."""
+
+    def resume(self, growths):
+        self.tell(Resume([growth.rollout.id for growth in growths]))
+        self.hold()
+
+    patch.setattr(Collector, "resume", resume)
+
+
 BUGS: dict[str, Bug] = {
     bug.__name__: bug
     for bug in (
@@ -228,5 +251,8 @@ BUGS: dict[str, Bug] = {
         purge_not_counted,
         never_too_old,
         member_dropped,
+        kept_kv_untold,
+        flip_not_journaled,
+        resumed_too_early,
     )
 }
