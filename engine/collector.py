@@ -140,6 +140,8 @@ class Collector:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
+        # nobody waits for an answer that will not be heard
+        self._budgets.lose_core()
         await self._backend.close()
 
     # --- to the core ---------------------------------------------------------------------
@@ -215,7 +217,7 @@ class Collector:
 
     def _meter(self, meter: Meter) -> bool:
         """Limit a pool, if there is a core to be told."""
-        if self._info is None:
+        if self._info is None or self._is_closing:
             return False
         self.tell(meter)
         return True

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from everstep.engine.config import BatchConfig, ResolvedKV, RestartConfig
 from everstep.engine.core import Core
-from everstep.engine.errors import EverstepError, JournalFull
+from everstep.engine.errors import EverstepError, JournalError, JournalFull
 from everstep.engine.journal_memory import MemoryJournal
 from everstep.engine.journal_ops import NEW, Accept, Append, CloseBudget, End, Op, OpenBudget
 from everstep.engine.manager import RolloutManager
@@ -187,6 +187,7 @@ class HandJournal:
         self.store = store
         self.stalled: str | None = None
         self.failure: str | None = None
+        self.is_closed = False
         self.on_stall: Callable[[str | None], None] | None = None
         self.pending: deque[tuple[Callable[[], Any], Op | None, asyncio.Future[Any]]] = deque()
 
@@ -214,13 +215,17 @@ class HandJournal:
 
     async def close(self) -> None:
         self.pump()
+        self.is_closed = True
 
     async def _call(self, call: Callable[[], Any]) -> Any:
         return call() if self.stalled is not None else await self._put(call)
 
     def _put(self, call: Callable[[], Any], op: Op | None = None) -> asyncio.Future[Any]:
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self.pending.append((call, op, future))
+        if self.is_closed:
+            future.set_exception(JournalError("the journal is closed"))
+        else:
+            self.pending.append((call, op, future))
         return future
 
     def pump(self, count: int = 1_000_000, *, is_told: bool = True) -> None:

@@ -329,6 +329,20 @@ def test_who_waits_hears_of_the_end_of_the_time_and_of_the_server(world):
         opened(world, 4, pool="code")
 
 
+@pytest.mark.timeout(60)
+def test_a_server_ends_while_a_budget_is_being_closed(world):
+    budget = opened(world, 50)
+    ask(world)
+    world.run_ahead(2)
+    # the core has answered, and the front will not hear of it any more
+    world.begin(world.manager.close_budget(budget))
+    world.close()
+    # not closed in the journal, then: no token of it came in
+    assert [b.state for b in world.store.recover().budgets] in (["open"], ["closed"])
+    world.start()
+    assert world.manager.budget(budget).used == world.store.used[budget] == 0
+
+
 def test_a_pool_holds_only_durable_rollouts_where_there_is_a_journal(world):
     work = Submission(prompt_ids=[0, 1], sampling=SamplingParams(max_tokens=4), pool=POOL)
     with pytest.raises(InvalidRequest) as error:
