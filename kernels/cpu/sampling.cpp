@@ -8,11 +8,9 @@
 //     lp_temp  y - ln Σe, rounded to float32
 //     token    the first block, then in it the first id, whose cumulative sum exceeds u · mass
 //
-// Cuts. Ids are ranked by (y descending, id ascending), so that each cut is a border in that order:
-// `Border` is the last id kept. A border is found among candidates that a cheap bound has let
-// through; what is kept is then read off in ascending order of ids, and summed as above.
+// Cuts (selection.h): bans, top-k, top-p, min-p.
 
-#include "mathfun.h"
+#include "selection.h"
 
 using namespace everstep;
 using std::int32_t;
@@ -20,12 +18,6 @@ using std::int64_t;
 using std::uint32_t;
 
 namespace {
-
-constexpr int64_t kBlock = 512;
-// candidates of which the ranking is settled by sorting them
-constexpr int64_t kFew = 48;
-// more candidates than this are first told apart by bins of their values
-constexpr int kBins = 512;
 
 // as kernels/sampling.py (RULE) and kernels/native_sampling.py (_DRAW) lay them out
 struct Rule {
@@ -61,52 +53,6 @@ double uniform(std::uint64_t seed, std::uint64_t position) {
     const std::uint64_t words = static_cast<std::uint64_t>(c[0]) << 32 | c[1];
     return static_cast<double>(words >> 11) * 0x1p-53;
 }
-
-struct Ranked {
-    float value;
-    int32_t id;
-};
-
-EVERSTEP_INLINE bool is_ahead(const Ranked& a, const Ranked& b) {
-    return (a.value > b.value) | ((a.value == b.value) & (a.id < b.id));
-}
-
-// -- sums in float64
-
-struct Sum {
-#if defined(__AVX512F__)
-    __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
-
-    EVERSTEP_INLINE void add(Vec x) {
-        const __m512 all = (__m512)x.part[0];
-        low = _mm512_add_pd(low, _mm512_cvtps_pd(_mm512_castps512_ps256(all)));
-        high = _mm512_add_pd(high, _mm512_cvtps_pd(_mm512_extractf32x8_ps(all, 1)));
-    }
-    EVERSTEP_INLINE void read(double* lanes) const {
-        _mm512_storeu_pd(lanes, low);
-        _mm512_storeu_pd(lanes + 8, high);
-    }
-#else
-    double lane[kLanes] = {};
-
-    EVERSTEP_INLINE void add(Vec x) {
-        float each_lane[kLanes];
-        store(each_lane, x);
-        for (int i = 0; i < kLanes; ++i) lane[i] += each_lane[i];
-    }
-    EVERSTEP_INLINE void read(double* lanes) const { std::memcpy(lanes, lane, sizeof lane); }
-#endif
-    double total() const {
-        double lanes[kLanes];
-        read(lanes);
-        return fold(lanes);
-    }
-    static double fold(double* lanes) {
-        for (int half = kLanes / 2; half > 0; half /= 2)
-            for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-        return lanes[0];
-    }
-};
 
 // -- one row
 
@@ -189,21 +135,6 @@ double logprob(const Row& row, int64_t id, double log_total) {
     return static_cast<float>(row.y(id) - log_total);
 }
 
-// The first block whose cumulative sum exceeds the target, or the last with weight; `below` gets
-// the sum before it.
-int64_t find_block(const double* blocks, int64_t count, double target, double* below) {
-    double sum = 0.0;
-    int64_t last = 0;
-    for (int64_t b = 0; b < count; ++b) {
-        if (blocks[b] <= 0.0) continue;
-        *below = sum;
-        last = b;
-        sum += blocks[b];
-        if (sum > target) break;
-    }
-    return last;
-}
-
 int64_t draw_whole(const Row& row, const double* blocks, double target) {
     double below = 0.0;
     const int64_t b = find_block(blocks, ceil_div(row.size, kBlock), target, &below);
@@ -216,172 +147,6 @@ int64_t draw_whole(const Row& row, const double* blocks, double target) {
         if (e[i - first] <= 0.0f) continue;
         last = i;
         sum += e[i - first];
-        if (sum > target - below) break;
-    }
-    return last;
-}
-
-// -- selection
-
-// bit i: lane i is at least `floor`
-EVERSTEP_INLINE uint32_t at_least(Vec x, float floor) {
-#if defined(__AVX512F__)
-    return _mm512_cmp_ps_mask((__m512)x.part[0], _mm512_set1_ps(floor), _CMP_GE_OQ);
-#elif defined(__AVX2__)
-    const __m256 border = _mm256_set1_ps(floor);
-    const int low = _mm256_movemask_ps(_mm256_cmp_ps((__m256)x.part[0], border, _CMP_GE_OQ));
-    const int high = _mm256_movemask_ps(_mm256_cmp_ps((__m256)x.part[1], border, _CMP_GE_OQ));
-    return static_cast<uint32_t>(low) | static_cast<uint32_t>(high) << 8;
-#else
-    float lanes[kLanes];
-    store(lanes, x);
-    uint32_t bits = 0;
-    for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(lanes[i] >= floor) << i;
-    return bits;
-#endif
-}
-
-struct Candidates;
-struct Maxima;
-struct Ys;
-struct Es;
-struct Blocks;
-
-// Ids in ascending order whose value is at least `floor`.
-int64_t gather(const float* values, int64_t size, float floor, Ranked* out) {
-    int64_t count = 0;
-    for (int64_t i = 0; i < size; i += kLanes) {
-        uint32_t bits = at_least(load(values + i), floor);
-        if (size - i < kLanes) bits &= (1u << (size - i)) - 1u;
-        for (; bits; bits &= bits - 1) {
-            const int64_t id = i + __builtin_ctz(bits);
-            out[count++] = {values[id], static_cast<int32_t>(id)};
-        }
-    }
-    return count;
-}
-
-// A value that at least k ids reach: ids fall into sets (512-block, lane), and k sets have a
-// maximum that large. -inf where there are fewer than k sets.
-float floor_of_best(const float* values, int64_t size, int64_t k) {
-    const int64_t sets = ceil_div(size, kBlock) * kLanes;
-    if (k > sets) return -INFINITY;
-    float* maxima = scratch<float, Maxima>(sets);
-    for (int64_t b = 0; b * kBlock < size; ++b) {
-        // the row is padded to whole vectors with -inf
-        Vec best = load(values + b * kBlock);
-        for (int64_t i = b * kBlock; i < std::min(size, (b + 1) * kBlock); i += kLanes)
-            best = max(best, load(values + i));
-        store(maxima + b * kLanes, best);
-    }
-    std::nth_element(maxima, maxima + k - 1, maxima + sets, [](float a, float b) { return a > b; });
-    return maxima[k - 1];
-}
-
-// The k-th in rank. Reorders.
-Ranked kth(Ranked* candidates, int64_t count, int64_t k) {
-    std::nth_element(candidates, candidates + k - 1, candidates + count, is_ahead);
-    return candidates[k - 1];
-}
-
-// Leave the candidates of one bin of values: that in which the mass reaches the target. Bins are
-// even in y from the best candidate to the worst, so they keep the order. Returns how many are
-// left; `before` gets the mass of the bins above.
-int64_t narrow_to_bin(Ranked* candidates, int64_t count, const float* e, double target,
-                      double* before) {
-    float best = candidates[0].value, worst = best;
-    for (int64_t i = 1; i < count; ++i) {
-        best = candidates[i].value > best ? candidates[i].value : best;
-        worst = candidates[i].value < worst ? candidates[i].value : worst;
-    }
-    if (!(worst > -1e30f) || best == worst) return count;
-    double mass[kBins] = {};
-    const float scale = static_cast<float>(kBins) / (best - worst);
-    auto bin_of = [&](const Ranked& x) {
-        return std::min(static_cast<int>((best - x.value) * scale), kBins - 1);
-    };
-    for (int64_t i = 0; i < count; ++i) mass[bin_of(candidates[i])] += e[candidates[i].id];
-    int bin = 0;
-    // the worst candidate is in the last bin: no bin that is stopped at is empty
-    for (; bin < kBins - 1 && *before + mass[bin] < target; ++bin) *before += mass[bin];
-    int64_t n = 0;
-    for (int64_t i = 0; i < count; ++i) {
-        candidates[n] = candidates[i];
-        n += bin_of(candidates[i]) == bin;
-    }
-    return n;
-}
-
-// The last in rank before which less than `target` has been gathered. Reorders.
-// Quickselect by mass: each round leaves one side of a pivot, whose mass is known, behind.
-Ranked border_of_mass(Ranked* candidates, int64_t count, const float* e, double target) {
-    double before = 0.0;
-    if (count > kBins) count = narrow_to_bin(candidates, count, e, target, &before);
-    while (count > kFew) {
-        Ranked* end = candidates + count;
-        Ranked a = candidates[0], b = candidates[count / 2], c = candidates[count - 1];
-        const Ranked pivot = is_ahead(a, b) ? (is_ahead(b, c) ? b : is_ahead(a, c) ? c : a)
-                                            : (is_ahead(a, c) ? a : is_ahead(b, c) ? c : b);
-        // ahead of the pivot or the pivot itself; neither side is empty, since it is a median
-        Ranked* middle = std::partition(candidates, end,
-                                        [&](const Ranked& x) { return !is_ahead(pivot, x); });
-        double mass = before;
-        for (const Ranked* x = candidates; x < middle; ++x) mass += e[x->id];
-        if (mass < target) {
-            before = mass;
-            candidates = middle;
-        } else {
-            end = middle;
-        }
-        count = end - candidates;
-    }
-    std::sort(candidates, candidates + count, is_ahead);
-    int64_t last = 0;
-    before += e[candidates[0].id];
-    while (last + 1 < count && before < target) before += e[candidates[++last].id];
-    return candidates[last];
-}
-
-// Keep what does not rank behind the border; ids stay ascending.
-int64_t keep_to(Ranked* kept, int64_t count, Ranked border) {
-    int64_t n = 0;
-    for (int64_t i = 0; i < count; ++i) {
-        const bool stays = !is_ahead(border, kept[i]);
-        kept[n] = kept[i];
-        n += stays;
-    }
-    return n;
-}
-
-// Σe of some ids in ascending order: the order of additions of the whole row, zeros left out.
-double sum_kept(const Ranked* kept, int64_t count, const float* e, double* blocks, int64_t size) {
-    double total = 0.0;
-    int64_t i = 0;
-    for (int64_t b = 0; b * kBlock < size; ++b) {
-        double lanes[kLanes] = {};
-        if (i < count && kept[i].id < (b + 1) * kBlock) {
-            for (; i < count && kept[i].id < (b + 1) * kBlock; ++i)
-                lanes[kept[i].id % kLanes] += e[kept[i].id];
-            blocks[b] = Sum::fold(lanes);
-        } else {
-            blocks[b] = 0.0;
-        }
-        total += blocks[b];
-    }
-    return total;
-}
-
-int64_t draw_kept(const Ranked* kept, int64_t count, const float* e, const double* blocks,
-                  int64_t size, double target) {
-    double below = 0.0, sum = 0.0;
-    const int64_t b = find_block(blocks, ceil_div(size, kBlock), target, &below);
-    const Ranked* from = std::lower_bound(
-        kept, kept + count, b * kBlock, [](const Ranked& x, int64_t id) { return x.id < id; });
-    int64_t last = from->id;
-    for (; from < kept + count && from->id < (b + 1) * kBlock; ++from) {
-        if (e[from->id] <= 0.0f) continue;
-        last = from->id;
-        sum += e[from->id];
         if (sum > target - below) break;
     }
     return last;
@@ -458,15 +223,18 @@ private:
             kept_[0] = {y_[id], static_cast<int32_t>(id)};
             kept_count_ = 1;
         } else {
-            select(alive, whole);
+            select(alive, whole, static_cast<float>(top), blocks);
         }
         if (kept_count_ == size_) {
             // nothing was cut: the sums of the whole row hold
             draw.token = draw_whole(row_, blocks, rule_.u * total);
             return;
         }
-        const double mass = sum_kept(kept_, kept_count_, e_, blocks, size_);
-        draw.token = draw_kept(kept_, kept_count_, e_, blocks, size_, rule_.u * mass);
+        const double mass = is_by_value_ ? mass_ : sum_kept(kept_, kept_count_, e_, blocks, size_);
+        draw.token = is_by_value_ ? draw_cut(y_, e_, size_, cut_, blocks, rule_.u * mass)
+                                  : draw_kept(kept_, kept_count_, e_, blocks, size_, rule_.u * mass);
+        if (is_by_value_ && (rule_.kept_row >= 0 || rule_.num_top > 0))
+            list_cut(y_, e_, size_, cut_, kept_);
         log_mass_ = std::min(top - log_total_ + std::log(mass), 0.0);
     }
 
@@ -498,7 +266,7 @@ private:
         return alive;
     }
 
-    void select(int64_t alive, double whole) {
+    void select(int64_t alive, double whole, float top, double* blocks) {
         const bool has_top_k = rule_.top_k > 0 && rule_.top_k < alive;
         if (alive == size_ && !has_top_k && rule_.top_p >= 1.0 && rule_.min_p <= 0.0f) return;
         kept_ = scratch<Ranked, Candidates>(2 * size_);
@@ -513,12 +281,14 @@ private:
                     lanes[kept_[i].id % kLanes] += e_[kept_[i].id];
                 whole = Sum::fold(lanes);
             }
-        } else if (rule_.top_p < 1.0) {
-            // ids below this share sum to less than top-p drops, even if all of them were
-            const double share = 0.5 * (1.0 - rule_.top_p) * whole / static_cast<double>(size_);
-            kept_count_ = gather_by_share(static_cast<float>(share));
         } else {
-            kept_count_ = gather_by_share(rule_.min_p);
+            // ids below this share sum to less than top-p drops, even if all of them were
+            const double dropped = 0.5 * (1.0 - rule_.top_p) * whole / static_cast<double>(size_);
+            const float share = rule_.top_p < 1.0 ? static_cast<float>(dropped) : rule_.min_p;
+            if (count_at_least(e_, padded_, share) > size_ / kListedPart &&
+                select_by_value(whole, top, share, blocks))
+                return;
+            kept_count_ = gather_by_share(share);
         }
         if (rule_.top_p < 1.0) {
             std::copy(kept_, kept_ + kept_count_, spare);
@@ -533,6 +303,21 @@ private:
             }
             kept_count_ = n;
         }
+    }
+
+    // The same without a list; false, and nothing done, if the border is not found so.
+    bool select_by_value(double whole, float top, float share, double* blocks) {
+        Cut cut;
+        cut.share = rule_.min_p;
+        if (rule_.top_p < 1.0) {
+            const float bottom = top + std::max(std::log(share), -80.0f);
+            if (!find_border(y_, e_, padded_, top, bottom, rule_.top_p * whole, kept_, &cut.border))
+                return false;
+        }
+        mass_ = sum_cut(y_, e_, size_, cut, blocks, &kept_count_);
+        cut_ = cut;
+        is_by_value_ = true;
+        return true;
     }
 
     // ids that are not banned, with e of at least `share`, ascending
@@ -578,6 +363,9 @@ private:
     float* e_ = nullptr;
     Ranked* kept_ = nullptr;
     int64_t kept_count_ = 0;
+    bool is_by_value_ = false;  // then these, and kept_ is listed for who asks
+    Cut cut_;
+    double mass_ = 0.0;
     double log_total_ = 0.0, log_mass_ = 0.0;
     Row raw_row_{};
     double raw_log_total_ = 0.0;

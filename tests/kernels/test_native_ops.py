@@ -3,7 +3,9 @@
 Everything runs at every level (../levels.py).
 """
 
+import ctypes
 import math
+from itertools import accumulate
 
 import pytest
 import torch
@@ -466,6 +468,73 @@ def test_partial_selection_finds_the_support_of_the_full_sort(
     if reference.support(lp, rule) != kept:
         # float32 and float64 may part at a border, nowhere else
         assert not draws_are_decided(lp, rule, kept)
+
+
+def exps(ops, x):
+    """e^x of float32 as every kernel computes it."""
+    out = torch.empty_like(x)
+    ops.library.everstep_exp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    ops.library.everstep_exp(x.data_ptr(), out.data_ptr(), x.numel())
+    return out
+
+
+def block_sums(values):
+    """float64 sums of blocks of 512, lane by lane (16), a tree over the lanes."""
+    lanes = torch.nn.functional.pad(values.double(), (0, -len(values) % 512)).view(-1, 32, 16)
+    total = lanes[:, 0].clone()
+    for row in range(1, 32):
+        total += lanes[:, row]
+    while total.shape[1] > 1:
+        half = total.shape[1] // 2
+        total = total[:, :half] + total[:, half:]
+    return total[:, 0].tolist()
+
+
+def first_beyond(values, target):
+    """Index of the first whose cumulative sum exceeds the target, or the last above zero; and the
+    sum before it."""
+    total, last, before = 0.0, 0, 0.0
+    for index, value in enumerate(values):
+        if value <= 0.0:
+            continue
+        last, before = index, total
+        total += value
+        if total > target:
+            break
+    return last, before
+
+
+@many
+@given(
+    st.sampled_from([40, 513, 3000, 9001]),
+    st.sampled_from([0.0, 0.5, 1.0, 3.0]),
+    st.booleans(),
+    st.sampled_from([0.1, 0.5, 0.9, 0.99, 1.0]),
+    st.sampled_from([0.0, 0.02]),
+    seeds,
+)
+def test_a_cut_row_is_summed_and_drawn_in_blocks_however_many_stay(
+    ops, vocab, scale, is_rounded, top_p, min_p, seed
+):
+    logits = random(seed, vocab, scale=scale)
+    if is_rounded:
+        # ties, of which a border may keep a part
+        logits = (logits * 8).round() / 8
+    rule = Rule(seed, 5, top_p=top_p, min_p=min_p, wants_kept_ids=True)
+    got = ops.sample(logits.unsqueeze(0), [rule])[0]
+    e = exps(ops, logits - logits.max())
+    *_, whole = accumulate(block_sums(e))
+    if got.is_cut:
+        stays = torch.zeros(vocab, dtype=torch.bool)
+        stays[torch.tensor(got.kept_ids)] = True
+        e = e.where(stays, 0.0)
+    blocks = block_sums(e)
+    *_, mass = accumulate(blocks)
+    target = float(native_sampling.uniforms(ops.library, [seed], [5])[0]) * mass
+    block, below = first_beyond(blocks, target)
+    inside, _ = first_beyond(e[block * 512 : block * 512 + 512].double().tolist(), target - below)
+    assert got.token_id == block * 512 + inside
+    assert got.kept_mass == pytest.approx(min(mass / whole, 1.0), rel=1e-14)
 
 
 @pytest.mark.parametrize("name", EXTREMES)
