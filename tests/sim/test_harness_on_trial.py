@@ -29,7 +29,8 @@ def test_a_planted_bug_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> N
         outcome = run(seed)
         if outcome.faults:
             took_s = time.perf_counter() - began_s
-            fault = outcome.faults[0].strip().splitlines()[0][:110]
+            # of a traceback its last line
+            fault = outcome.faults[0].strip().splitlines()[-1][:110]
             print(f"\n| `{name}` | {bug.__doc__} | {seed} | {took_s:.1f} | {fault} |")
             return
     pytest.fail(f"{name} was not found in {WITHIN} histories")
