@@ -1,7 +1,9 @@
 """everstep journal: what a user sees of a file, whole, damaged, foreign, or in use."""
 
 import json
+import shutil
 import sqlite3
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,8 @@ from everstep.engine.journal_ops import Accept, Ack, End
 from everstep.engine.trajectory import unpack, unseal
 from tests.engine.journal.drawn import end, make_rollout
 from tests.engine.journal.test_journal_file import fill, killed
+
+JOURNALS = Path(__file__).parents[1] / "data" / "journals"
 
 
 @pytest.fixture
@@ -39,6 +43,18 @@ def test_check_says_what_is_in_it_and_changes_nothing(path, capsys):
     code, out, err = call(capsys, "check", path)
     assert (code, err) == (0, "")
     assert "1 live rollouts, 1 ended, 1 acknowledged, 6 output tokens, 0 budgets, 0 damaged" in out
+    assert files_of(path) == before
+
+
+@pytest.mark.parametrize("old", sorted(JOURNALS.glob("*.db")), ids=lambda old: old.stem)
+def test_check_reads_an_older_schema_and_leaves_it_as_it_is(old, tmp_path, capsys):
+    path = tmp_path / "run.db"
+    shutil.copy(old, path)
+    before = files_of(path)
+    code, out, err = call(capsys, "check", path)
+    assert (code, err) == (0, "")
+    assert f"schema {old.stem.removeprefix('schema-')}, " in out
+    assert ", 0 damaged records" in out
     assert files_of(path) == before
 
 
