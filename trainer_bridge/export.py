@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from ..engine.hub import prepare_target
 from ..engine.json_keys import read_json, write_json
 from ..engine.safetensors_writer import Part, Unit, write_shards
+from .optimiser import whole_of
 from .sharding import World
 from .trainable import TrainableRing
 
@@ -71,8 +71,7 @@ def _unit(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> Unit:
     stored = stored_dtype(name, dtype)
 
     def pieces() -> Iterator[tuple[int, torch.Tensor]]:
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        yield 0, whole.detach().to("cpu", stored)
+        yield 0, whole_of(tensor).detach().to("cpu", stored)
 
     return Unit((Part(name, stored, tuple(tensor.shape)),), pieces)
 

@@ -99,6 +99,11 @@ def local_of(x: torch.Tensor) -> torch.Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
+def whole_of(x: torch.Tensor) -> torch.Tensor:
+    """A DTensor gathered from all ranks, anything else as it is. Collective."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
 def like(parameter: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
     """A DTensor of this rank's part, laid out as `parameter`; the part itself if that is none."""
     if not isinstance(parameter, DTensor):

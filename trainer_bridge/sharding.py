@@ -87,7 +87,12 @@ def shard(ring: TrainableRing, world: World, dtype: torch.dtype) -> None:
 
     dtype  in which parameters are gathered and used; the shards stay float32, gradients are
            summed in float32
+
+    One rank that uses float32 has nothing to gather or to cast: its parameters are plain tensors.
     """
+    if world.size == 1 and dtype == torch.float32:
+        ring.to_empty(device=world.device)
+        return
     policy = MixedPrecisionPolicy(
         param_dtype=dtype,
         reduce_dtype=torch.float32,
@@ -102,5 +107,5 @@ def shard(ring: TrainableRing, world: World, dtype: torch.dtype) -> None:
 
 def reshard(ring: TrainableRing) -> None:
     """Drop what is gathered of a sharded model, so that the next pass gathers the shards anew."""
-    assert isinstance(ring, FSDPModule)
-    ring.reshard()
+    if isinstance(ring, FSDPModule):
+        ring.reshard()

@@ -205,7 +205,7 @@ class TrainableRing(nn.Module):
         x = ops.rms_norm(x, tensor_of(self, "model.norm.weight"))
         tied = self.config.tie_word_embeddings
         lp, entropy = target_logprobs(
-            x[batch.wanted],
+            x.index_select(0, batch.wanted),
             tensor_of(self, "model.word_embeddings.weight" if tied else "lm_head.weight"),
             batch.targets,
             batch.temperatures,

@@ -75,12 +75,14 @@ def attend(
     outs = []
     for bucket in batch.buckets:
         flat, shape = bucket.rows.reshape(-1), bucket.rows.shape
-        own_q, own_k, own_v = (x[flat].view(*shape, -1, d).transpose(1, 2) for x in (q, k, v))
+        own_q, own_k, own_v = (
+            x.index_select(0, flat).view(*shape, -1, d).transpose(1, 2) for x in (q, k, v)
+        )
         out = functional.scaled_dot_product_attention(
             own_q, own_k, own_v, is_causal=True, enable_gqa=True
         )
-        outs.append(out.transpose(1, 2).reshape(-1, heads * d)[bucket.real])
-    return torch.cat(outs)[batch.places].to(dtype)
+        outs.append(out.transpose(1, 2).reshape(-1, heads * d).index_select(0, bucket.real))
+    return torch.cat(outs).index_select(0, batch.places).to(dtype)
 
 
 def route(
@@ -120,11 +122,11 @@ def experts(
     tokens, slots = ids.shape
     order = torch.sort(ids.reshape(-1), stable=True)
     counts = torch.bincount(order.values, minlength=num_experts).tolist()
-    rows = torch.split(x[order.indices // slots], counts)
+    rows = torch.split(x.index_select(0, order.indices // slots), counts)
     outs = torch.cat([wide(one(expert, part)) for expert, part in enumerate(rows)])
     places = torch.empty_like(order.indices)
     places[order.indices] = torch.arange(len(places), device=places.device)
-    weighted = outs[places].view(tokens, slots, -1) * weights.unsqueeze(-1)
+    weighted = outs.index_select(0, places).view(tokens, slots, -1) * weights.unsqueeze(-1)
     total = weighted[:, 0]
     for slot in range(1, slots):
         total = total + weighted[:, slot]
