@@ -29,11 +29,12 @@ Iteration = Annotated[int, Meta(ge=-1, le=2**53)]
 class Member(Struct, kw_only=True, forbid_unknown_fields=True):
     """A finished rollout of a group, and what it earned.
 
-    mask  uint8 per output token, 1 where it is trained on; empty: every token that was sampled
+    reward  None: it has none, and trains nothing
+    mask    uint8 per output token, 1 where it is trained on; empty: every token that was sampled
     """
 
     trajectory: Trajectory
-    reward: float
+    reward: float | None
     mask: bytes = b""
 
 
@@ -53,11 +54,15 @@ class TrajectoryGroup(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class Trained(Struct, tag="trained", frozen=True):
-    """The weights of `version` hold the update of `iteration`. Rank 0 says it."""
+    """The weights of `version` hold the update of `iteration`. Rank 0 says it.
+
+    path  the version's folder, where the engine can read it
+    """
 
     iteration: Iteration
     version: Count
     digest: str
+    path: str = ""
 
 
 class Hello(Struct, tag="hello", kw_only=True, frozen=True):

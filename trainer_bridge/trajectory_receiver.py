@@ -166,9 +166,9 @@ class TrajectoryReceiver:
         first, size = self._get(deadline_s)
         return Iteration(first.iteration, self._share(first, size, deadline_s))
 
-    def trained(self, iteration: int, version: int, digest: str) -> None:
-        """The update of the iteration is in the weights of `version`."""
-        self._last_trained = Trained(iteration, version, digest)
+    def trained(self, iteration: int, version: int, digest: str, path: str = "") -> None:
+        """The update of the iteration is in the weights of `version`, in the folder `path`."""
+        self._last_trained = Trained(iteration, version, digest, path)
         self._say(self._last_trained)
 
     def durable(self, checkpoint: str, done_through: int) -> None:

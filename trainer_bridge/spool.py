@@ -1,0 +1,119 @@
+"""Complete groups on disk until the trainer holds them durably: a `GroupSource` in a folder.
+
+A file per iteration, written whole and synced before it has its name: a kill leaves an iteration
+that is there or one that is not. Groups are read when they are sent; memory holds where they are.
+"""
+
+import os
+import re
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from ..engine.errors import BridgeError
+from .protocol import TrajectoryGroup, encode
+
+_NAME = re.compile(r"iteration-(\d+)\.groups")
+_LENGTH = struct.Struct("<Q")
+_decoder = msgspec.msgpack.Decoder(TrajectoryGroup)
+
+
+class _Index(Struct, frozen=True):
+    """Head of a file: per group its output tokens and its bytes."""
+
+    tokens: list[int]
+    sizes: list[int]
+
+
+_index_decoder = msgspec.msgpack.Decoder(_Index)
+
+
+class Spool:
+    """The iterations of one run that are not acknowledged."""
+
+    def __init__(self, folder: Path) -> None:
+        """Opens what is there. Raises BridgeError naming a file that is not what was written."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._indexes: dict[int, tuple[_Index, int]] = {}
+        for file in sorted(folder.iterdir()):
+            found = _NAME.fullmatch(file.name)
+            if found:
+                self._indexes[int(found[1])] = _read_index(file)
+            elif file.suffix == ".partial":
+                file.unlink()
+
+    @property
+    def iterations(self) -> list[int]:
+        """Those that are kept, in order."""
+        return sorted(self._indexes)
+
+    def add(self, iteration: int, groups: Sequence[TrajectoryGroup]) -> None:
+        """Keep an iteration; durable on return. Idempotent."""
+        if iteration in self._indexes:
+            return
+        frames = [encode(group) for group in groups]
+        index = _Index([group.num_tokens for group in groups], list(map(len, frames)))
+        head = encode(index)
+        file = self._file(iteration)
+        partial = file.with_suffix(".partial")
+        with partial.open("wb") as written:
+            written.write(_LENGTH.pack(len(head)) + head)
+            written.writelines(frames)
+            written.flush()
+            os.fsync(written.fileno())
+        partial.replace(file)
+        _sync(self._folder)
+        self._indexes[iteration] = index, _LENGTH.size + len(head)
+
+    def sizes(self, iteration: int) -> Sequence[int]:
+        return self._indexes[iteration][0].tokens
+
+    async def load(self, iteration: int, index: int) -> TrajectoryGroup:
+        return self.read(iteration, index)
+
+    def read(self, iteration: int, index: int) -> TrajectoryGroup:
+        """One group. Raises BridgeError where the file is not what was written."""
+        head, start = self._indexes[iteration]
+        with self._file(iteration).open("rb") as file:
+            file.seek(start + sum(head.sizes[:index]))
+            data = file.read(head.sizes[index])
+        try:
+            return _decoder.decode(data)
+        except msgspec.MsgspecError as error:
+            raise BridgeError(f"{self._file(iteration)}: group {index}: {error}") from None
+
+    async def release(self, through: int) -> None:
+        for iteration in [i for i in self._indexes if i <= through]:
+            self._file(iteration).unlink(missing_ok=True)
+            del self._indexes[iteration]
+
+    def _file(self, iteration: int) -> Path:
+        return self._folder / f"iteration-{iteration:08}.groups"
+
+
+def _read_index(file: Path) -> tuple[_Index, int]:
+    with file.open("rb") as opened:
+        length = opened.read(_LENGTH.size)
+        try:
+            size = _LENGTH.unpack(length)[0]
+            if size > file.stat().st_size:
+                raise ValueError("its head is longer than the file")
+            index = _index_decoder.decode(opened.read(size))
+            start = _LENGTH.size + size
+            if start + sum(index.sizes) != file.stat().st_size:
+                raise ValueError("it is not as long as its head says")
+        except (struct.error, msgspec.MsgspecError, ValueError) as error:
+            raise BridgeError(f"{file}: {error}") from None
+    return index, start
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
