@@ -117,7 +117,9 @@ class BridgeSource:
         texts = texts_of(groups, trainer.config.publish.canaries)
         canaries = make_canaries(trainer.ring, trainer.world, texts)
         published = self._sender.publish(report.version, canaries)
-        self._receiver.trained(report.version - 1, report.version, published.digest)
+        self._receiver.trained(
+            report.version - 1, report.version, published.digest, published.path
+        )
 
     def durable(self, checkpoint: Path, iteration: int) -> None:
         self._receiver.durable(checkpoint.name, iteration)
