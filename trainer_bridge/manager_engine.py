@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 import msgspec
 from msgspec.structs import replace
 
-from ..engine.errors import UnknownRollout
+from ..engine.errors import StaleVersion, UnknownRollout
 from ..engine.intake import Submission
 from ..engine.journal_ops import Budget as EngineBudget
 from ..engine.journal_ops import BudgetState, Query, RequestKey
 from ..engine.manager import RolloutManager
+from ..engine.messages import KVPolicy
 from ..engine.rollout import Rollout, RolloutState
 from .rollout_engine import Budget, Facts, Prompt, Seen, Work
 
@@ -108,6 +109,20 @@ class ManagerEngine:
             if rollout.pool == pool:
                 found.append(len(rollout.output_ids))
         return found
+
+    async def serve(self, version: int, path: str, kv: KVPolicy) -> str:
+        """As `learner.Host`. A trainer that began a new life, from a checkpoint, names a new lineage:
+        the engine goes to its version by name."""
+        try:
+            staged, flipped = await self._manager.update_weights(path, kv)
+        except StaleVersion:
+            flipped = await self._manager.rollback(version, path=path, kv=kv)
+            return f"version {version} of a new lineage serves"
+        report = staged.report
+        return (
+            f"version {version} serves: staged in {report.seconds:.2f} s, canaries differ by "
+            f"{report.max_delta:.2g} at most, stall {1e3 * flipped.stall_s:.1f} ms"
+        )
 
     async def close(self) -> None:
         await self._manager.close()

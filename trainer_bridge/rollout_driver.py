@@ -92,9 +92,27 @@ class Sink(Protocol):
         ...
 
 
+Groups = Sequence[Sequence[Delivered]]
+
+
+class Learner(Protocol):
+    """What complete groups are for, beside being written."""
+
+    async def start(self) -> None:
+        """Before the first iteration of this process."""
+        ...
+
+    async def train(self, iteration: int, groups: Groups) -> int:
+        """The version that serves then, on every engine. May be asked twice for an iteration."""
+        ...
+
+    async def close(self) -> None: ...
+
+
 class RolloutDriver:
     """Runs one run to its end, or to `limit` iterations.
 
+    learner      gets the groups of every iteration; None: they are written, and that is all
     on_note      said to the user, one line: an engine stays away, or is back
     has_threads  whether commits and the output may be written beside the event loop
     """
@@ -106,6 +124,7 @@ class RolloutDriver:
         source: Source,
         sink: Sink,
         *,
+        learner: Learner | None = None,
         limit: int | None = None,
         on_report: Callable[[Report], None] = lambda _: None,
         on_note: Callable[[str], None] = lambda _: None,
@@ -116,6 +135,7 @@ class RolloutDriver:
         self._engines = {engine.name: engine for engine in engines}
         self._source = source
         self._sink = sink
+        self._learner = learner
         self._limit = limit
         self._note = on_note
         self._clock = clock
@@ -127,6 +147,7 @@ class RolloutDriver:
         self._fleet = Fleet(
             state, self._engines, self._tasks, submit=self._submit_now, on_note=on_note
         )
+        self._fleet.is_trained = learner is not None
         self._prompts: dict[str, Prompt] = {}
         self._cancelled: set[str] = set()
         self._to_ack: dict[str, list[str]] = {name: [] for name in self._engines}
@@ -141,6 +162,8 @@ class RolloutDriver:
         try:
             self._sink.cut(self._state.output.size)
             await self._fleet.start()
+            if self._learner is not None:
+                await self._learner.start()
             self._tasks.run("report", "", self._reporter.run)
             while await self._advance():
                 await self._commit()
@@ -154,6 +177,8 @@ class RolloutDriver:
                 # the file is the caller's to close
                 await asyncio.wait([self._writing])
             await self._tasks.close()
+            if self._learner is not None:
+                await self._learner.close()
             self._reporter.report()
 
     async def _commit(self) -> None:
@@ -263,13 +288,17 @@ class RolloutDriver:
             self._tasks.run(("cancel", *found), name, cancel)
 
     async def _train(self) -> None:
-        """Write the complete groups."""
+        """Write the complete groups, and have them trained."""
         state, machine = self._state, self._state.machine
         train = next(c for c in machine.outstanding() if isinstance(c, Train))
         groups = [self._delivered(group, train.iteration) for group in train.groups]
         size = state.output.size
         if groups:
             size = await self._write(partial(self._sink.write, groups))
+        if self._learner is not None:
+            # what a trainer is given is what the records say, whatever happens next
+            await self._commit()
+            self._fleet.version = await self._learner.train(train.iteration, groups)
         now_s = self._clock()
         state.trained(train, self._fleet.version, OutputMark(size), now_s - self._began_s)
         self._began_s = now_s

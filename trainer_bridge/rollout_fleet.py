@@ -33,6 +33,8 @@ class Fleet:
     ) -> None:
         self.version = 0
         """The newest that an engine said it serves, or that a token was sampled under."""
+        self.is_trained = False
+        """Whether weights change while the run goes on: then numerics alone must stay."""
         self._state = state
         self._engines = engines
         self._tasks = tasks
@@ -110,7 +112,7 @@ class Fleet:
                     f"{first} serves {facts.weights}, {name} serves {other.weights}: a run needs "
                     "engines with the same weights and numerics"
                 )
-        self._state.serve(facts.weights)
+        self._state.serve(facts.numerics if self.is_trained else facts.weights)
         self.version = max(self.version, *(f.version for f in found.values()))
 
     async def _enter(self, name: str) -> None:
