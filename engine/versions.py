@@ -191,8 +191,11 @@ class Versions:
             self.tell(Unstage(number))
 
     async def roll_back(self, number: int, path: str | None, kv: KVPolicy) -> Flipped:
-        """Serve a version again, by its name; a new lineage begins. path: where it can be read,
-        if not where it was. Raises as `stage` and `flip`, IllegalState for one that never served.
+        """Serve a version again, by its name; a new lineage begins: the one that the folder's
+        manifest names, where that is new here, else one of our own.
+
+        path  where it can be read, if not where it was
+        Raises as `stage` and `flip`, IllegalState for one that never served.
         """
         if path is not None:
             target = _version_of(await self._read(path), path)
@@ -208,7 +211,8 @@ class Versions:
                     f"version {number} never served here (lately did: {numbers}); name its folder"
                 )
             target = known[-1]
-        target = replace(target, lineage=uuid.uuid4().hex[:12])
+        if not target.lineage or target.lineage in {one.lineage for one in self.history}:
+            target = replace(target, lineage=uuid.uuid4().hex[:12])
         current = self.current
         assert current is not None
         if target.digest == current.digest and self.waiting_for is None:

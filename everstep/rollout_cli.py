@@ -24,6 +24,14 @@ class BudgetMode(StrEnum):
     COMPLETED = "completed"
 
 
+class KVAtFlip(StrEnum):
+    """What becomes of KV that older weights wrote."""
+
+    KEEP = "keep"
+    RECOMPUTE = "recompute"
+    RECOMPUTE_PROMPT = "recompute-prompt"
+
+
 @app.callback(invoke_without_command=True)
 @with_settings(SECTIONS, positional_model=False, sampling=SamplingParams())
 def rollout(
@@ -107,6 +115,43 @@ def rollout(
             "--wait-s", min=0, metavar="S", help="How long a server that is away is waited for."
         ),
     ] = 120.0,
+    bridge: Annotated[
+        str | None,
+        typer.Option(
+            "--bridge",
+            metavar="ADDRESS",
+            help="Send the groups to a trainer that connects here, and serve what it makes of them.",
+            show_default=False,
+        ),
+    ] = None,
+    run_name: Annotated[
+        str, typer.Option("--run-name", metavar="NAME", help="What the trainer calls this run.")
+    ] = "run",
+    reward: Annotated[
+        Path | None,
+        typer.Option(
+            "--reward",
+            metavar="TOML",
+            help="What samples earn (docs/howto/rewards.md).",
+            show_default=False,
+        ),
+    ] = None,
+    keys: Annotated[
+        Path | None,
+        typer.Option(
+            "--keys", metavar="DIR", help="Of `everstep keys`, for the bridge.", show_default=False
+        ),
+    ] = None,
+    kv: Annotated[
+        KVAtFlip,
+        typer.Option("--kv", help="KV of unfinished rollouts when new weights serve."),
+    ] = KVAtFlip.KEEP,
+    train_wait_s: Annotated[
+        float,
+        typer.Option(
+            "--train-wait-s", min=0, metavar="S", help="How long an iteration may be trained."
+        ),
+    ] = 3600.0,
 ) -> None:
     """Sample groups under an exact token budget; after any kill the same command goes on.
 
@@ -148,7 +193,18 @@ def rollout(
         max_reissues=max_reissues,
     )
     from .rollout_run import RolloutRun
+    from .rollout_training import Training, reward_of
 
+    training = None
+    if bridge is not None:
+        training = Training(
+            endpoint=bridge,
+            run=run_name,
+            reward=reward_of(reward),
+            keys=keys,
+            kv=kv.value,
+            deadline_s=train_wait_s,
+        )
     run = RolloutRun(
         settings,
         config,
@@ -159,5 +215,6 @@ def rollout(
         epochs=epochs,
         servers=[] if server is None else server.split(","),
         wait_s=wait_s,
+        training=training,
     )
     raise typer.Exit(run.run())

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -15,10 +15,11 @@ from .offline import show_table
 from .progress import Stages, duration
 from .rollout_output import RolloutOutput, check_output
 from .rollout_prompts import PromptFile, check_temperature
+from .rollout_training import Training
 from .rollout_view import RolloutView, books_rows, waste_text
 from .server.config import ServeConfig
 from .trainer_bridge.c3po_config import C3poConfig
-from .trainer_bridge.rollout_driver import RolloutDriver
+from .trainer_bridge.rollout_driver import Learner, RolloutDriver
 from .trainer_bridge.rollout_engine import Engine
 from .trainer_bridge.run_file import RunFile
 from .trainer_bridge.run_state import RunState, run_path
@@ -42,9 +43,13 @@ class RolloutRun:
         epochs: int,
         servers: Sequence[str],
         wait_s: float,
+        training: Training | None = None,
     ) -> None:
         """Raises ConfigError, MissingExtra."""
         config.check()
+        if training is not None:
+            training.check(servers)
+        self._training = training
         try:
             self._sampling = check_temperature(sampling)
         except InvalidRequest as error:
@@ -136,11 +141,20 @@ class RolloutRun:
                     engines,
                     self._source,
                     output,
+                    learner=self._learner(state, engines, view.note),
                     limit=self._limit,
                     on_report=view,
                     on_note=view.note,
                 )
                 await driver.run()
+
+    def _learner(
+        self, state: RunState, engines: Sequence[Engine], on_note: Callable[[str], None]
+    ) -> Learner | None:
+        if self._training is None:
+            return None
+        spool = self._out.with_name(f"{self._out.name}.spool")
+        return self._training.learner(spool, state.machine.iteration, engines, on_note)
 
     @contextlib.asynccontextmanager
     async def _engines(self, state: RunState) -> AsyncIterator[Sequence[Engine]]:

@@ -11,7 +11,7 @@ from ..engine.trajectory import unpack
 from .config import TrainConfig
 from .curve import read_keys
 from .protocol import TrajectoryGroup
-from .samples import Group, sample_of
+from .samples import Group, Sample, sample_of
 from .sharding import World
 from .trainer import Report, Trainer
 from .trainer_canaries import make_canaries, texts_of
@@ -117,9 +117,7 @@ class BridgeSource:
         texts = texts_of(groups, trainer.config.publish.canaries)
         canaries = make_canaries(trainer.ring, trainer.world, texts)
         published = self._sender.publish(report.version, canaries)
-        self._receiver.trained(
-            report.version - 1, report.version, published.digest, published.path
-        )
+        self._receiver.trained(report.version - 1, report.version, published.digest, published.path)
 
     def durable(self, checkpoint: Path, iteration: int) -> None:
         self._receiver.durable(checkpoint.name, iteration)
@@ -129,12 +127,13 @@ class BridgeSource:
 
     def _group(self, group: TrajectoryGroup) -> Group:
         """Responses of no tokens count in the group's baseline, and have nothing to train."""
-        samples, others = [], []
+        samples: list[Sample] = []
+        others: list[float] = []
         try:
             for member in group.members:
                 rollout = unpack(member.trajectory)
                 if not rollout.output_ids:
-                    others.append(member.reward)
+                    others += [] if member.reward is None else [member.reward]
                     continue
                 samples.append(
                     sample_of(

@@ -1,0 +1,79 @@
+"""`everstep rollout --bridge`: what its groups are scored with, and who they go to."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .engine.errors import ConfigError
+from .engine.messages import KVPolicy
+from .engine.settings import Assignment, load
+from .trainer_bridge.curve import Keys, check_endpoint, read_keys
+from .trainer_bridge.learner import BridgeLearner
+from .trainer_bridge.manager_engine import ManagerEngine
+from .trainer_bridge.reward_workers import RewardPool
+from .trainer_bridge.rewards import RewardConfig
+from .trainer_bridge.rollout_engine import Engine
+from .trainer_bridge.spool import Spool
+from .trainer_bridge.trajectory_sender import TrajectorySender
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """Flags of `everstep rollout` that are about a trainer.
+
+    endpoint    where its ranks connect
+    run         the name that they say
+    keys        folder of CURVE keys; needed beyond this machine
+    deadline_s  for an iteration to be trained
+    """
+
+    endpoint: str
+    run: str
+    reward: RewardConfig
+    keys: Path | None
+    kv: KVPolicy
+    deadline_s: float
+
+    def check(self, servers: Sequence[str]) -> None:
+        """Raises ConfigError, MissingExtra."""
+        self.reward.check()
+        if servers:
+            raise ConfigError(
+                "--bridge needs the engine in this process for now: leave --server out"
+            )
+        check_endpoint(self.endpoint, self._keys)
+
+    def learner(
+        self,
+        spool: Path,
+        iteration: int,
+        engines: Sequence[Engine],
+        on_note: Callable[[str], None],
+    ) -> BridgeLearner:
+        """For a run that stands at this iteration. Raises BridgeError for a spool that is broken."""
+        kept = Spool(spool)
+        sender = TrajectorySender(
+            kept,
+            run=self.run,
+            endpoint=self.endpoint,
+            keys=self._keys,
+            acked=min(kept.iterations, default=iteration) - 1,
+        )
+        return BridgeLearner(
+            sender,
+            kept,
+            RewardPool(self.reward),
+            [engine for engine in engines if isinstance(engine, ManagerEngine)],
+            kv=self.kv,
+            deadline_s=self.deadline_s,
+            on_note=on_note,
+        )
+
+    @property
+    def _keys(self) -> Keys | None:
+        return None if self.keys is None else read_keys(self.keys, "engine")
+
+
+def reward_of(file: Path | None, assignments: Sequence[Assignment] = ()) -> RewardConfig:
+    """A TOML file of reward settings. Raises ConfigError naming the setting."""
+    return load(RewardConfig, file=file, assignments=assignments).config
