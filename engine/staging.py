@@ -117,7 +117,8 @@ class WeightStager:
         live = self._runner.weights
         for name in live.config.__struct_fields__:
             here, there = getattr(live.config, name), getattr(checkpoint.config, name)
-            if here != there and name != "defaults_used":
+            # in which type it is run is compared below
+            if here != there and name not in ("defaults_used", "dtype"):
                 raise WeightsRefused(
                     f"{checkpoint.folder}: config.json: {name} is {there!r}, the model that is "
                     f"served has {here!r}: another model needs another server"

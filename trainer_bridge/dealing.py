@@ -24,6 +24,7 @@ from .protocol import (
     Ping,
     Pong,
     Refused,
+    RunEnd,
     ToEngine,
     ToRank,
     Trained,
@@ -164,9 +165,18 @@ class Dealer:
                 found.append(f"rank {rank} of {self.world} is silent for {silence:.0f} s{doing}")
         return found
 
+    def end(self, reason: str) -> list[Outgoing]:
+        """No more is announced: what everybody is told."""
+        return [(seat.peer, RunEnd(reason)) for seat in self._seats.values()]
+
     def pings(self) -> list[Outgoing]:
         """For everybody who is seated."""
         return [(s.peer, Ping(s.session, s.at, s.place)) for s in self._seats.values()]
+
+    @property
+    def num_seated(self) -> int:
+        """Ranks that have said hello and not goodbye."""
+        return len(self._seats)
 
     # deliveries -----------------------------------------------------------------------------------
 

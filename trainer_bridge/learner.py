@@ -21,6 +21,9 @@ from .rollout_driver import Delivered, Groups
 from .spool import Spool
 from .trajectory_sender import TrajectorySender
 
+# for the ranks to save what they have
+FINISH_S = 60.0
+
 
 class Host(Protocol):
     """An engine that serves versions."""
@@ -75,6 +78,9 @@ class BridgeLearner:
         for note in await asyncio.gather(*asked):
             self._note(note)
         return trained.version
+
+    async def finish(self, reason: str) -> None:
+        await self._sender.finish(reason, FINISH_S)
 
     async def close(self) -> None:
         await self._sender.close()

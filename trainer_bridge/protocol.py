@@ -1,7 +1,7 @@
 """What an engine and the ranks of a trainer say to each other: msgpack, one tagged union each way.
 
     rank → engine   Hello, Credit, Trained, Durable, Pong, Bye
-    engine → rank   Welcome, Refused, Deliver, IterationEnd, Ping
+    engine → rank   Welcome, Refused, Deliver, IterationEnd, RunEnd, Ping
 
 The engine binds a ROUTER, every rank connects a DEALER; a message is one frame. The unit of work is
 an iteration of C3PO++: its groups are dealt to the ranks, each to exactly one, and an
@@ -168,6 +168,12 @@ class IterationEnd(Struct, tag="iteration_end", frozen=True):
     num_tokens_in_all: Count
 
 
+class RunEnd(Struct, tag="run_end", frozen=True):
+    """No more iterations come: the rank saves what it has, and leaves."""
+
+    reason: str
+
+
 class Ping(Struct, tag="ping", frozen=True):
     """Are you there? Everything before place `place` of iteration `at` was sent before this: a rank
     that has not got it says Hello."""
@@ -178,7 +184,7 @@ class Ping(Struct, tag="ping", frozen=True):
 
 
 ToEngine = Hello | Credit | Trained | Durable | Pong | Bye
-ToRank = Welcome | Refused | Deliver | IterationEnd | Ping
+ToRank = Welcome | Refused | Deliver | IterationEnd | RunEnd | Ping
 
 encode = msgspec.msgpack.Encoder().encode
 _to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)

@@ -106,6 +106,10 @@ class Learner(Protocol):
         """The version that serves then, on every engine. May be asked twice for an iteration."""
         ...
 
+    async def finish(self, reason: str) -> None:
+        """No more iterations come from this process."""
+        ...
+
     async def close(self) -> None: ...
 
 
@@ -170,8 +174,18 @@ class RolloutDriver:
                 self._kick()
                 self._tell(await self._tasks.news())
             await self._commit()
-            if self._state.machine.phase == "done":
+            is_done = self._state.machine.phase == "done"
+            if is_done:
                 await self._fleet.finish()
+            if self._learner is not None:
+                await self._learner.finish(
+                    "every prompt is done" if is_done else "its limit is reached"
+                )
+                await self._fleet.finish()
+            if self._learner is not None:
+                await self._learner.finish(
+                    "every prompt is done" if is_done else "its limit is reached"
+                )
         finally:
             if self._writing is not None and not self._writing.done():
                 # the file is the caller's to close

@@ -103,6 +103,8 @@ class BridgeSource:
         self._receiver.doing = f"waits for iteration {iteration}"
         deadline_s = self._trainer.config.source.deadline_s
         found = self._receiver.next_iteration(deadline_s)
+        if found is None:
+            return None
         if found.number != iteration:
             raise BridgeError(
                 f"the engine at {self._receiver.endpoint} goes on with iteration {found.number}, the "

@@ -30,6 +30,7 @@ from .protocol import (
     Ping,
     Pong,
     Refused,
+    RunEnd,
     ToEngine,
     ToRank,
     Trained,
@@ -41,6 +42,7 @@ from .protocol import (
 )
 
 HELLO_EVERY_S = 1.0
+News = Deliver | IterationEnd | RunEnd
 _TURN_MS = 100
 
 
@@ -109,6 +111,8 @@ class TrajectoryReceiver:
         """The engine's last."""
         self.doing = ""
         """Said to whoever waits for this rank."""
+        self.ended_because = ""
+        """What the engine said when its run ended."""
         self._run, self._lineage, self._rank, self._world = run, lineage, rank, world
         self._checkpoint, self._done_through = checkpoint, done_through
         self._max_groups, self._max_bytes = max_groups, max_bytes
@@ -125,7 +129,7 @@ class TrajectoryReceiver:
         # written by the caller alone
         self._taken = _Amount()
         self._last_trained: Trained | None = None
-        self._inbox: queue.SimpleQueue[tuple[Deliver | IterationEnd, int]] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[tuple[News, int]] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
         self._is_welcome = threading.Event()
         self._failure: BridgeError | None = None
@@ -158,12 +162,16 @@ class TrajectoryReceiver:
         assert self.welcome is not None
         return self.welcome
 
-    def next_iteration(self, deadline_s: float) -> Iteration:
+    def next_iteration(self, deadline_s: float) -> Iteration | None:
         """The next one, as soon as anything of it is here; all of the last must have been taken.
+        None: the engine's run has ended.
 
         Raises PeerMissing when nothing comes; likewise while its groups are taken.
         """
         first, size = self._get(deadline_s)
+        if isinstance(first, RunEnd):
+            self.ended_because = first.reason
+            return None
         return Iteration(first.iteration, self._share(first, size, deadline_s))
 
     def trained(self, iteration: int, version: int, digest: str, path: str = "") -> None:
@@ -190,15 +198,18 @@ class TrajectoryReceiver:
     def _share(
         self, first: Deliver | IterationEnd, size: int, deadline_s: float
     ) -> Iterator[TrajectoryGroup | IterationEnd]:
-        found, num_bytes = first, size
+        found: News = first
+        num_bytes = size
         while isinstance(found, Deliver):
             yield found.group
             self._taken = self._taken + _Amount(1, num_bytes)
             self._wake()
             found, num_bytes = self._get(deadline_s)
+        if isinstance(found, RunEnd):
+            raise BridgeError(f"the engine ended in mid-iteration: {found.reason}")
         yield found
 
-    def _get(self, deadline_s: float) -> tuple[Deliver | IterationEnd, int]:
+    def _get(self, deadline_s: float) -> tuple[News, int]:
         end = time.monotonic() + deadline_s
         while True:
             try:
@@ -333,6 +344,8 @@ class TrajectoryReceiver:
         match message:
             case Welcome():
                 self._begin(message)
+            case RunEnd():
+                self._inbox.put((message, 0))
             case Refused():
                 if message.is_final:
                     raise PeerRefused(f"the engine at {self.endpoint} says: {message.reason}")

@@ -98,6 +98,19 @@ class TrajectorySender:
             task.add_done_callback(self._on_end)
         return bound.rstrip(b"\0").decode()
 
+    async def finish(self, reason: str, patience_s: float = 5.0) -> None:
+        """Tell the ranks that no more iterations come, and wait until they have left, or so long.
+
+        They acknowledge what they save until then.
+        """
+        for out in self.dealer.end(reason):
+            await self._out(out)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience_s), self._changed:
+                while self.dealer.num_seated:
+                    self._check()
+                    await self._changed.wait()
+
     async def close(self) -> None:
         for task in self._tasks:
             task.cancel()

@@ -21,7 +21,7 @@ import zmq
 from everstep.engine.errors import BridgeError, ConfigError, PeerMissing, PeerRefused
 from everstep.trainer_bridge import protocol
 from everstep.trainer_bridge.curve import make_keys, read_keys
-from everstep.trainer_bridge.trajectory_receiver import TrajectoryReceiver
+from everstep.trainer_bridge.trajectory_receiver import Iteration, TrajectoryReceiver
 from everstep.trainer_bridge.trajectory_sender import TrajectorySender
 
 from ..proxy import Proxy
@@ -53,7 +53,13 @@ async def sending(
 
 def names_of(receiver: TrajectoryReceiver, iterations: int) -> list[str]:
     """Take so many iterations whole."""
-    return [group.name for _ in range(iterations) for group in receiver.next_iteration(WAIT_S)]
+    return [group.name for _ in range(iterations) for group in next_of(receiver)]
+
+
+def next_of(receiver: TrajectoryReceiver) -> Iteration:
+    found = receiver.next_iteration(WAIT_S)
+    assert found is not None
+    return found
 
 
 def receiver_of(endpoint: str, **options: Any) -> TrajectoryReceiver:
@@ -119,7 +125,7 @@ async def test_who_does_not_read_costs_no_memory() -> None:
             assert len(source.loads) == 7
 
             def slowly() -> int:
-                for number, _ in enumerate(receiver.next_iteration(WAIT_S)):
+                for number, _ in enumerate(next_of(receiver)):
                     assert len(source.loads) <= number + 1 + 7
                 return number + 1
 
@@ -324,3 +330,24 @@ async def test_a_source_that_fails_is_said_to_whoever_waits() -> None:
             threading.Thread(target=receiver.connect, args=(WAIT_S,)).start()
             with pytest.raises(BridgeError, match="disk gone"):
                 await sender.trained(0, WAIT_S)
+
+
+@in_loop
+async def test_the_end_of_a_run_is_said() -> None:
+    source = ListSource.drawn(8, iterations=1)
+    async with sending(source) as (sender, endpoint):
+        sender.announce(0)
+
+        def rank() -> str:
+            with receiver_of(endpoint) as receiver:
+                names_of(receiver, 1)
+                assert receiver.next_iteration(WAIT_S) is None
+                receiver.durable("last", 0)
+                return receiver.ended_because
+
+        task = asyncio.create_task(on_threads(rank))
+        await sender.all_there(WAIT_S)
+        await sender.finish("the prompts are done", WAIT_S)
+        assert await task == ["the prompts are done"]
+        assert source.released == 0
+        assert sender.dealer.num_seated == 0
