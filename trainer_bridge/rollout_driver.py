@@ -181,11 +181,6 @@ class RolloutDriver:
                 await self._learner.finish(
                     "every prompt is done" if is_done else "its limit is reached"
                 )
-                await self._fleet.finish()
-            if self._learner is not None:
-                await self._learner.finish(
-                    "every prompt is done" if is_done else "its limit is reached"
-                )
         finally:
             if self._writing is not None and not self._writing.done():
                 # the file is the caller's to close
