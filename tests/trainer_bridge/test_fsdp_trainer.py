@@ -107,6 +107,11 @@ def test_two_ranks_train_what_one_does(folder, finished):
     one, other = weights(folder / "two"), weights(finished)
     for name, tensor in one.items():
         assert (tensor - other[name]).abs().max() < 2e-3, name
+    # one rank takes up what two have left
+    said = []
+    train(read_config(write_config(folder, "two", source={"epochs": 3})), said.append)
+    assert said[0].endswith("00000006: 6 iterations were trained")
+    assert [report["version"] for report in reports(folder / "two")] == list(range(1, 10))
 
 
 def test_the_export_is_what_the_engine_runs(finished):
