@@ -66,7 +66,8 @@ def serve(
     """Serve until a signal. Raises ConfigError, CheckpointError, EngineDied."""
     config.check()
     with bind(config.http) as listener:
-        folder = resolve(config.engine.model.path, on_progress)
+        # a journal names it, and the next start may be in another folder
+        folder = resolve(config.engine.model.path, on_progress).absolute()
         tokenizer = None if config.skip_tokenizer_init else Tokenizer.from_folder(folder)
         model = msgspec.structs.replace(config.engine.model, path=str(folder))
 

@@ -20,6 +20,8 @@ from everstep.engine.native import ProcessBackend, ThreadBackend
 from everstep.engine.rollout import SamplingParams
 from everstep.engine.tokenizer import Tokenizer
 
+from .flips import make_versions
+
 
 def config_of(folder: Path, **model) -> EngineConfig:
     return EngineConfig(
@@ -141,3 +143,33 @@ def test_a_core_whose_front_is_killed_ends_itself(tiny_checkpoint, tmp_path):
     while is_alive(pid):
         assert time.monotonic() < deadline, "the core outlived its front"
         time.sleep(0.05)
+
+
+def test_a_core_that_is_killed_after_a_swap_comes_back_with_the_swapped_version(tmp_path):
+    """A process, real weights, and a rollout that lives through both."""
+
+    async def body():
+        first, second = make_versions(tmp_path, 2)
+        backend = ProcessBackend(config_of(first))
+        manager = RolloutManager(backend, None, model_path=str(first))
+        await manager.start()
+        try:
+            sampling = SamplingParams(max_tokens=200, seed=1, ignore_eos=True)
+            [rollout] = manager.submit(Submission(prompt_ids=[10, 20, 30], sampling=sampling))
+            await manager.pause([rollout.id])
+            _, flipped = await manager.update_weights(str(second), "recompute")
+            pid = backend.pid
+            os.kill(pid, signal.SIGKILL)
+            await manager.resume([rollout.id])
+            done = await manager.wait(rollout.id)
+            assert backend.pid != pid
+            assert (done.segments[-1].version, done.segments[-1].digest) == (1, flipped.digest)
+            assert manager.info.digest == flipped.digest
+            return done
+        finally:
+            await manager.close()
+
+    done = asyncio.run(body())
+    if len(done.segments) == 1:
+        # nothing was drawn under the first weights: it is a rollout of the second
+        assert set(done.versions) == {1}
