@@ -8,6 +8,7 @@ import pytest
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 import c3po
+import c3po_engine
 import c3po_sim
 
 
@@ -56,3 +57,14 @@ def test_kills_come_as_often_as_they_say():
     after = [fate(c3po_sim.Sample(str(number), 0), 0).after for number in range(3000)]
     assert min(after) >= 1
     assert sum(after) / 3000 == pytest.approx(c3po_sim.MEDIAN / 0.5, rel=0.06)
+
+
+def test_steps_and_times_are_compared_by_delivered_token():
+    slow = [c3po_engine.Phase(2.0, 100, 100, 50), c3po_engine.Phase(4.0, 100, 100, 50)]
+    fast = [c3po_engine.Phase(1.0, 150, 200, 20), c3po_engine.Phase(1.0, 150, 200, 20)]
+    names = ["C3PO++, σ = 9", "synchronous"]
+    first, second = c3po_engine.rows(16, names, [fast, slow])
+    assert first[:4] == ["16", "C3PO++, σ = 9", "10.0", "133.3"]
+    # 1/2 of a step per token against 2/15; 150 tokens per second against 50 and 25
+    assert first[4:] == ["3.75 ×", "150", "4.50 (3.00–6.00)", "25 %"]
+    assert second[4:] == ["1.00 ×", "38", "1.00 (1.00–1.00)", "0 %"]

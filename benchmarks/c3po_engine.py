@@ -1,0 +1,358 @@
+"""benchmarks/c3po.py engine: the comparison of `sim` on the real engine, with a tiny model.
+
+One engine runs all three in turn: C3PO++ (the driver of `everstep rollout`), synchronous batches,
+and "stop at N groups, abort, resubmit". Lengths are forced (`ignore_eos`, `max_tokens` drawn per
+sample: lognormal, capped where 1 % reach the cap), rollouts are durable for all, Ω is the same.
+"""
+
+import argparse
+import asyncio
+import itertools
+import os
+import statistics
+import tempfile
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from everstep.engine.config import BatchConfig, EngineConfig, JournalConfig, KVConfig, ModelConfig
+from everstep.engine.intake import Submission
+from everstep.engine.journal import Journal
+from everstep.engine.journal_thread import JournalThread
+from everstep.engine.make_checkpoint import make_checkpoint
+from everstep.engine.manager import RolloutManager
+from everstep.engine.native import ProcessBackend
+from everstep.engine.rollout import Rollout, SamplingParams, derive_seed
+from everstep.trainer_bridge.c3po_config import C3poConfig
+from everstep.trainer_bridge.length_model import CappedLognormal
+from everstep.trainer_bridge.manager_engine import ManagerEngine
+from everstep.trainer_bridge.rollout_driver import Delivered, RolloutDriver
+from everstep.trainer_bridge.rollout_engine import Prompt, Work
+from everstep.trainer_bridge.run_file import RunFile
+from everstep.trainer_bridge.run_state import RunState
+from everstep.trainer_bridge.run_words import Header, KeptPrompt, Position
+
+MEDIAN = 16
+BATCH = 4
+GROUP = 8
+CAPACITY = BATCH * GROUP
+RATIOS = (1, 4, 16)
+# σ: in `sim` the largest that purges nothing at a cap of 16
+RETENTIONS = (9, 3)
+ROUNDS = 3
+# per round; a pipeline that starts empty delivers late, so it is filled first
+STEPS = 3
+ITERATIONS = 8
+WARM_UP = 16
+# the core's counters come this often
+STATS_S = 1.5
+PROMPT = [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+class Phase(Struct):
+    """Rollout phases of one way, in a row."""
+
+    seconds: float = 0.0
+    delivered: int = 0
+    sampled: int = 0
+    engine_steps: int = 0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens that the trainer gets, per second."""
+        return self.delivered / self.seconds
+
+
+def submission(lengths: CappedLognormal, *name: object) -> Submission:
+    sampling = SamplingParams(
+        max_tokens=lengths.draw(*name), ignore_eos=True, seed=derive_seed(*name), record=("lp_raw",)
+    )
+    return Submission(prompt_ids=PROMPT, sampling=sampling)
+
+
+class Forced(ManagerEngine):
+    """Every sample and attempt has a length of its own."""
+
+    forced: CappedLognormal
+
+    async def submit(self, work: Work) -> str:
+        sampling = replace(work.prompt.sampling, max_tokens=self.forced.draw(work.seed))
+        return await super().submit(replace(work, prompt=replace(work.prompt, sampling=sampling)))
+
+    async def close(self) -> None:
+        """The manager is everybody's."""
+
+
+class Endless:
+    """One prompt after another."""
+
+    def __init__(self) -> None:
+        self._number = 0
+
+    def read(self, count: int) -> tuple[list[KeptPrompt], dict[int, str], Position]:
+        numbers = range(self._number, self._number + count)
+        self._number += count
+        kept = [KeptPrompt(f"{n}@0", n, 0, b"") for n in numbers]
+        return kept, {}, Position(0, self._number)
+
+    def prompt(self, kept: KeptPrompt) -> Prompt:
+        sampling = SamplingParams(ignore_eos=True, max_tokens=1)
+        return Prompt(id=kept.name, prompt_ids=PROMPT, sampling=sampling)
+
+
+class Nowhere:
+    """An output that keeps nothing, and counts."""
+
+    def __init__(self) -> None:
+        self.size = 0
+
+    def cut(self, size: int) -> None:
+        assert size == self.size
+
+    def write(self, groups: Sequence[Sequence[Delivered]]) -> int:
+        self.size += sum(map(len, groups))
+        return self.size
+
+
+class C3po:
+    """The driver, stopped after each round and gone on with in the next."""
+
+    def __init__(
+        self, manager: RolloutManager, folder: Path, lengths: CappedLognormal, retention: int
+    ) -> None:
+        self.name = f"C3PO++, σ = {retention}"
+        budget = max(1, round(CAPACITY * lengths.mean))
+        config = C3poConfig(
+            budget=budget,
+            capacity=CAPACITY,
+            retention=retention,
+            group=GROUP,
+            max_reissues=10**6,
+        )
+        header = Header(
+            id=f"bench-{lengths.ratio}-{retention}",
+            source="",
+            seed=0,
+            sampling=SamplingParams(),
+            config=config,
+        )
+        path = folder / f"{lengths.ratio}-{retention}.run"
+        self._state = RunState(RunFile.open(path), header)
+        self._engine = Forced("here", manager, lambda _: PROMPT)
+        self._engine.forced = lengths
+        self._source, self._sink = Endless(), Nowhere()
+
+    async def run(self, steps: int) -> Phase:
+        state, before = self._state, self._state.machine.total
+        limit = state.machine.iteration + steps
+        began_s = time.perf_counter()
+        await RolloutDriver(state, [self._engine], self._source, self._sink, limit=limit).run()
+        total = state.machine.total
+        return Phase(
+            time.perf_counter() - began_s,
+            total.delivered - before.delivered,
+            total.sampled - before.sampled,
+        )
+
+    async def close(self) -> None:
+        for seen in await self._engine.known(self._state.pool):
+            if not seen.is_ended:
+                await self._engine.cancel([seen.id])
+        self._state.close()
+
+
+class Synchronous:
+    """A batch of groups is submitted and waited for."""
+
+    name = "synchronous"
+
+    def __init__(self, manager: RolloutManager, lengths: CappedLognormal) -> None:
+        self._manager, self._lengths = manager, lengths
+        self._number = 0
+
+    async def run(self, steps: int) -> Phase:
+        phase = Phase()
+        for _ in range(steps):
+            began_s = time.perf_counter()
+            self._number += 1
+            work = [submission(self._lengths, "sync", self._number, i) for i in range(CAPACITY)]
+            accepted = await self._manager.accept(work)
+            rollouts = await asyncio.gather(*map(self._manager.wait, accepted.rollout_ids))
+            phase.seconds += time.perf_counter() - began_s
+            count = sum(len(rollout.output_ids) for rollout in rollouts)
+            phase.delivered += count
+            phase.sampled += count
+            await self._manager.acknowledge(accepted.rollout_ids)
+        return phase
+
+    async def close(self) -> None:
+        return None
+
+
+class StopAtN:
+    """Ω are kept in flight; when BATCH groups are complete the others are aborted, and submitted
+    again from their first token. A finished member of an unfinished group is kept."""
+
+    name = "stop at N"
+
+    def __init__(self, manager: RolloutManager, lengths: CappedLognormal) -> None:
+        self._manager, self._lengths = manager, lengths
+        self._prompts = itertools.count()
+        self._waiting: deque[tuple[int, int, int]] = deque()
+        self._hold: dict[int, list[int]] = {}
+
+    async def run(self, steps: int) -> Phase:
+        phase = Phase()
+        for _ in range(steps):
+            began_s = time.perf_counter()
+            await self._step(phase)
+            phase.seconds += time.perf_counter() - began_s
+        return phase
+
+    async def _step(self, phase: Phase) -> None:
+        manager, complete = self._manager, 0
+        live: dict[asyncio.Task[Rollout], tuple[int, int, int]] = {}
+        ids: dict[tuple[int, int, int], str] = {}
+        while complete < BATCH:
+            fresh: list[tuple[int, int, int]] = []
+            while len(live) + len(fresh) < CAPACITY:
+                if not self._waiting:
+                    prompt = next(self._prompts)
+                    self._hold[prompt] = []
+                    self._waiting.extend((prompt, index, 0) for index in range(GROUP))
+                fresh.append(self._waiting.popleft())
+            if fresh:
+                work = [submission(self._lengths, "stop", *sample) for sample in fresh]
+                accepted = await manager.accept(work)
+                for sample, rollout_id in zip(fresh, accepted.rollout_ids, strict=True):
+                    ids[sample] = rollout_id
+                    live[asyncio.create_task(manager.wait(rollout_id))] = sample
+            done, _ = await asyncio.wait(live, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                sample = live.pop(task)
+                members = self._hold[sample[0]]
+                members.append(len(task.result().output_ids))
+                phase.sampled += members[-1]
+                if len(members) == GROUP:
+                    complete += 1
+                    phase.delivered += sum(self._hold.pop(sample[0]))
+        await manager.cancel([ids[sample] for sample in live.values()])
+        for task, (prompt, index, attempt) in reversed(live.items()):
+            phase.sampled += len((await task).output_ids)
+            self._waiting.appendleft((prompt, index, attempt + 1))
+        await manager.acknowledge(list(ids.values()))
+
+    async def close(self) -> None:
+        return None
+
+
+async def compare(
+    manager: RolloutManager, folder: Path, ratio: int, retentions: Sequence[int], num_rounds: int
+) -> tuple[list[str], list[list[Phase]]]:
+    """Names of the ways, and their phases by round; the ways take turns."""
+    lengths = CappedLognormal(median=MEDIAN, ratio=ratio)
+    ways: list[Any] = [C3po(manager, folder, lengths, retention) for retention in retentions]
+    ways += [Synchronous(manager, lengths), StopAtN(manager, lengths)]
+    found: list[list[Phase]] = [[] for _ in ways]
+    for way in ways:
+        await way.run(WARM_UP if isinstance(way, C3po) else 1)
+    for _ in range(num_rounds):
+        for way, phases in zip(ways, found, strict=True):
+            before = await num_steps(manager)
+            phase = await way.run(ITERATIONS if isinstance(way, C3po) else STEPS)
+            phase.engine_steps = await num_steps(manager) - before
+            phases.append(phase)
+    for way in ways:
+        await way.close()
+    return [way.name for way in ways], found
+
+
+async def num_steps(manager: RolloutManager) -> int:
+    """Of the core so far; it says so now and then."""
+    await asyncio.sleep(STATS_S)
+    assert manager.stats is not None
+    return manager.stats.steps_total
+
+
+HEADER = (
+    *("cap / median", "way", "rollouts per step", "steps per 1,000 delivered tokens"),
+    *("fewer than synchronous", "delivered tok/s", "× synchronous", "not delivered"),
+)
+
+
+def rows(ratio: int, names: Sequence[str], found: Sequence[Sequence[Phase]]) -> list[list[str]]:
+    """A row for each way. Steps do not depend on what else the machine does; times do."""
+    synchronous = found[names.index(Synchronous.name)]
+    return [
+        [
+            str(ratio),
+            name,
+            f"{total(phases, 'sampled') / total(phases, 'engine_steps'):.1f}",
+            f"{1000 * steps_per_token(phases):.1f}",
+            f"{steps_per_token(synchronous) / steps_per_token(phases):.2f} ×",
+            f"{statistics.median(phase.tokens_per_s for phase in phases):.0f}",
+            times(phases, synchronous),
+            f"{100 * (1 - total(phases, 'delivered') / total(phases, 'sampled')):.0f} %",
+        ]
+        for name, phases in zip(names, found, strict=True)
+    ]
+
+
+def total(phases: Sequence[Phase], name: str) -> int:
+    return sum(getattr(phase, name) for phase in phases)
+
+
+def steps_per_token(phases: Sequence[Phase]) -> float:
+    """Steps of the engine for a token that is delivered."""
+    return total(phases, "engine_steps") / total(phases, "delivered")
+
+
+def times(mine: Sequence[Phase], theirs: Sequence[Phase]) -> str:
+    """Median and range of the speed-ups of the rounds."""
+    rates = [a.tokens_per_s / b.tokens_per_s for a, b in zip(mine, theirs, strict=True)]
+    return f"{statistics.median(rates):.2f} ({min(rates):.2f}–{max(rates):.2f})"
+
+
+async def measure(args: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory(prefix="everstep-c3po-") as name:
+        folder = Path(name)
+        checkpoint = make_checkpoint(folder / "tiny", shape="tiny", seed=1)
+        model = ModelConfig(path=str(checkpoint), max_model_len=1024)
+        engine = EngineConfig(
+            model=model,
+            batch=BatchConfig(max_num_seqs=CAPACITY),
+            # nobody's KV is ever dropped: not what this compares
+            kv=KVConfig(num_blocks=16384),
+            num_threads=args.threads,
+        )
+        journal = Journal.open(folder / "journal.db", JournalConfig(durability="process"))
+        manager = RolloutManager(ProcessBackend(engine), None, journal=JournalThread(journal))
+        await manager.start()
+        try:
+            print("| " + " | ".join(HEADER) + " |")
+            print("|" + "---|" * len(HEADER))
+            for ratio in args.ratios:
+                names, found = await compare(manager, folder, ratio, args.retentions, args.rounds)
+                for cells in rows(ratio, names, found):
+                    print("| " + " | ".join(cells) + " |", flush=True)
+            print(f"\nload {os.getloadavg()[0]:.1f} at the end; {manager.info.numerics}")
+        finally:
+            await manager.close()
+
+
+def run(args: argparse.Namespace) -> None:
+    asyncio.run(measure(args))
+
+
+def add_command(commands: Any) -> None:
+    parser = commands.add_parser("engine", help="measured, on a tiny model")
+    parser.add_argument("--threads", type=int, default=1, help="compute threads of the core")
+    parser.add_argument("--ratios", type=int, nargs="+", default=list(RATIOS))
+    parser.add_argument("--retentions", type=int, nargs="+", default=list(RETENTIONS), help="σ")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="in which the ways take turns")
+    parser.set_defaults(run=run)
