@@ -152,13 +152,13 @@ def table_baselines(points: Sequence[Point]) -> Table:
 def table_costs() -> Table:
     rows = [["step of the engine", *(f"rollouts: × {which}" for which in BASELINES)]]
     models = {
-        "weights only (r = 0)": {"r": 0.0},
-        "half of a full step is per row (r = 1)": {"r": 1.0},
-        "r = 4": {"r": 4.0},
-        "2 cores, Zen 3, above (r = 38)": {"r": 38.0},
+        "weights only (r = 0)": 0.0,
+        "half of a full step is per row (r = 1)": 1.0,
+        "r = 4": 4.0,
+        "2 cores, Zen 3, above (r = 38)": 38.0,
     }
-    for name, values in models.items():
-        p = point(**values)
+    for name, r in models.items():
+        p = point(r=r)
         rows.append([name, *(f"{p.rollout(which):.2f}" for which in BASELINES)])
     p = point(recomputes_kv=True)
     rows.append(
@@ -384,10 +384,10 @@ def plot(
     )
     ages.legend(["trained / true length", "purged share"], fontsize="small")
     ages.set(title=f"σ, at cap {RATIO} × median", xlabel="σ", ylim=(0, 1.1))
-    for policy, points in killed_by.items():
+    for policy, found in killed_by.items():
         # two of them are one line
         style = "o--" if policy == "resumed" else "o-"
-        bias.plot([p[0] for p in points], [p[1] for p in points], style, label=policy)
+        bias.plot([p[0] for p in found], [p[1] for p in found], style, label=policy)
     bias.set(title="length bias of restarting what was killed", ylim=(0, 1.1))
     bias.set(xlabel=f"kills per {MEDIAN:,} tokens", ylabel="trained / true length")
     bottom = [0.0] * len(waste)
