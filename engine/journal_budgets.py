@@ -98,20 +98,21 @@ class BudgetDraft:
         if row is None:
             raise IllegalState(f"budget {budget_id} is not in the journal")
         if row.budget.state is BudgetState.OPEN:
-            self._end(row, BudgetState.CLOSED)
+            budget = self._drafted(row).budget
+            budget.state, budget.ended_s = BudgetState.CLOSED, self._now_s
 
     def count(self, pool: str, num_tokens: int) -> None:
         """New tokens of a pool. Raises IllegalState where they exceed its open budget."""
         row = self._newest_of(pool) if pool else None
         if row is None or row.budget.state is not BudgetState.OPEN or num_tokens <= 0:
             return
-        budget = row.budget
+        budget = self._drafted(row).budget
         used = budget.used + num_tokens
         if used > budget.tokens:
             raise IllegalState(f"budget {budget.id} holds {budget.tokens} tokens, not {used}")
-        row = self._put(replace(row, budget=replace(budget, used=used)))
+        budget.used = used
         if used == budget.tokens:
-            self._end(row, BudgetState.SPENT)
+            budget.state, budget.ended_s = BudgetState.SPENT, self._now_s
 
     def write(self) -> None:
         for row in self._changed.values():
@@ -130,9 +131,13 @@ class BudgetDraft:
     def _newest_of(self, pool: str) -> BudgetRow | None:
         return self._newest.get(pool) or self._books.newest.get(pool)
 
-    def _end(self, row: BudgetRow, state: BudgetState) -> None:
-        self._put(replace(row, budget=replace(row.budget, state=state, ended_s=self._now_s)))
+    def _drafted(self, row: BudgetRow) -> BudgetRow:
+        """The row of this transaction, to be changed."""
+        drafted = self._changed.get(row.budget.id)
+        if drafted is None:
+            drafted = replace(row, budget=replace(row.budget))
+            self._put(drafted)
+        return drafted
 
-    def _put(self, row: BudgetRow) -> BudgetRow:
+    def _put(self, row: BudgetRow) -> None:
         self._changed[row.budget.id] = self._newest[row.budget.pool] = row
-        return row

@@ -5,7 +5,6 @@ committed, so that a failed one leaves no trace in either place.
 """
 
 import copy
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -310,7 +309,6 @@ class Draft:
         if not op.grown:
             return
         origin = self._origin(op.origin)
-        num_tokens: Counter[str] = Counter()
         for grown in op.grown:
             entry = self._live(grown.rollout_id)
             check_grown(grown)
@@ -322,12 +320,9 @@ class Draft:
             row = self._row(origin)
             row.add(entry.number, grown, _rest(entry, grown, op.time_s))
             entry.num_appended += len(grown.ids)
-            if entry.pool:
-                num_tokens[entry.pool] += len(grown.ids)
+            self._budgets.count(entry.pool, len(grown.ids))
             if entry.number not in self._memory.first_rows:
                 self._first_rows.setdefault(entry.number, row.row)
-        for pool, count in num_tokens.items():
-            self._budgets.count(pool, count)
 
     def _row(self, origin: int) -> TokenRow:
         """The row that new tokens of this origin go to."""
