@@ -1,6 +1,8 @@
 """What a rollout is across changes of the weights, to the bit, with the real runner."""
 
+import gc
 import random
+import weakref
 from typing import get_args
 
 import pytest
@@ -115,6 +117,21 @@ def test_a_rollout_that_is_paused_over_two_flips(folders, versions):
     check(core, versions)
 
 
+def test_a_prompt_that_is_output_of_another_is_not_written_again_under_it(folders, versions):
+    """A turn that goes on from a rollout which still runs: the two share blocks."""
+    core = FlippingCore(folders)
+    core.add(ask("a"))
+    core.step(16)
+    core.add(ask("b", PROMPT + core.rollouts["a"].ids[:12], seed=2))
+    core.step(3)
+    assert core.cached["b"] >= len(PROMPT) + 8
+    core.flip(1, "recompute-prompt")
+    core.finish()
+    last = {name: drawn.segments[-1][1:] for name, drawn in core.rollouts.items()}
+    assert last == {"a": (1, "recompute-prompt"), "b": (1, "computed")}
+    check(core, versions)
+
+
 def test_a_flip_says_what_it_cost(folders):
     core = FlippingCore(folders)
     core.add(ask("a"))
@@ -154,3 +171,23 @@ def test_any_schedule_with_flips_draws_what_the_segments_say(folders, versions, 
     core.core.handle(Resume(None))
     core.finish()
     check(core, versions)
+
+
+def test_old_weights_are_given_back(folders):
+    """All of them, without the collector's help: a core's objects are frozen for it."""
+    core = FlippingCore(folders)
+    core.add(ask("a"))
+    core.step(3)
+    gc.collect()
+    gc.disable()
+    try:
+        for version in (1, 2, 0):
+            old = weakref.ref(core.runner.weights)
+            bank = weakref.ref(core.runner.weights.layers[-1].ffn.experts.downs[0])
+            core.flip(version, "keep")
+            for _ in range(200):
+                core.step()
+            assert old() is None
+            assert bank() is None
+    finally:
+        gc.enable()
