@@ -17,6 +17,7 @@ from everstep.engine.settings import settings_of
 from everstep.server.config import ServeConfig
 from everstep.trainer_bridge import protocol
 from everstep.trainer_bridge.config import TrainConfig
+from everstep.trainer_bridge.rewards import RewardConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), ROOT / "llms.txt", *ROOT.glob("docs/**/*.md")])
@@ -148,7 +149,8 @@ def test_every_setting_is_explained() -> None:
 
 
 def test_toml_examples_are_settings() -> None:
-    known = {s.path for tree in (ServeConfig, TrainConfig) for s in settings_of(tree)}
+    trees = (ServeConfig, TrainConfig, RewardConfig)
+    known = {s.path for tree in trees for s in settings_of(tree)}
     for page in PAGES:
         for language, text in _FENCE.findall(page.read_text(encoding="utf-8")):
             if language == "toml":
