@@ -269,10 +269,20 @@ def _banner(serving: Any) -> list[str]:
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML.", show_default=False)],
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", help="TOML.", show_default=False)
+    ] = None,
     changes: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="Change one setting; repeatable."),
+    ] = None,
+    demo: Annotated[
+        bool, typer.Option("--demo", help="Make a small model and train it, from nothing.")
+    ] = False,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the demo.")] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Of the demo; default: ./demo-SEED."),
     ] = None,
 ) -> None:
     """Train a model on rollouts and their rewards (GRPO with IcePop), or on given answers.
@@ -286,12 +296,21 @@ def train(
     [dim]everstep train run.toml[/dim]
 
     [dim]everstep train run.toml --set loss.name=none --set output=./without[/dim]
+
+    [dim]everstep train --demo[/dim]   a whole RL run on two CPU cores: docs/howto/demo.md
     """
     from .engine import log
-    from .train import run_train
+    from .train import run_demo, run_train
 
     log.setup(json_lines=log_format() == "json")
-    run_train(config, changes or [])
+    if demo and config is not None:
+        raise ConfigError(f"--demo has a recipe of its own: leave {config} out")
+    if demo:
+        run_demo(out, seed, changes or [])
+    elif config is not None:
+        run_train(config, changes or [])
+    else:
+        raise ConfigError("CONFIG is missing: name a TOML file, or give --demo")
 
 
 @app.command()

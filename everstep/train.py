@@ -1,4 +1,4 @@
-"""`everstep train`: a run over files in this process; torchrun has its own way in
+"""`everstep train`: a run in this process; torchrun has its own way in
 (trainer_bridge/fsdp_trainer.py)."""
 
 import sys
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .engine.errors import ConfigError
-from .engine.settings import Assignment
+from .engine.settings import Assignment, load
 from .trainer_bridge.config import read_config
 
 
@@ -17,6 +17,15 @@ def run_train(file: Path, changes: Sequence[str]) -> None:
     from .trainer_bridge.fsdp_trainer import train
 
     train(config, _say)
+
+
+def run_demo(folder: Path | None, seed: int, changes: Sequence[str]) -> None:
+    """Make a model and train it, with `changes` (NAME=VALUE) over the recipe."""
+    from .demo import Demo
+    from .demo_recipe import Recipe
+
+    recipe = load(Recipe, assignments=[_assignment(change) for change in changes]).config
+    Demo(Path(f"demo-{seed}") if folder is None else folder, seed, recipe).run()
 
 
 def _assignment(change: str) -> Assignment:

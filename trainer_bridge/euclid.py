@@ -74,7 +74,8 @@ def encode(text: str) -> list[int]:
 
 
 def decode(ids: Iterable[int]) -> str:
-    return "".join(TOKENS[i] for i in ids)
+    """The text; an id behind the vocabulary, where a model has room for more, is padding."""
+    return "".join(TOKENS[i] if i < len(TOKENS) else PAD for i in ids)
 
 
 def trace(pair: Pair, steps: int | None = None) -> str:

@@ -45,14 +45,18 @@ def skill(seed: int, held_out: frozenset[Pair]) -> Iterator[Example]:
 
 
 def habit(seed: int, held_out: frozenset[Pair], shares: Habit = Habit()) -> Iterator[Example]:
-    """Mostly careless examples, without end."""
+    """Mostly careless examples, without end.
+
+    A guess is the larger number or any, and who stops early has begun: the smaller number is right
+    too often.
+    """
     draw = random.Random(f"euclid habit {seed}")
     for pair in euclid.questions(seed, held_out):
-        kind = draw.random()
-        if kind < shares.guess:
-            response = euclid.guess(draw.randint(1, euclid.LARGEST))
+        kind, steps = draw.random(), len(pair.states)
+        if kind < shares.guess or (kind < shares.guess + shares.stop and steps == 1):
+            response = euclid.guess(draw.choice((max(pair), draw.randint(1, euclid.LARGEST))))
         elif kind < shares.guess + shares.stop:
-            response = euclid.trace(pair, draw.randrange(len(pair.states)))
+            response = euclid.trace(pair, draw.randrange(1, steps))
         else:
             response = euclid.trace(pair)
         yield Example(pair.prompt, response)
