@@ -323,8 +323,6 @@ def test_a_whole_demo_of_few_updates_with_both_sides_killed(tmp_path):
     assert [line.version for line in progress.trained] == [1, 2, 3, 4, 5, 6]
     assert set(progress.sampled) >= {0, 1, 2, 3, 4}
     assert progress.stalls
-    # the engine's own kernels: what trains is what sampled
-    assert progress.trained[0].metrics["log_ratio_abs_max"] == 0.0
     assert "right, greedy" in said
     assert f"everstep chat {out}/rl/final" in said
     after = evaluate(out / "rl" / "final", euclid.held_out(0, 8), seed=0, max_tokens=24)
