@@ -88,14 +88,14 @@ def picture_rows(progress: Progress, iterations: int) -> list[tuple[str, str]]:
         ("iteration", f"{last.version} of {iterations}"),
         ("reward", f"{sparkline(progress.rewards, 1.0)}  {last.reward or 0.0:.1%}"),
         ("length", f"{sparkline(progress.mean_lengths)}  {progress.mean_lengths[-1]:.1f} tokens"),
-        ("masked", f"{masked:.2%} of tokens by IcePop"),
+        ("masked", f"{masked:.2%} of tokens"),
         (
             "engine : trainer",
             f"|Δ logprob| {metrics.get('log_ratio_abs_mean', 0.0):.1e}, KL {kl:.1e} nats a token",
         ),
         (
             "lag",
-            f"mean {metrics.get('lag_mean', 0.0):.2f}, at most {metrics.get('lag_max', 0.0):.0f} "
+            f"mean {metrics.get('lag_mean', 0.0):.2f}, oldest {metrics.get('lag_max', 0.0):.0f} "
             "versions",
         ),
         (

@@ -33,7 +33,7 @@ from everstep.trainer_bridge.rollout_report import Lengths
 TINY = {
     "skill_updates": 4,
     "habit_updates": 2,
-    "iterations": 6,
+    "iterations": 8,
     "budget": 160,
     "capacity": 16,
     "group": 2,
@@ -48,14 +48,14 @@ TINY = {
 def test_the_files_of_a_demo_can_be_read_by_its_commands(tmp_path):
     files = Files(tmp_path, 3, msgspec.convert(TINY, Recipe))
     assert files.begin() is False
-    for name, updates in (("skill", 4), ("habit", 2), ("rl", 6)):
+    for name, updates in (("skill", 4), ("habit", 2), ("rl", 8)):
         config = read_config(tmp_path / f"{name}.toml")
         config.check()
         if name != "rl":
             lines = (tmp_path / f"{name}.jsonl").read_text().splitlines()
             assert len(lines) == updates * config.batch.groups
         else:
-            assert (config.max_steps, config.loss.name) == (6, "icepop")
+            assert (config.max_steps, config.loss.name) == (8, "icepop")
     assert files.begin() is True
 
 
@@ -309,19 +309,31 @@ def start(out, recipe):
     )
 
 
-def test_a_whole_demo_of_few_updates_with_both_sides_killed(tmp_path):
+def test_a_whole_demo_of_few_updates_interrupted_and_with_both_sides_killed(tmp_path):
     out = tmp_path / "demo"
     with start(out, TINY) as process:
         until(lambda: len(read_progress(out / "rl").trained) >= 1)
+        children = [child_of(process.pid, word) for word in ("rollout", "rl.toml")]
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "interrupted; the same command goes on" in said
+    assert not any(Path(f"/proc/{pid}").exists() for pid in children)
+    num_trained = len(read_progress(out / "rl").trained)
+    assert num_trained < TINY["iterations"]
+
+    with start(out, TINY) as process:
+        until(lambda: len(read_progress(out / "rl").trained) > num_trained)
         os.kill(child_of(process.pid, "rollout"), signal.SIGKILL)
         os.kill(child_of(process.pid, "rl.toml"), signal.SIGKILL)
         said, _ = process.communicate(timeout=200)
     assert process.returncode == 0, said
+    assert "goes on in" in said
     assert "engine was killed by SIGKILL; it goes on as a new process" in said
     assert "trainer was killed by SIGKILL; it goes on as a new process" in said
     progress = read_progress(out / "rl", out / "engine.log")
-    assert [line.version for line in progress.trained] == [1, 2, 3, 4, 5, 6]
-    assert set(progress.sampled) >= {0, 1, 2, 3, 4}
+    assert [line.version for line in progress.trained] == list(range(1, 9))
+    assert set(progress.sampled) >= set(range(7))
     assert progress.stalls
     assert "right, greedy" in said
     assert f"everstep chat {out}/rl/final" in said
