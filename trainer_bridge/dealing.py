@@ -174,6 +174,11 @@ class Dealer:
         return [(s.peer, Ping(s.session, s.at, s.place)) for s in self._seats.values()]
 
     @property
+    def is_delivered(self) -> bool:
+        """Whether every seated rank has been sent all that was announced."""
+        return all(seat.at > self._newest for seat in self._seats.values())
+
+    @property
     def num_seated(self) -> int:
         """Ranks that have said hello and not goodbye."""
         return len(self._seats)

@@ -7,7 +7,7 @@ trainer stays with the source (the journal, say) and not in memory.
 import asyncio
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import zmq
@@ -103,13 +103,12 @@ class TrajectorySender:
 
         They acknowledge what they save until then.
         """
-        for out in self.dealer.end(reason):
-            await self._out(out)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(patience_s), self._changed:
-                while self.dealer.num_seated:
-                    self._check()
-                    await self._changed.wait()
+            async with asyncio.timeout(patience_s):
+                await self._until(lambda: self.dealer.is_delivered)
+                for out in self.dealer.end(reason):
+                    await self._out(out)
+                await self._until(lambda: not self.dealer.num_seated)
 
     async def close(self) -> None:
         for task in self._tasks:
@@ -131,10 +130,8 @@ class TrajectorySender:
     async def trained(self, iteration: int, deadline_s: float) -> Trained:
         """What the trainer made of it. Raises PeerMissing naming who is not there."""
         try:
-            async with asyncio.timeout(deadline_s), self._changed:
-                while iteration not in self.dealer.trained:
-                    self._check()
-                    await self._changed.wait()
+            async with asyncio.timeout(deadline_s):
+                await self._until(lambda: iteration in self.dealer.trained)
         except TimeoutError:
             waited = f"iteration {iteration} was not trained within {deadline_s:.0f} s"
             raise PeerMissing(f"{waited}: {self._who_is_missing()}") from None
@@ -143,16 +140,20 @@ class TrajectorySender:
     async def all_there(self, deadline_s: float) -> None:
         """Return once every rank has said hello. Raises PeerMissing naming who has not."""
         try:
-            async with asyncio.timeout(deadline_s), self._changed:
-                while self._missing():
-                    self._check()
-                    await self._changed.wait()
+            async with asyncio.timeout(deadline_s):
+                await self._until(lambda: not self._missing())
         except TimeoutError:
             raise PeerMissing(
                 f"the trainer is not complete after {deadline_s:.0f} s: {self._who_is_missing()}"
             ) from None
 
     # inside ---------------------------------------------------------------------------------------
+
+    async def _until(self, is_so: Callable[[], bool]) -> None:
+        async with self._changed:
+            while not is_so():
+                self._check()
+                await self._changed.wait()
 
     def _missing(self) -> list[str]:
         return self.dealer.missing(time.monotonic(), self._patience_s)
@@ -196,6 +197,7 @@ class TrajectorySender:
                     await self._deliver(what)
                 else:
                     await self._out(what)
+            await self._tell()
             left_s = pinged_s + self.dealer.heartbeat_s - time.monotonic()
             # not wait_for: in Python 3.11 it may swallow a cancellation
             with contextlib.suppress(TimeoutError):

@@ -91,7 +91,7 @@ def test_on_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_the_program(
     tiny_checkpoint: Path,
 ) -> None:
     parent, child = pty.openpty()
-    flags = ["--num-threads", "1", "--max-model-len", "2048", "--ignore-eos"]
+    flags = ["--num-threads", "1", "--max-model-len", "2048", "--ignore-eos", "--seed", "1"]
     arguments = ["chat", str(tiny_checkpoint), *flags]
     process = subprocess.Popen(
         [sys.executable, "-m", "everstep", *arguments],

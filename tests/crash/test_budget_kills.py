@@ -19,7 +19,7 @@ sys.path.append(str(HERE))
 from harness import free_port, make_model, options  # noqa: E402
 from victims import Server  # noqa: E402
 
-POOL, TOKENS, NUM_ROLLOUTS, LENGTH = "math", 700, 8, 120
+POOL, TOKENS, NUM_ROLLOUTS, LENGTH = "math", 3600, 8, 600
 
 
 @contextlib.contextmanager
@@ -82,7 +82,7 @@ def test_a_budget_is_used_to_the_token_whatever_is_killed(tmp_path: Path) -> Non
             if seen.used > TOKENS * (kills + 1) / 7:
                 strike(server, rng.choice(["server", "core"]))
                 kills += 1
-        assert kills > 3
+        assert kills > 1
         assert (seen.state, seen.used) == ("spent", TOKENS)
         assert num_tokens(client, ids) == TOKENS
         assert client.wait(chat, timeout_s=60).finish_reason is not None

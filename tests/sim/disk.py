@@ -18,9 +18,9 @@ from everstep.engine.journal import Journal
 from everstep.engine.journal_memory import MemoryJournal, _State
 from everstep.engine.journal_ops import Append, JournalStore, Op, Query
 from tests.engine.journal.disk import Change, Disk, DiskVFS, Files, after_kill, after_power_loss
+from tests.engine.journal.disk import vfs as _vfs
 
 Clock = Callable[[], float]
-_vfs = DiskVFS()
 
 
 class SimDisk(Protocol):

@@ -88,7 +88,7 @@ every = 2
         assert sum(report["samples"] for report in self.metrics) == len(lines)
         assert not list((self.folder / "out.jsonl.spool").iterdir())
         versions = {version for line in lines for version, _ in line["versions"]}
-        assert max(versions) == ITERATIONS - 1
+        assert max(versions) >= ITERATIONS - 2
         assert any(len(line["versions"]) > 1 for line in lines)
 
 

@@ -204,7 +204,7 @@ def test_gradients_are_those_of_finite_differences(batch, name, data):
         return make_loss(config)(moved).loss.item()
 
     slope = (loss_at(step) - loss_at(-step)) / (2 * step)
-    assert grad[row, place].item() == pytest.approx(slope, rel=1e-5, abs=1e-8)
+    assert grad[row, place].item() == pytest.approx(slope, rel=1e-4, abs=1e-8)
 
 
 @st.composite

@@ -202,3 +202,7 @@ class DiskVFS(apsw.VFS):
 
     def xFullPathname(self, name):  # noqa: N802
         return name
+
+
+# SQLite knows it by its name: a second one would take the place of the first
+vfs = DiskVFS()

@@ -31,7 +31,15 @@ from everstep.engine.journal_ops import (
 from everstep.engine.rollout import Rollout
 from everstep.engine.trajectory import pack, seal, unpack, unseal
 from tests.engine.journal import model as m
-from tests.engine.journal.disk import Change, Disk, DiskVFS, Files, after_kill, after_power_loss
+from tests.engine.journal.disk import (
+    Change,
+    Disk,
+    DiskVFS,
+    Files,
+    after_kill,
+    after_power_loss,
+    vfs,
+)
 from tests.engine.journal.drawn import end, make_grown, make_rollout
 
 PATH = "journal.db"
@@ -44,7 +52,6 @@ LEVELS = ("process", "accepts", "power")
 # what a level may lose by power loss: these operations, if nothing else came after them
 MAY_BE_LOST = {"process": set(OPERATIONS), "accepts": {"append", "compact"}, "power": set()}
 NOW_S = 2_000_000_000.0
-vfs = DiskVFS()
 
 
 def open_journal(disk: Disk, level: str = "accepts") -> Journal:
