@@ -3,6 +3,7 @@
 import io
 import os
 import pty
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -125,6 +126,8 @@ def _take_terminal() -> None:
     import termios
 
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    # tests that a shell runs in the background ignore it, and so would their children
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _read_until(fd: int, word: str, more: int = 0) -> str:

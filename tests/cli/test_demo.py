@@ -305,7 +305,13 @@ def command(out, recipe, seed=0):
 def start(out, recipe):
     env = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "100"}
     return subprocess.Popen(
-        command(out, recipe), env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command(out, recipe),
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # tests that a shell runs in the background ignore it, and so would their children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
