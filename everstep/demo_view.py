@@ -4,10 +4,11 @@ and the plot at its end."""
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 from .demo_evaluation import Evaluation
 from .demo_progress import Progress
+from .progress import live_view, panel
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -28,9 +29,10 @@ class DemoView:
     def __call__(self, progress: Progress, *, is_over: bool = False) -> None:
         if self._stream.isatty():
             if self._live is None:
-                self._live = _live(self._stream)
+                self._live = live_view(self._stream)
                 self._live.start()
-            self._live.update(_picture(progress, self._iterations), refresh=True)
+            rows = picture_rows(progress, self._iterations)
+            self._live.update(panel("everstep train --demo", rows), refresh=True)
             return
         # a trainer that was killed goes back to its checkpoint: what is trained again is not said again
         for n in range(self._num_said, len(progress.trained)):
@@ -150,16 +152,3 @@ def _live(stream: IO[str]) -> "Live":
     from rich.live import Live
 
     return Live(console=Console(file=stream, highlight=False), auto_refresh=False)
-
-
-def _picture(progress: Progress, iterations: int) -> Any:
-    from rich import box
-    from rich.panel import Panel
-    from rich.table import Table
-
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, text in picture_rows(progress, iterations):
-        table.add_row(name, text)
-    return Panel(table, title="everstep train --demo", box=box.ROUNDED, expand=False)

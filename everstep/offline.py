@@ -89,7 +89,6 @@ async def _batch(
 
     from .engine.hub import resolve
     from .engine.manager import RolloutManager
-    from .engine.messages import Loading
     from .engine.metrics import Registry
     from .engine.native import ThreadBackend
     from .engine.tokenizer import Tokenizer
@@ -104,12 +103,9 @@ async def _batch(
         tokenizer = None if config.skip_tokenizer_init else Tokenizer.from_folder(folder)
         model = msgspec.structs.replace(config.engine.model, path=str(folder))
 
-        def on_loading(loading: Loading) -> None:
-            stages(loading.stage, loading.done, loading.total)
-
         engine = msgspec.structs.replace(config.engine, model=model)
         manager = RolloutManager(
-            ThreadBackend(engine, on_loading=on_loading),
+            ThreadBackend(engine, on_loading=stages.on_loading),
             tokenizer,
             run_seed=defaults.run_seed,
             journal=journal,

@@ -2,14 +2,17 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
+    from rich.live import Live
+    from rich.panel import Panel
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
+    from .engine.messages import Loading
     from .server.batch_run import Counts
 
 LINE_EVERY_S = 10.0
@@ -60,6 +63,10 @@ class Stages:
         elif not self._is_said:
             self._say(done, total)
 
+    def on_loading(self, loading: "Loading") -> None:
+        """A core's word of how far it is."""
+        self(loading.stage, loading.done, loading.total)
+
     def __enter__(self) -> Self:
         return self
 
@@ -103,6 +110,28 @@ def _bar(stream: IO[str]) -> "Bar":
         console=Console(file=stream),
         transient=True,
     )
+
+
+def live_view(stream: IO[str]) -> "Live":
+    """A picture on a terminal that changes when it is told to."""
+    from rich.console import Console
+    from rich.live import Live
+
+    return Live(console=Console(file=stream, highlight=False), auto_refresh=False)
+
+
+def panel(title: str, rows: Iterable[tuple[str, str]]) -> "Panel":
+    """(what, how it stands), line by line, in a frame."""
+    from rich import box
+    from rich.panel import Panel
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in rows:
+        table.add_row(name, text)
+    return Panel(table, title=title, box=box.ROUNDED, expand=False)
 
 
 class BatchProgress:

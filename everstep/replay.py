@@ -147,7 +147,6 @@ async def _replay(
     config: EngineConfig, rollout: "Rollout", to: int | None, stages: Stages
 ) -> tuple[list["Span"], list["Outcome"], "Ready"]:
     from .engine.hub import resolve
-    from .engine.messages import Loading
     from .engine.native import ThreadBackend
     from .engine.replay import check_fits, replay_span, spans_of
     from .engine.tokenizer import Tokenizer
@@ -155,10 +154,9 @@ async def _replay(
     folder = resolve(config.model.path, stages)
     model = msgspec.structs.replace(config.model, path=str(folder))
 
-    def on_loading(loading: Loading) -> None:
-        stages(loading.stage, loading.done, loading.total)
-
-    backend = ThreadBackend(msgspec.structs.replace(config, model=model), on_loading=on_loading)
+    backend = ThreadBackend(
+        msgspec.structs.replace(config, model=model), on_loading=stages.on_loading
+    )
     try:
         ready = await backend.start()
         check_fits(rollout, ready)

@@ -11,13 +11,12 @@ from .engine.hub import resolve
 from .engine.journal import Journal
 from .engine.journal_thread import JournalThread
 from .engine.manager import RolloutManager
-from .engine.messages import Loading
 from .engine.metrics import Registry
 from .engine.native import ProcessBackend
 from .engine.tokenizer import Tokenizer
 from .progress import Stages
 from .server.config import ServeConfig
-from .server.conversation import template_message
+from .server.conversation import render
 from .trainer_bridge.manager_engine import ManagerEngine
 from .trainer_bridge.rollout_engine import Prompt
 
@@ -42,12 +41,9 @@ async def embedded_engine(config: ServeConfig, journal: Path, stages: Stages) ->
     )
     thread = JournalThread(Journal.open(journal, settings), metrics=metrics)
 
-    def on_loading(loading: Loading) -> None:
-        stages(loading.stage, loading.done, loading.total)
-
     engine = replace(config.engine, model=replace(config.engine.model, path=str(folder)))
     manager = RolloutManager(
-        ProcessBackend(engine, on_loading=on_loading),
+        ProcessBackend(engine, on_loading=stages.on_loading),
         tokenizer,
         run_seed=config.engine.seed or 0,
         restarts=config.restart,
@@ -75,17 +71,18 @@ def _ids(prompt: Prompt, tokenizer: Tokenizer | None) -> list[int]:
             "text needs a tokenizer, and this engine runs without one; give prompt_ids",
             field="prompt",
         )
-    options = dict(prompt.options)
-    adds = options.pop("add_special_tokens", prompt.messages is None)
+    options = prompt.options
+    adds = options.get("add_special_tokens", prompt.messages is None)
     if prompt.messages is None:
         assert prompt.prompt is not None
         return tokenizer.encode(prompt.prompt, add_special_tokens=adds)
-    continues = options.pop("continue_final_message", False)
-    text = tokenizer.render_chat(
-        [template_message(message) for message in prompt.messages],
-        tools=options.pop("tools", None),
-        add_generation_prompt=options.pop("add_generation_prompt", not continues),
-        continue_final_message=continues,
-        **options.pop("chat_template_kwargs", {}),
+    text = render(
+        tokenizer,
+        prompt.messages,
+        template=None,
+        tools=options.get("tools"),
+        options=options.get("chat_template_kwargs", {}),
+        add_generation_prompt=options.get("add_generation_prompt"),
+        continue_final_message=options.get("continue_final_message", False),
     )
     return tokenizer.encode(text, add_special_tokens=adds)

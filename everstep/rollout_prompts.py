@@ -24,7 +24,7 @@ from .server.decoding import decode_own
 from .server.generation import sampling_of
 from .server.json_values import check_metadata
 from .server.openai_types import Message, TokenId, Tool
-from .server.rollouts_types import Sampling
+from .server.rollouts_types import Sampling, prompt_field
 from .trainer_bridge.rollout_engine import Prompt
 from .trainer_bridge.run_words import KeptPrompt, Position
 
@@ -129,13 +129,7 @@ class PromptFile:
         if own is None or isinstance(own, dict):
             fields["sampling"] = flags | {k: v for k, v in (own or {}).items() if v is not None}
         line = decode_own(fields, PromptLine, inner=("sampling",))
-        given = [n for n in ("prompt_ids", "prompt", "messages") if getattr(line, n) is not None]
-        if len(given) != 1:
-            raise InvalidRequest(
-                "exactly one of prompt_ids, prompt, messages is required, got "
-                f"{' and '.join(given) or 'none'}",
-                field=given[1] if given else "prompt",
-            )
+        prompt_field(line)
         check_metadata(line.metadata)
         return Prompt(
             id=kept.name.rpartition("@")[0],

@@ -4,14 +4,15 @@ lines otherwise; and the tables at its end."""
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
-from .progress import LINE_EVERY_S, duration
+from .progress import LINE_EVERY_S, duration, live_view, panel
 from .trainer_bridge.ledger import Books
 from .trainer_bridge.rollout_report import EngineReport, Lengths, Report
 
 if TYPE_CHECKING:
     from rich.live import Live
+    from rich.panel import Panel
 
 _BARS = "▁▂▃▄▅▆▇█"
 _BINS = 24
@@ -40,7 +41,7 @@ class RolloutView:
         self._report: Report | None = None
         self._live: Live | None = None
         if self._stream.isatty():
-            self._live = _live(self._stream)
+            self._live = live_view(self._stream)
             self._live.start()
 
     def __call__(self, report: Report) -> None:
@@ -76,13 +77,6 @@ class RolloutView:
         self._stream.flush()
 
 
-def _live(stream: IO[str]) -> "Live":
-    from rich.console import Console
-    from rich.live import Live
-
-    return Live(console=Console(file=stream, highlight=False), auto_refresh=False)
-
-
 def iteration_line(books: Books, report: Report) -> str:
     """`iteration 3: 4096 sampled | delivered 2310, …`: the books of one iteration."""
     accounts = ", ".join(f"{name} {getattr(books, name)}" for name in ACCOUNTS)
@@ -105,18 +99,9 @@ def state_line(report: Report) -> str:
     return "  ".join(words)
 
 
-def picture(report: Report, limit: int | None) -> Any:
+def picture(report: Report, limit: int | None) -> "Panel":
     """The live view."""
-    from rich import box
-    from rich.panel import Panel
-    from rich.table import Table
-
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, text in picture_rows(report, limit):
-        table.add_row(name, text)
-    return Panel(table, title="everstep rollout", box=box.ROUNDED, expand=False)
+    return panel("everstep rollout", picture_rows(report, limit))
 
 
 def picture_rows(report: Report, limit: int | None) -> list[tuple[str, str]]:

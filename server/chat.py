@@ -287,8 +287,9 @@ def _prompt(service: Service, request: ChatRequest, raw: dict[str, Any]) -> str:
     if request.reasoning_effort is not None:
         options.setdefault("reasoning_effort", request.reasoning_effort)
     return render(
-        service,
+        service.tokenizer,
         raw["messages"],
+        template=service.config.openai.chat_template,
         tools=raw.get("tools") if request.tool_choice != "none" else None,
         options=options,
         add_generation_prompt=request.add_generation_prompt,

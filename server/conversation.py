@@ -5,16 +5,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..engine.errors import InvalidRequest
-from ..engine.tokenizer import RESERVED_KWARGS
-from .generation import Service
+from ..engine.tokenizer import RESERVED_KWARGS, Tokenizer
 
 _OWN_FIELDS = RESERVED_KWARGS | {"chat_template", "continue_final_message", "tokenize"}
 
 
 def render(
-    service: Service,
+    tokenizer: Tokenizer | None,
     messages: Sequence[dict[str, Any]],
     *,
+    template: str | None,
     tools: Sequence[dict[str, Any]] | None,
     options: Mapping[str, Any],
     add_generation_prompt: bool | None,
@@ -23,10 +23,11 @@ def render(
     """Raises InvalidRequest where the template, or the lack of one, refuses.
 
     messages, tools        as they were sent: a template prints their JSON, key by key
+    template               instead of the checkpoint's: text, or the name of one of its own
     options                `chat_template_kwargs`
     add_generation_prompt  None: unless the final message is to be continued
     """
-    if service.tokenizer is None:
+    if tokenizer is None:
         raise InvalidRequest(
             "this server runs without a tokenizer (skip_tokenizer_init), so it cannot render "
             "messages: send token ids",
@@ -46,12 +47,12 @@ def render(
         )
     if add_generation_prompt is None:
         add_generation_prompt = not continue_final_message
-    return service.tokenizer.render_chat(
+    return tokenizer.render_chat(
         [template_message(message) for message in messages],
         tools=tools,
         add_generation_prompt=add_generation_prompt,
         continue_final_message=continue_final_message,
-        chat_template=service.config.openai.chat_template,
+        chat_template=template,
         **options,
     )
 

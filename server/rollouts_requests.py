@@ -18,7 +18,7 @@ from .generation import Service, sampling_of
 from .json_values import check_metadata
 from .media import Media
 from .rollouts_answers import rollout_of
-from .rollouts_types import RolloutAnswer, Sampling, Selection, SubmitRequest
+from .rollouts_types import RolloutAnswer, Sampling, Selection, SubmitRequest, prompt_field
 
 # a longer poll answers with what there is by then: proxies cut connections that are silent
 MAX_WAIT_S = 60.0
@@ -75,22 +75,11 @@ async def _prompt_ids(
     return prompt_ids
 
 
-def prompt_field(request: SubmitRequest) -> str:
-    """Which of the three says what to go on from; raises InvalidRequest unless one does."""
-    names = ("prompt_ids", "prompt", "messages")
-    given = [name for name in names if getattr(request, name) is not None]
-    if len(given) != 1:
-        raise InvalidRequest(
-            f"exactly one of {', '.join(names)} is required, got {' and '.join(given) or 'none'}",
-            field=given[1] if given else "prompt",
-        )
-    return given[0]
-
-
 def _rendered(service: Service, request: SubmitRequest, fields: Mapping[str, Any]) -> str:
     return render(
-        service,
+        service.tokenizer,
         fields["messages"],
+        template=service.config.openai.chat_template,
         tools=fields.get("tools"),
         options=request.chat_template_kwargs,
         add_generation_prompt=request.add_generation_prompt,

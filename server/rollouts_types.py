@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from ..engine.errors import InvalidRequest
 from ..engine.journal_ops import Budget
 from ..engine.rollout import (
     MAX_SAMPLES,
@@ -242,3 +243,15 @@ class RolloutList(Struct, kw_only=True):
 
     data: list[RolloutSummary]
     next_cursor: str | None
+
+
+def prompt_field(request: Struct) -> str:
+    """Which of the three says what to go on from; raises InvalidRequest unless one does."""
+    names = ("prompt_ids", "prompt", "messages")
+    given = [name for name in names if getattr(request, name) is not None]
+    if len(given) != 1:
+        raise InvalidRequest(
+            f"exactly one of {', '.join(names)} is required, got {' and '.join(given) or 'none'}",
+            field=given[1] if given else "prompt",
+        )
+    return given[0]

@@ -194,6 +194,7 @@ def test_a_bad_line_is_named_and_good_ones_are_delivered(
         '{"id": "x", "prompt_ids": [100000]}\n'
         '{"prompt_ids": [3], "sampling": {"max_tokens": 4000}}\n'
         '{"prompt_ids": [4]}\n'
+        '{"messages": [{"role": "user", "content": "hi"}], "chat_template_kwargs": {"tools": []}}\n'
     )
     command = arguments(path, out, tiny_checkpoint, "--max-tokens", "5")
     assert run(command) == 1
@@ -204,6 +205,7 @@ def test_a_bad_line_is_named_and_good_ones_are_delivered(
         f"{path}:5: sampling.temperature must be",
         f"{path}:6: id 'x' is that of an earlier line",
         f"{path}:7: max_tokens",
+        f"{path}:9: chat_template_kwargs may not set tools",
     ):
         assert text in err
     assert "bad lines" in err
