@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from ..engine.errors import CheckpointError
+from ..engine.journal_files import sync_folder
 from .loss_alarms import AlarmState
 from .sharding import World
 
@@ -70,7 +71,7 @@ class Checkpoints:
         if world.is_first:
             _write(partial / STABLE, msgspec.json.encode(state))
             partial.rename(final)
-            _sync(self.folder)
+            sync_folder(final)
             for old in self.stable()[: -self._keep]:
                 shutil.rmtree(old)
         world.barrier()
@@ -109,13 +110,4 @@ def _write(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    """A name is on the disk when its folder is."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(path)

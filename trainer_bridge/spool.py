@@ -14,6 +14,7 @@ import msgspec
 from msgspec import Struct
 
 from ..engine.errors import BridgeError
+from ..engine.journal_files import sync_folder
 from .protocol import TrajectoryGroup, encode
 
 _NAME = re.compile(r"iteration-(\d+)\.groups")
@@ -66,7 +67,7 @@ class Spool:
             written.flush()
             os.fsync(written.fileno())
         partial.replace(file)
-        _sync(self._folder)
+        sync_folder(file)
         self._indexes[iteration] = index, _LENGTH.size + len(head)
 
     def sizes(self, iteration: int) -> Sequence[int]:
@@ -109,11 +110,3 @@ def _read_index(file: Path) -> tuple[_Index, int]:
         except (struct.error, msgspec.MsgspecError, ValueError) as error:
             raise BridgeError(f"{file}: {error}") from None
     return index, start
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
