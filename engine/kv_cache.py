@@ -155,10 +155,6 @@ class KVCacheManager:
                 self._pool.forget(kv.blocks[tail])
             kv.next_registration = NEVER
 
-    def is_foreign(self, kv: RolloutKV) -> bool:
-        """Whether some of what it holds, here or in host memory, is of other weights."""
-        return kv.num_computed_tokens > 0 and kv.epoch != self._epoch
-
     def is_sharing(self, kv: RolloutKV) -> bool:
         """Whether what this rollout computes becomes findable."""
         return self._is_caching and kv.epoch == self._epoch

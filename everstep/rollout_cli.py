@@ -8,6 +8,7 @@ import typer
 
 from .engine.errors import ConfigError
 from .engine.rollout import SamplingParams
+from .engine.settings import load
 from .flags import Settings, with_settings
 from .rollout_what_if import what_if
 from .trainer_bridge.c3po_config import C3poConfig
@@ -193,14 +194,15 @@ def rollout(
         max_reissues=max_reissues,
     )
     from .rollout_run import RolloutRun
-    from .rollout_training import Training, reward_of
+    from .rollout_training import Training
+    from .trainer_bridge.rewards import RewardConfig
 
     training = None
     if bridge is not None:
         training = Training(
             endpoint=bridge,
             run=run_name,
-            reward=reward_of(reward),
+            reward=load(RewardConfig, file=reward).config,
             keys=keys,
             kv=kv.value,
             deadline_s=train_wait_s,

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from .engine.errors import ConfigError
 from .engine.messages import KVPolicy
-from .engine.settings import Assignment, load
 from .trainer_bridge.curve import Keys, check_endpoint, read_keys
 from .trainer_bridge.learner import BridgeLearner
 from .trainer_bridge.manager_engine import ManagerEngine
@@ -72,8 +71,3 @@ class Training:
     @property
     def _keys(self) -> Keys | None:
         return None if self.keys is None else read_keys(self.keys, "engine")
-
-
-def reward_of(file: Path | None, assignments: Sequence[Assignment] = ()) -> RewardConfig:
-    """A TOML file of reward settings. Raises ConfigError naming the setting."""
-    return load(RewardConfig, file=file, assignments=assignments).config

@@ -23,11 +23,6 @@ _NOT_COPIED = (".safetensors", ".py", ".bin", ".gguf")
 _WRITTEN = ("config.json", "model.safetensors.index.json", "manifest.json")
 
 
-def export_names(ring: TrainableRing) -> dict[str, str]:
-    """Parameter or buffer → checkpoint name: the same."""
-    return {name: name for name, _ in ring.tensors()}
-
-
 def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     """In what a tensor is stored in a checkpoint of `dtype`: the router's bias is float32."""
     return torch.float32 if name.endswith("expert_bias") else dtype

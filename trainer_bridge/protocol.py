@@ -18,7 +18,6 @@ from ..engine.errors import BridgeError
 from ..engine.trajectory import Trajectory
 
 PROTOCOL_VERSION = 1
-MAX_MESSAGE_BYTES = 2**31 - 1
 
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 Name = Annotated[str, Meta(min_length=1, max_length=256)]

@@ -149,9 +149,13 @@ class RolloutDriver:
         self._reporter = Reporter(state, self._engines, on_report, clock)
         self._tasks = Tasks(self._leave)
         self._fleet = Fleet(
-            state, self._engines, self._tasks, submit=self._submit_now, on_note=on_note
+            state,
+            self._engines,
+            self._tasks,
+            submit=self._submit_now,
+            on_note=on_note,
+            is_trained=learner is not None,
         )
-        self._fleet.is_trained = learner is not None
         self._prompts: dict[str, Prompt] = {}
         self._cancelled: set[str] = set()
         self._to_ack: dict[str, list[str]] = {name: [] for name in self._engines}

@@ -20,7 +20,11 @@ _METER_TOKENS = 1
 
 
 class Fleet:
-    """submit: has a place submitted, and tells what came of it."""
+    """Reaches engines, and lets go of those that stay away.
+
+    submit      has a place submitted, and tells what came of it
+    is_trained  whether weights change while the run goes on: then numerics alone must stay
+    """
 
     def __init__(
         self,
@@ -30,11 +34,11 @@ class Fleet:
         *,
         submit: Callable[[Engine, Place], Awaitable[None]],
         on_note: Callable[[str], None],
+        is_trained: bool,
     ) -> None:
         self.version = 0
         """The newest that an engine said it serves, or that a token was sampled under."""
-        self.is_trained = False
-        """Whether weights change while the run goes on: then numerics alone must stay."""
+        self._is_trained = is_trained
         self._state = state
         self._engines = engines
         self._tasks = tasks
@@ -112,7 +116,7 @@ class Fleet:
                     f"{first} serves {facts.weights}, {name} serves {other.weights}: a run needs "
                     "engines with the same weights and numerics"
                 )
-        self._state.serve(facts.numerics if self.is_trained else facts.weights)
+        self._state.serve(facts.numerics if self._is_trained else facts.weights)
         self.version = max(self.version, *(f.version for f in found.values()))
 
     async def _enter(self, name: str) -> None:
