@@ -17,7 +17,8 @@ from .trainer import Report, Trainer
 from .trainer_canaries import make_canaries, texts_of
 from .trajectory_files import TrajectoryFiles
 from .trajectory_receiver import TrajectoryReceiver
-from .weight_sender import SHARED_MEMORY, WeightSender
+from .weight_folder import SHARED_MEMORY
+from .weight_sender import WeightSender
 
 
 class Source(Protocol):

@@ -11,7 +11,7 @@ from everstep.engine.checkpoint import Checkpoint
 from everstep.engine.errors import CheckpointError
 from everstep.engine.make_checkpoint import make_checkpoint
 from everstep.engine.manifest import read_manifest
-from everstep.trainer_bridge import weight_sender
+from everstep.trainer_bridge import weight_folder
 from everstep.trainer_bridge.export import export
 from everstep.trainer_bridge.sharding import World, join_world, shard
 from everstep.trainer_bridge.trainable import TrainableRing, trainable_config
@@ -51,7 +51,7 @@ def publish(rank: int, world: int, port: int, source: Path, root: Path) -> None:
         assert first.digest != second.digest
         export(ring, source, root / "exported", torch.bfloat16, joined)
         if joined.is_first:
-            (root / "explained").write_text(sender.explain())
+            (root / "explained").write_text(sender.layout.explain())
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -100,7 +100,7 @@ def test_old_versions_go_and_a_full_disk_is_said(
             assert Path(sender.publish(version).path).is_dir()
         assert sorted(p.name for p in root.iterdir()) == ["v3", "v4"]
         usage = shutil.disk_usage(root)._replace(free=1000)
-        monkeypatch.setattr(weight_sender.shutil, "disk_usage", lambda _: usage)
+        monkeypatch.setattr(weight_folder.shutil, "disk_usage", lambda _: usage)
         with pytest.raises(CheckpointError, match=r"a version takes .* GB, 0\.00 GB are free"):
             sender.publish(5)
         assert (root / "v4").is_dir()
