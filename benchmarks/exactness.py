@@ -18,6 +18,11 @@ import time
 from collections.abc import Callable
 from functools import partial
 
+from everstep.engine.config import PATIENCE
+
+# before torch is loaded: its threads must not spin into the turn of another side
+os.environ.update(PATIENCE | dict(os.environ))
+
 import attention
 import torch
 from gemm import CYCLED_BYTES, seconds
