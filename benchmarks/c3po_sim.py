@@ -7,6 +7,7 @@ lengths). Prompts without end, lengths independent of each other. A step of the 
 
 import argparse
 import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -431,7 +432,9 @@ def run(args: argparse.Namespace) -> None:
     ):
         print(f"\n#### {title}\n\n{markdown(table)}")
     if args.plots is not None:
-        plot(free, short, retentions, killed_by, waste, args.plots / "c3po_sim.svg")
+        picture = args.plots / "c3po_sim.svg"
+        if not plot(free, short, retentions, killed_by, waste, picture):
+            print("no plot: pip install 'everstep[bench]' (matplotlib)", file=sys.stderr)
 
 
 def add_command(commands: Any) -> None:

@@ -8,7 +8,7 @@ Each side is a process that stays loaded; a cell is measured in rounds, every si
 whoever is not measured is stopped. Medians; tokens through each side's public API, temperature 1,
 prefix caches off, EOS ignored, token ids in. Times are from handing in all prompts to holding all
 tokens, prefill included. OUT gets results.json (all of it; a cell that is there, of this commit, is
-not run again), tables.md and throughput.svg (needs `pip install everstep[bench]`).
+not run again), tables.md and throughput.svg (needs `pip install 'everstep[bench]'`).
 """
 
 import argparse
@@ -267,7 +267,7 @@ def write_report(results: Results, out: Path) -> None:
     tables = {model: exactness.table(found) for model, found in results.exactness.items()}
     (out / "tables.md").write_text(markdown(results, tables))
     if not plot(results, out / "throughput.svg"):
-        print("no plot: pip install everstep[bench] (matplotlib)", file=sys.stderr)
+        print("no plot: pip install 'everstep[bench]' (matplotlib)", file=sys.stderr)
 
 
 def run(options: argparse.Namespace) -> None:

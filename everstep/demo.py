@@ -18,6 +18,7 @@ from .demo_children import Child
 from .demo_progress import Progress, read_progress
 from .demo_recipe import Files, Recipe, write_whole
 from .demo_view import DemoView, plot
+from .engine.errors import MissingExtra
 from .progress import Stages, duration
 
 if TYPE_CHECKING:
@@ -122,10 +123,11 @@ class Demo:
         files = self._files
         progress = read_progress(files.rl, files.folder / "engine.log")
         picture = files.folder / "demo.png"
-        if plot(progress, before, after, picture):
+        try:
+            plot(progress, before, after, picture)
             _say(f"the curves are in {picture}")
-        else:
-            _say("no plot: matplotlib is not installed (pip install matplotlib)")
+        except MissingExtra as error:
+            _say(f"no plot: {error}")
         rows = [*evaluation_rows(before, after), *run_rows(progress)]
         rows.append(("time of this command", "", duration(time.monotonic() - self._began_s)))
         show_table(rows, header=("", "before", "after"), to_stdout=True)

@@ -8,6 +8,7 @@ from typing import IO, TYPE_CHECKING
 
 from .demo_evaluation import Evaluation
 from .demo_progress import Progress
+from .engine.errors import MissingExtra
 from .progress import live_view, panel
 
 if TYPE_CHECKING:
@@ -116,12 +117,12 @@ def sparkline(values: Sequence[float], top: float | None = None) -> str:
     return "".join(_BARS[min(len(_BARS) - 1, int(v / most * len(_BARS)))] for v in shown)
 
 
-def plot(progress: Progress, before: Evaluation, after: Evaluation, file: Path) -> bool:
-    """Curves of a run into a picture; False where matplotlib is not installed."""
+def plot(progress: Progress, before: Evaluation, after: Evaluation, file: Path) -> None:
+    """Curves of a run into a picture. Raises MissingExtra."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return False
+        raise MissingExtra("matplotlib", "bench", "the picture") from None
     figure = Figure(figsize=(10, 6.5), layout="constrained")
     (reward, lengths), (mismatch, speed) = figure.subplots(2, 2)
     steps = [line.version for line in progress.trained]
@@ -144,7 +145,6 @@ def plot(progress: Progress, before: Evaluation, after: Evaluation, file: Path) 
     for axes in (reward, lengths, mismatch, speed):
         axes.set_xlabel("iteration")
     figure.savefig(file, dpi=110)
-    return True
 
 
 def _live(stream: IO[str]) -> "Live":

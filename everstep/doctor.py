@@ -21,13 +21,16 @@ if TYPE_CHECKING:
     from .engine.messages import Ready
     from .flags import Settings
 
-_PACKAGES = ["torch", "numpy", "msgspec", "pyzmq", "safetensors", "tokenizers", "jinja2", "gguf"]
-_PACKAGES += ["huggingface_hub", "starlette", "uvicorn", "uvloop", "typer", "rich"]
-# extra → (module, distribution) of what it installs, and what for
-_EXTRAS = {
-    "gpu": ((("triton", "triton"), ("flashinfer", "flashinfer-python")), "GPU kernels"),
-    "sglang": ((("sglang", "sglang"),), "SGLang servers as backends"),
-    "train": ((("math_verify", "math-verify"),), "verifiable rewards"),
+# what pyproject.toml names; tests/test_packaging.py compares
+PACKAGES = ["torch", "numpy", "msgspec", "pyzmq", "apsw", "safetensors", "tokenizers", "jinja2"]
+PACKAGES += ["gguf", "huggingface_hub", "starlette", "python-multipart", "uvicorn", "uvloop"]
+PACKAGES += ["httpx", "prometheus-client", "typer", "rich"]
+# extra → module and distribution that it installs, and what for
+EXTRAS = {
+    "gpu": ("transformer_engine", "transformer-engine", "FP8 products of a trainer"),
+    "train": ("math_verify", "math-verify", "the numeric reward"),
+    "parquet": ("pyarrow", "pyarrow", "rollouts as Parquet"),
+    "bench": ("matplotlib", "matplotlib", "plots"),
 }
 
 Row = tuple[str, str]
@@ -72,7 +75,7 @@ def _write(line: str) -> None:
 
 def _versions() -> list[Row]:
     rows = [("everstep", __version__), ("python", platform.python_version())]
-    return rows + [(name, _version(name) or "missing") for name in _PACKAGES]
+    return rows + [(name, _version(name) or "missing") for name in PACKAGES]
 
 
 def _version(distribution: str) -> str | None:
@@ -144,11 +147,11 @@ def _cached(cache: Path) -> list[str]:
 
 def _extras() -> list[Row]:
     rows = []
-    for extra, (modules, purpose) in _EXTRAS.items():
-        missing = [name for module, name in modules if importlib.util.find_spec(module) is None]
-        state = "installed" if not missing else f"missing {', '.join(missing)}"
-        command = "" if not missing else f": pip install 'everstep[{extra}]'"
-        rows.append((extra, f"{purpose}: {state}{command}"))
+    for extra, (module, distribution, purpose) in EXTRAS.items():
+        state = f"{distribution} {_version(distribution) or 'installed'}"
+        if importlib.util.find_spec(module) is None:
+            state = f"missing {distribution}: pip install 'everstep[{extra}]'"
+        rows.append((extra, f"{purpose}: {state}"))
     return rows
 
 
