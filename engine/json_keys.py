@@ -24,8 +24,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
+def encode_json(data: dict[str, Any]) -> bytes:
+    """As a file of a model folder has it."""
+    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
+
+
 def write_json(path: Path, data: dict[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_bytes(encode_json(data))
 
 
 class Keys:

@@ -15,17 +15,19 @@ import msgspec
 import torch
 from torch import Tensor
 
-from ..kernels.quant import quantize_block, quantize_channel
+from ..kernels.quant import quantize_channel
 from .errors import CheckpointError
 from .expected_tensors import TensorSpec, expected_tensors
+from .fp8_policy import Fp8Format, quantization_config
 from .hub import Progress, ignore_progress, new_folder
 from .json_keys import write_json
+from .quantize import rows_of_a_piece, stored_unit
 from .random_tokenizer import special_tokens, write_tokenizer
 from .ring_config import RingConfig, parse_config
 from .safetensors_writer import Part, Unit, write_shards
+from .stored_format import StoredFormat
 
-Format = Literal["bf16", "f32", "fp8-block", "fp8-channel"]
-_PIECE_ELEMENTS = 1 << 24
+Format = Literal["bf16", "f32", Fp8Format, "fp8-channel"]
 _SLACK_BYTES = 16 << 20
 
 
@@ -221,13 +223,8 @@ def config_json(shape: RingShape, format: Format, mtp: int, end_of_text: int) ->
         data["partial_rotary_factor"] = data.pop("rotary_dim") / shape.head_dim
     if shape.states_shared_width and shape.num_shared_experts:
         data["moe_shared_expert_intermediate_size"] = shape.moe_intermediate_size
-    if format == "fp8-block":
-        data["quantization_config"] = {
-            "activation_scheme": "dynamic",
-            "fmt": "e4m3",
-            "quant_method": "fp8",
-            "weight_block_size": [128, 128],
-        }
+    if format == "fp8-block" or format == "fp8-experts":
+        data["quantization_config"] = quantization_config(parse_config(data), format)
     elif format == "fp8-channel":
         data["quantization_config"] = _compressed_tensors(shape, mtp)
     return data
@@ -258,44 +255,28 @@ def _compressed_tensors(shape: RingShape, mtp: int) -> dict[str, Any]:
 def _unit(config: RingConfig, spec: TensorSpec, format: Format, seed: int) -> Unit:
     """How one tensor is made in this format."""
     make = _RandomTensor(spec, seed, _mean_and_deviation(config, spec))
-    if spec.quantisable and format == "fp8-block":
-        rows, columns = spec.shape
-        scale_shape = (-(-rows // 128), -(-columns // 128))
-        scale = Part(spec.name + "_scale_inv", torch.float32, scale_shape)
-        power_of_two = _has_power_of_two_scales(spec.name)
+    if format == "fp8-channel":
+        return _channel_unit(spec, make)
+    fp8 = format if format == "fp8-experts" or format == "fp8-block" else None
+    dtype = torch.float32 if format == "f32" else torch.bfloat16
+    return stored_unit(StoredFormat(config, dtype, fp8), spec, make.pieces)
 
-        def quantize(piece: Tensor) -> tuple[Tensor, Tensor]:
-            return quantize_block(piece, power_of_two=power_of_two)
 
-    elif spec.quantisable and format == "fp8-channel":
-        scale = Part(spec.name + "_scale", torch.bfloat16, (spec.shape[0], 1))
-
-        def quantize(piece: Tensor) -> tuple[Tensor, Tensor]:
-            qdata, rows = quantize_channel(piece, scale_dtype=torch.bfloat16)
-            return qdata, rows.bfloat16()
-
-    else:
-        keeps_f32 = format == "f32" or (
-            # releases in format B hold only BF16 and F8_E4M3 (MODEL.md §2.1)
-            spec.name.endswith("expert_bias") and format != "fp8-channel"
-        )
-        dtype = torch.float32 if keeps_f32 else torch.bfloat16
-        part = Part(spec.name, dtype, spec.shape)
-        return Unit((part,), lambda: ((0, piece.to(dtype)) for piece in make.pieces()))
+def _channel_unit(spec: TensorSpec, make: "_RandomTensor") -> Unit:
+    """Format B, whose releases hold only BF16 and F8_E4M3 (MODEL.md §2.1)."""
+    if not spec.quantisable:
+        part = Part(spec.name, torch.bfloat16, spec.shape)
+        return Unit((part,), lambda: ((0, piece.bfloat16()) for piece in make.pieces()))
+    scale = Part(spec.name + "_scale", torch.bfloat16, (spec.shape[0], 1))
 
     def pieces() -> Iterator[tuple[int, Tensor]]:
         # what is quantised is the bf16 weight, as in a conversion of a trained model
         for piece in make.pieces():
-            qdata, scales = quantize(piece.bfloat16())
+            qdata, rows = quantize_channel(piece.bfloat16(), scale_dtype=torch.bfloat16)
             yield 0, qdata
-            yield 1, scales
+            yield 1, rows.bfloat16()
 
     return Unit((Part(spec.name, torch.float8_e4m3fn, spec.shape), scale), pieces)
-
-
-def _has_power_of_two_scales(name: str) -> bool:
-    routed = ".experts." in name and ("gate_proj" in name or "up_proj" in name)
-    return routed or name.endswith("attention.dense.weight")
 
 
 def _mean_and_deviation(config: RingConfig, spec: TensorSpec) -> tuple[float, float]:
@@ -322,7 +303,7 @@ class _RandomTensor:
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         rows = self.spec.shape[0]
         width = math.prod(self.spec.shape[1:])
-        step = max(128, _PIECE_ELEMENTS // width // 128 * 128)
+        step = rows_of_a_piece(width)
         for start in range(0, rows, step):
             size = (min(step, rows - start), *self.spec.shape[1:])
             yield torch.randn(size, generator=generator).mul_(deviation).add_(mean)

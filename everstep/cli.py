@@ -381,6 +381,28 @@ def convert(
 
 
 @app.command()
+def quantize(
+    checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="A folder, hub id, `default`.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New or empty folder.")],
+    format: Annotated[
+        str, typer.Option(help="fp8-experts (routed experts alone) or fp8-block (all layers).")
+    ] = "fp8-experts",
+    dtype: Annotated[
+        str, typer.Option(help="Of the rest: bfloat16, float32, or auto, as it is stored.")
+    ] = "auto",
+) -> None:
+    """Write a bf16 or float32 checkpoint in FP8: blocks of 128×128 with a scale each.
+
+    What a trainer publishes with the same `publish.format` has the same bytes.
+
+    [dim]everstep quantize ./trained ./trained-fp8[/dim]
+    """
+    from .offline import run_quantize
+
+    typer.echo(run_quantize(checkpoint, out, format=format, dtype=dtype))
+
+
+@app.command()
 def keys(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="New or empty folder.")],
 ) -> None:
@@ -404,7 +426,9 @@ def make_checkpoint(
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="Change one size of the shape; repeatable."),
     ] = None,
-    format: Annotated[str, typer.Option(help="bf16, f32, fp8-block or fp8-channel.")] = "bf16",
+    format: Annotated[
+        str, typer.Option(help="bf16, f32, fp8-experts, fp8-block or fp8-channel.")
+    ] = "bf16",
     shards: Annotated[
         int | None, typer.Option(min=1, help="Number of files; default: by size.")
     ] = None,

@@ -221,6 +221,19 @@ def run_make_checkpoint(
         )
 
 
+def run_quantize(checkpoint: str, out: Path, *, format: str, dtype: str) -> Path:
+    """Write a checkpoint in FP8; returns its folder."""
+    from .engine.fp8_policy import Fp8Format
+    from .engine.hub import resolve
+    from .engine.quantize import Dtype, quantize_checkpoint
+
+    chosen = one_of(Fp8Format, format, "--format")
+    stored = one_of(Dtype, dtype, "--dtype")
+    with Stages() as stages:
+        source = resolve(checkpoint, stages)
+        return quantize_checkpoint(source, out, chosen, dtype=stored, on_progress=stages)
+
+
 def one_of(accepted: Any, value: str, flag: str) -> Any:
     """The value, if it is one of a Literal's; raises ConfigError naming them."""
     values = typing.get_args(accepted)

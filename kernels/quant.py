@@ -4,6 +4,8 @@ Only elementwise operations and amax, so that the bits of a row (or of a block) 
 (or block) alone, on every device. Legend: M tokens, K inputs, out × in a weight as stored.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -19,18 +21,49 @@ def quantize_block(weight: Tensor, *, power_of_two: bool) -> tuple[Tensor, Tenso
     returns  qdata (out, in) float8_e4m3fn; scale (ceil(out/128), ceil(in/128)) float32,
              with weight ≈ qdata · scale
 
-    Per block: a = max(amax, 1e-4), s = a/448. With `power_of_two` s becomes the next power of two
-    (never below 1e-10), which the published writer does for `attention.dense` and for the routed
-    experts' gate and up projections.
+    The three steps below in one, for whoever holds the weight whole.
     """
-    rows, columns = weight.shape
-    padded = pad(weight.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
-    blocks = padded.view(padded.shape[0] // BLOCK, BLOCK, padded.shape[1] // BLOCK, BLOCK)
-    scale = blocks.abs().amax(dim=(1, 3)).clamp_min(1e-4) / E4M3_MAX
-    if power_of_two:
-        scale = _next_power_of_two(scale.clamp_min(1e-10))
-    qdata = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
-    return qdata.view(padded.shape)[:rows, :columns].contiguous(), scale
+    scale = block_scale(block_amax(weight), power_of_two=power_of_two)
+    return block_codes(weight, scale), scale
+
+
+def block_amax(weight: Tensor, offset: tuple[int, int] = (0, 0)) -> Tensor:
+    """Largest absolute value of each 128×128 block, as far as this part of a weight holds it.
+
+    weight   (rows, columns) from row and column `offset` of the whole on, any float type, not empty
+    returns  float32, one value for each block of the whole that the part touches
+
+    Exact: the largest of several parts' values is that of the block.
+    """
+    lead, columns = offset[1] % BLOCK, weight.shape[1]
+    tops = [weight[band].float().abs().amax(dim=0) for band in _bands(weight, offset[0])]
+    padded = pad(torch.stack(tops), (lead, -(lead + columns) % BLOCK))
+    return padded.unflatten(1, (-1, BLOCK)).amax(dim=2)
+
+
+def block_scale(amax: Tensor, *, power_of_two: bool) -> Tensor:
+    """The scales of blocks with these largest values: s = max(amax, 1e-4)/448 in float32.
+
+    With `power_of_two` s becomes the next power of two (never below 1e-10), which the published
+    writer does for `attention.dense` and for the routed experts' gate and up projections.
+    """
+    scale = amax.clamp_min(1e-4) / E4M3_MAX
+    return _next_power_of_two(scale.clamp_min(1e-10)) if power_of_two else scale
+
+
+def block_codes(weight: Tensor, scale: Tensor, offset: tuple[int, int] = (0, 0)) -> Tensor:
+    """e4m3(weight / its block's scale), of the same part of a weight as in `block_amax`.
+
+    scale  one for each block of the whole that the part touches
+    """
+    lead, columns = offset[1] % BLOCK, weight.shape[1]
+    codes = torch.empty_like(
+        weight, dtype=torch.float8_e4m3fn, memory_format=torch.contiguous_format
+    )
+    for row, band in enumerate(_bands(weight, offset[0])):
+        across = scale[row].repeat_interleave(BLOCK)[lead : lead + columns]
+        codes[band] = (weight[band].float() / across).to(torch.float8_e4m3fn)
+    return codes
 
 
 def quantize_channel(
@@ -103,6 +136,15 @@ def dequantize_channel(qdata: Tensor, scale: Tensor, dtype: torch.dtype) -> Tens
             f"channel scale has shape {tuple(scale.shape)}, expected {(qdata.shape[0], 1)}"
         )
     return (qdata.float() * scale.float()).to(dtype)
+
+
+def _bands(weight: Tensor, first: int) -> Iterator[slice]:
+    """Its rows by rows of blocks, where its first row is row `first` of the whole. One at a time: a
+    copy in float32 is never of the whole."""
+    start, end = 0, BLOCK - first % BLOCK
+    while start < weight.shape[0]:
+        yield slice(start, end)
+        start, end = end, end + BLOCK
 
 
 def _row_scale(wide: Tensor) -> Tensor:

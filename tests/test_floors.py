@@ -23,6 +23,7 @@ WORDS = {
     "config",
     "errors",
     "expected_tensors",
+    "fp8_policy",
     "journal_ops",
     "json_keys",
     "log",

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from msgspec import Meta, Struct
 
 from ..engine.errors import ConfigError
+from ..engine.fp8_policy import Fp8Format
 from ..engine.settings import Assignment, load
 from .advantages import Std
 from .loss_alarms import AlarmConfig
@@ -14,6 +15,7 @@ from .loss_config import LossConfig
 
 Objective = Literal["rl", "sft"]
 Replay = Literal["none", "ids", "weights"]
+Format = Literal["model", Fp8Format]
 
 
 class NumericsConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -103,6 +105,13 @@ class PublishConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     root: Annotated[
         str, Meta(description="folder of the versions; default: everstep-RUN in /dev/shm")
     ] = ""
+    format: Annotated[
+        Format,
+        Meta(
+            description="as the model, or for engines that run FP8: routed experts alone in blocks "
+            "of 128×128, or every linear layer"
+        ),
+    ] = "model"
     keep: Annotated[int, Meta(ge=1, description="how many of the newest stay")] = 2
     canaries: Annotated[
         int, Meta(ge=0, description="responses that are scored with each, for engines to compare")

@@ -8,7 +8,8 @@ With D = lp_old - lp_infer of a token, p = e^lp_old, q = e^lp_infer, and means o
 logprobs are all finite:
 
     kl_k1, kl_k2, kl_k3   mean of -D, D²/2, e^D - 1 - D: estimates of KL(infer || train)
-    log_ratio_abs_*       mean, deviation and maximum of |D|
+    log_ratio_abs_*       mean, deviation and maximum of |D|; p99: 99 tokens of 100 are below (of bins
+                          that are 9 % wide the upper end; what is within 6e-8 counts as 0)
     prob_diff_*           mean and maximum of |p - q|
     exp_log_ratio_abs     mean of e^|D|
     ratio_beyond_2, _5    share of tokens with |D| > log 2, log 5
@@ -82,6 +83,8 @@ _MEANS = {
     "sequences_masked_all": ("all_masked", "sequences"),
     "mixed_version_sequences": ("mixed", "mixable"),
 }
+# of |D|: eight bins to a power of two
+_EDGES = torch.exp2(torch.arange(-24 * 8, 5 * 8 + 1, dtype=torch.float64) / 8)
 _MAXIMA = {"log_ratio_abs_max": "abs", "prob_diff_max": "prob_diff", "lag_max": "lag"}
 
 
@@ -92,6 +95,8 @@ class LossMetrics:
         self._sums: dict[str, Tensor] = {}
         """Column → (5,) float64, one for each of `GROUPS`."""
         self._maxima: dict[str, Tensor] = {}
+        self._bins = torch.zeros(len(GROUPS), len(_EDGES) + 1, dtype=torch.float64)
+        """Tokens by |D|: the first column up to the first edge, the last beyond the last."""
         self._means: list[Tensor] = []
         """(sequences, 5) float64: mean D of each sequence, NaN where it has no such token."""
 
@@ -106,6 +111,10 @@ class LossMetrics:
                 largest = (groups * columns[name].to(torch.float64)).amax((1, 2))
                 before = self._maxima.get(name, torch.zeros_like(largest))
                 self._maxima[name] = torch.maximum(before, largest)
+        bins = torch.bucketize(columns["abs"], _EDGES.to(groups.device))
+        for place, group in enumerate(groups.bool() & output.valid):
+            counts = torch.bincount(bins[group], minlength=len(_EDGES) + 1)
+            self._bins[place] += counts.to(self._bins.device)
         self._add_sequences(inputs, output, groups)
 
     def merge(self, other: "LossMetrics") -> None:
@@ -115,6 +124,7 @@ class LossMetrics:
         for name, value in other._maxima.items():
             before = self._maxima.get(name, torch.zeros_like(value))
             self._maxima[name] = torch.maximum(before, value)
+        self._bins = self._bins + other._bins
         self._means += other._means
 
     def gather(self, device: torch.device, group: dist.ProcessGroup | None = None) -> None:
@@ -128,6 +138,9 @@ class LossMetrics:
         maxima = torch.stack([self._maxima.get(name, zeros).to(device) for name in largest])
         dist.all_reduce(sums, group=group)
         dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=group)
+        bins = self._bins.to(device)
+        dist.all_reduce(bins, group=group)
+        self._bins = bins.cpu()
         self._means = [_gather_rows(self._sequence_means().to(device), group)]
         self._sums = dict(zip(names, sums, strict=True))
         self._maxima = dict(zip(largest, maxima, strict=True))
@@ -143,8 +156,10 @@ class LossMetrics:
             if not column.get("tokens"):
                 continue
             largest = {name: value[place] for name, value in maxima.items()}
-            for name, value in _values(column, largest, means[:, place]).items():
-                found[name + suffix] = value
+            values = _values(column, largest, means[:, place])
+            if column.get("valid"):
+                values["log_ratio_abs_p99"] = _quantile(self._bins[place], 0.99)
+            found |= {name + suffix: value for name, value in values.items()}
         if aliases:
             for name, others in ALIASES.items():
                 found.update({other: found[name] for other in others if name in found})
@@ -270,6 +285,12 @@ def _values(
         for name, value in zip(_PERCENTILES, ratios, strict=True):
             found[f"ratio_geometric_{name}"] = value
     return found
+
+
+def _quantile(bins: Tensor, share: float) -> float:
+    """The |D| that this share of the tokens is at or below, to the bin."""
+    place = int(torch.searchsorted(bins.cumsum(0), share * bins.sum()))
+    return 0.0 if place == 0 else float(_EDGES[min(place, len(_EDGES) - 1)])
 
 
 def _gather_rows(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:

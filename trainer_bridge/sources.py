@@ -7,6 +7,7 @@ from typing import Protocol
 
 from ..engine.errors import BridgeError, InvalidTrajectory
 from ..engine.ring_config import RingConfig
+from ..engine.stored_format import StoredFormat
 from ..engine.trajectory import unpack
 from .config import TrainConfig
 from .curve import read_keys
@@ -77,7 +78,11 @@ class BridgeSource:
             world,
             source=trainer.folder,
             root=root,
-            dtype=trainer.dtype,
+            stored=StoredFormat(
+                trainer.ring.config,
+                trainer.dtype,
+                None if config.publish.format == "model" else config.publish.format,
+            ),
             lineage=lineage,
             keep=config.publish.keep,
         )

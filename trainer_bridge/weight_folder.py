@@ -12,7 +12,7 @@ import torch
 from ..engine.checkpoint import Checkpoint
 from ..engine.errors import CheckpointError
 from ..engine.manifest import Manifest, TensorRecord, write_manifest
-from .export import copy_companions
+from ..engine.stored_format import StoredFormat
 from .weight_layout import Piece
 
 FILE = "model.safetensors"
@@ -30,7 +30,7 @@ class VersionFolder:
         self._partial = root / f".partial-v{version}"
         self._version = version
 
-    def begin(self, head: bytes, num_bytes: int, source: Path, dtype: torch.dtype) -> None:
+    def begin(self, head: bytes, num_bytes: int, source: Path, stored: StoredFormat) -> None:
         """Make the file in its whole size. Raises CheckpointError where there is no room."""
         try:
             shutil.rmtree(self._partial, ignore_errors=True)
@@ -39,7 +39,8 @@ class VersionFolder:
             with (self._partial / FILE).open("wb") as file:
                 file.write(head)
                 file.truncate(num_bytes)
-            copy_companions(source, self._partial, dtype)
+            for name, content in stored.companions(source).items():
+                (self._partial / name).write_bytes(content)
         except OSError as error:
             raise CheckpointError(f"{self._partial}: {error}") from None
 

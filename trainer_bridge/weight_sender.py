@@ -2,7 +2,8 @@
 shared memory, written by all ranks at once.
 
     layout    who writes what, made once (weight_layout.py, reshard.py)
-    write     each rank copies its shards, in the stored type, to their places in the mapped file
+    write     each rank copies its shards, in the stored type, to their places in the mapped file;
+              FP8 is made on the way
     digest    tensors are hashed by the ranks in turn
     manifest  and the folder gets its name: it is there whole, or not at all (weight_folder.py)
 
@@ -19,6 +20,7 @@ from msgspec import Struct
 
 from ..engine.errors import CheckpointError
 from ..engine.manifest import Canary, Manifest, TensorRecord, combine_digests
+from ..engine.stored_format import StoredFormat
 from .dealing import deal
 from .sharding import World
 from .trainable import TrainableRing
@@ -42,7 +44,7 @@ class WeightSender:
 
     source   the checkpoint that was trained on: configuration and tokenizer
     root     where folders appear, v1, v2, …; a directory in shared memory by default
-    dtype    in which weights are stored
+    stored   how the model is stored; not as it is trained, where engines run FP8
     keep     versions that stay; an engine that was killed starts from the newest again
     """
 
@@ -53,14 +55,14 @@ class WeightSender:
         *,
         source: Path,
         root: Path,
-        dtype: torch.dtype,
+        stored: StoredFormat,
         lineage: str,
         keep: int = 2,
     ) -> None:
         """Raises BridgeError for shards that do not make whole tensors."""
-        self.layout = WeightLayout(ring, world, dtype)
+        self.layout = WeightLayout(ring, world, stored)
         self._world = world
-        self._source, self._root, self._dtype = source, root, dtype
+        self._source, self._root, self._stored = source, root, stored
         self._lineage, self._keep = lineage, keep
         self._parent: str | None = None
 
@@ -82,6 +84,7 @@ class WeightSender:
                 digest=digest,
                 parent=self._parent,
                 lineage=self._lineage,
+                weights=self._stored.kind,
                 tensors=records,
                 canaries=list(canaries),
             )
@@ -102,7 +105,7 @@ class WeightSender:
         said = [""]
         if self._world.is_first:
             try:
-                folder.begin(self.layout.head, self.layout.num_bytes, self._source, self._dtype)
+                folder.begin(self.layout.head, self.layout.num_bytes, self._source, self._stored)
             except CheckpointError as error:
                 said = [str(error)]
         dist.broadcast_object_list(said, src=0)

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from everstep import Client
+from everstep.engine.stored_format import StoredFormat
 from everstep.trainer_bridge.loss_config import LossConfig
 from everstep.trainer_bridge.loss_metrics import metrics_of
 from everstep.trainer_bridge.losses import LossInputs, make_loss
@@ -74,7 +75,8 @@ def train(
         shard(ring, world, dtype)
         ring.load(model)
         adam = torch.optim.AdamW(ring.parameters(), lr=LR, weight_decay=0.01)
-        sender = WeightSender(ring, world, source=model, root=root, dtype=dtype, lineage="grpo")
+        stored = StoredFormat(ring.config, dtype)
+        sender = WeightSender(ring, world, source=model, root=root, stored=stored, lineage="grpo")
         first = client.weights().current.number + 1
         client.update_weights(sender.publish(first).path)  # both sides begin with the same weights
         for version in range(first + 1, first + 1 + steps):

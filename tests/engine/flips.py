@@ -41,9 +41,9 @@ BLOCK = 4
 CANARY = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
 
 
-def weights_of(folder: Path, version: int = 0) -> Weights:
+def weights_of(folder: Path, version: int = 0, model: ModelConfig = ModelConfig()) -> Weights:
     checkpoint = Checkpoint.open(folder)
-    return load_weights(checkpoint, ModelConfig(), version=version, on_progress=lambda *_: None)
+    return load_weights(checkpoint, model, version=version, on_progress=lambda *_: None)
 
 
 def make_versions(root: Path, count: int, *, format: str = "bf16") -> list[Path]:
@@ -78,7 +78,13 @@ class FlippingCore:
     """A core over real weights, moved by hand."""
 
     def __init__(
-        self, folders: Sequence[Path], *, blocks: int = 60, chunk: int = 32, parking: int = 0
+        self,
+        folders: Sequence[Path],
+        *,
+        blocks: int = 60,
+        chunk: int = 32,
+        parking: int = 0,
+        config: ModelConfig = ModelConfig(),
     ) -> None:
         self.folders = folders
         self.kv = ResolvedKV(
@@ -88,8 +94,7 @@ class FlippingCore:
             prefix_caching=True,
             num_parking_blocks=parking,
         )
-        config = ModelConfig()
-        self.runner = ModelRunner(weights_of(folders[0]), self.kv, config)
+        self.runner = ModelRunner(weights_of(folders[0], model=config), self.kv, config)
         scheduler = Scheduler(self.kv, BatchConfig(max_num_seqs=8, max_num_batched_tokens=chunk))
         scheduler.set_version(self.runner.weights.digest)
         self.free_bytes = 1 << 40

@@ -1,5 +1,7 @@
 """FP8 quantisers against the definition in float64 numpy (MODEL.md §2.3)."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from everstep.kernels.quant import (
+    block_amax,
+    block_codes,
+    block_scale,
     dequantize_block,
     dequantize_channel,
     quantize_activations_group,
@@ -15,44 +20,7 @@ from everstep.kernels.quant import (
     quantize_channel,
 )
 
-# every finite e4m3fn value ≥ 0 by its code, from the definition: 4 exponent bits of bias 7, 3 mantissa
-_CODES = np.array(
-    [
-        (m / 8) * 2.0**-6 if e == 0 else (1 + m / 8) * 2.0 ** (e - 7)
-        for e in range(16)
-        for m in range(8)
-    ]
-)[:127]
-
-
-def to_e4m3(x: np.ndarray) -> np.ndarray:
-    """Round to nearest, ties to the even code, saturating at 448; float64 in and out."""
-    size = np.minimum(np.abs(x), 448.0)
-    high = np.clip(np.searchsorted(_CODES, size), 0, 126)
-    low = np.maximum(high - 1, 0)
-    up, down = _CODES[high] - size, size - _CODES[low]
-    code = np.where(up < down, high, np.where(down < up, low, np.where(high % 2 == 0, high, low)))
-    code = np.where(_CODES[high] == size, high, code)
-    return np.copysign(_CODES[code], x)
-
-
-def f32(x: np.ndarray) -> np.ndarray:
-    return np.asarray(x, dtype=np.float32)
-
-
-def block_reference(weight: np.ndarray, *, power_of_two: bool) -> tuple[np.ndarray, np.ndarray]:
-    rows, columns = weight.shape
-    q = np.zeros(weight.shape)
-    scale = np.zeros((-(-rows // 128), -(-columns // 128)), np.float32)
-    for i in range(scale.shape[0]):
-        for j in range(scale.shape[1]):
-            where = np.s_[i * 128 : (i + 1) * 128, j * 128 : (j + 1) * 128]
-            s = np.float32(max(np.abs(weight[where]).max(), np.float32(1e-4))) / np.float32(448)
-            if power_of_two:
-                s = np.float32(2.0 ** np.ceil(np.log2(float(max(s, np.float32(1e-10))))))
-            scale[i, j] = s
-            q[where] = to_e4m3(f32(weight[where] / s))
-    return q, scale
+from ..fp8_reference import block_reference, f32, to_e4m3
 
 
 def random_matrix(rows: int, columns: int, seed: int, spread: float) -> torch.Tensor:
@@ -81,6 +49,33 @@ def test_block_quantiser_is_the_definition_to_the_bit(weight, power_of_two):
     assert qdata.dtype == torch.float8_e4m3fn
     assert np.array_equal(scale.numpy(), s)
     assert np.array_equal(qdata.float().numpy(), f32(q))
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    weight=matrices,
+    power_of_two=st.booleans(),
+    cuts=st.tuples(*[st.lists(st.integers(1, 299), max_size=3)] * 2),
+)
+def test_parts_of_a_weight_that_cut_blocks_give_the_codes_of_the_whole(weight, power_of_two, cuts):
+    edges = [
+        sorted({0, size, *(cut for cut in own if cut < size)})
+        for size, own in zip(weight.shape, cuts, strict=True)
+    ]
+    tiles = list(itertools.product(*map(itertools.pairwise, edges)))
+    qdata, whole_scale = quantize_block(weight, power_of_two=power_of_two)
+    amax = torch.zeros(whole_scale.shape)
+    for (top, bottom), (left, right) in tiles:
+        own = block_amax(weight[top:bottom, left:right], (top, left))
+        cells = np.s_[top // 128 : -(-bottom // 128), left // 128 : -(-right // 128)]
+        amax[cells] = torch.maximum(amax[cells], own)
+    scale = block_scale(amax, power_of_two=power_of_two)
+    assert torch.equal(scale, whole_scale)
+    for (top, bottom), (left, right) in tiles:
+        cells = np.s_[top // 128 : -(-bottom // 128), left // 128 : -(-right // 128)]
+        codes = block_codes(weight[top:bottom, left:right], scale[cells], (top, left))
+        expected = qdata[top:bottom, left:right]
+        assert torch.equal(codes.view(torch.uint8), expected.view(torch.uint8))
 
 
 @settings(deadline=None, max_examples=30)

@@ -11,6 +11,7 @@ from everstep.engine.checkpoint import Checkpoint
 from everstep.engine.errors import CheckpointError
 from everstep.engine.make_checkpoint import make_checkpoint
 from everstep.engine.manifest import read_manifest
+from everstep.engine.stored_format import StoredFormat
 from everstep.trainer_bridge import weight_folder
 from everstep.trainer_bridge.export import export
 from everstep.trainer_bridge.sharding import World, join_world, shard
@@ -40,8 +41,9 @@ def publish(rank: int, world: int, port: int, source: Path, root: Path) -> None:
     torch.set_num_threads(1)
     with join_world("cpu") as joined:
         ring = ring_of(source, joined)
+        stored = StoredFormat(ring.config, torch.bfloat16)
         sender = WeightSender(
-            ring, joined, source=source, root=root, dtype=torch.bfloat16, lineage="a", keep=2
+            ring, joined, source=source, root=root, stored=stored, lineage="a", keep=2
         )
         first = sender.publish(1)
         with torch.no_grad():
@@ -87,14 +89,9 @@ def test_old_versions_go_and_a_full_disk_is_said(
     root = tmp_path / "versions"
     root.mkdir()
     with join_world("cpu") as world:
-        sender = WeightSender(
-            ring_of(source, world),
-            world,
-            source=source,
-            root=root,
-            dtype=torch.float32,
-            lineage="a",
-        )
+        ring = ring_of(source, world)
+        stored = StoredFormat(ring.config, torch.float32)
+        sender = WeightSender(ring, world, source=source, root=root, stored=stored, lineage="a")
         for version in range(1, 5):
             (root / f".partial-v{version}").mkdir()
             assert Path(sender.publish(version).path).is_dir()

@@ -1,0 +1,144 @@
+"""Versions in FP8 from a bf16 trainer into a running W8A8 engine: what serves, what is refused."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from everstep.engine.checkpoint import Checkpoint
+from everstep.engine.config import ModelConfig
+from everstep.engine.fp8_policy import Fp8Format
+from everstep.engine.make_checkpoint import make_checkpoint
+from everstep.engine.manifest import combine_digests, read_manifest, write_manifest
+from everstep.engine.manifest_maker import manifest_of
+from everstep.engine.messages import Add, Refused, StageReport
+from everstep.engine.quantize import quantize_checkpoint
+from everstep.engine.rollout import SamplingParams
+from everstep.engine.stored_format import StoredFormat
+from everstep.trainer_bridge.sharding import join_world, shard
+from everstep.trainer_bridge.trainable import TrainableRing, trainable_config
+from everstep.trainer_bridge.trainer_canaries import make_canaries
+from everstep.trainer_bridge.weight_sender import WeightSender
+
+from ..engine.flips import FlippingCore, weights_of
+
+Tensors = dict[str, torch.Tensor]
+W8A8 = ModelConfig(numerics="w8a8")
+EXPERT = "model.layers.2.mlp.experts.{}.{}_proj.weight"
+SCALE = EXPERT.format(3, "down") + "_scale_inv"
+TEXTS = [([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8] * 2, 4), ([2, 7, 1, 8, 2, 8, 1, 8, 2, 8] * 2, 4)]
+
+
+@pytest.fixture(scope="module", params=["fp8-experts", "fp8-block"])
+def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """What the engine was started with, and version 1 of its trainer."""
+    fp8: Fp8Format = request.param
+    root = tmp_path_factory.mktemp(fp8)
+    source = make_checkpoint(root / "source")
+    with join_world("cpu") as world:
+        ring = TrainableRing(trainable_config(source), device="meta")
+        shard(ring, world, torch.bfloat16)
+        ring.load(source)
+        with torch.no_grad():
+            for _, tensor in ring.tensors():
+                tensor.mul_(1.01)
+        stored = StoredFormat(ring.config, torch.bfloat16, fp8)
+        sender = WeightSender(ring, world, source=source, root=root, stored=stored, lineage="a")
+        published = sender.publish(1, make_canaries(ring, world, TEXTS))
+    return [quantize_checkpoint(source, root / "served", fp8), Path(published.path)]
+
+
+def core_of(folders: list[Path]) -> FlippingCore:
+    return FlippingCore(folders, config=W8A8)
+
+
+def test_a_running_engine_takes_it_and_a_new_one_starts_from_it(folders: list[Path]) -> None:
+    core = core_of(folders)
+    report = core.stage(1)
+    assert isinstance(report, StageReport), report
+    # FP8 on one side alone: near, and not equal
+    assert 0 < report.mean_delta < report.mean_bound == 0.5
+    assert report.canary_tokens == sum(len(ids) - prompt for ids, prompt in TEXTS)
+    core.flip(1, "keep")
+    add = Add(
+        rollout_id="a", prompt_ids=[5, 6, 7], sampling=SamplingParams(), seed=3, max_tokens=12
+    )
+    core.add(add)
+    core.finish()
+    alone = FlippingCore([folders[1]], config=W8A8)
+    alone.add(add)
+    alone.finish()
+    assert core.rollouts["a"].lp == alone.rollouts["a"].lp
+    assert weights_of(folders[1], model=W8A8).formats == "block-w8a8-group"
+
+
+def swap_gate_and_up(tensors: Tensors) -> None:
+    """In every expert of a layer, codes and scales."""
+    for expert in range(8):
+        for suffix in ("", "_scale_inv"):
+            gate, up = (EXPERT.format(expert, which) + suffix for which in ("gate", "up"))
+            tensors[gate], tensors[up] = tensors[up], tensors[gate]
+
+
+def forget_scales(tensors: Tensors) -> None:
+    """As by a writer that takes codes for values."""
+    for name, tensor in tensors.items():
+        if name.endswith("_scale_inv"):
+            tensor.fill_(1.0)
+
+
+def drop_scale(tensors: Tensors) -> None:
+    del tensors[SCALE]
+
+
+@pytest.fixture
+def spoiled(folders: list[Path], tmp_path: Path) -> Callable[[Callable[[Tensors], None]], Path]:
+    def spoil(change: Callable[[Tensors], None]) -> Path:
+        copy = tmp_path / "spoiled"
+        shutil.copytree(folders[1], copy)
+        tensors = load_file(copy / "model.safetensors")
+        change(tensors)
+        save_file(tensors, copy / "model.safetensors")
+        return copy
+
+    return spoil
+
+
+@pytest.mark.parametrize("change", [swap_gate_and_up, forget_scales])
+def test_other_bytes_are_refused_by_their_digest(folders, spoiled, change) -> None:
+    found = core_of(folders).stage(1, spoiled(change))
+    assert isinstance(found, Refused)
+    assert "its bytes are not those that were published" in found.message
+
+
+def test_a_dropped_scale_is_named(folders, spoiled) -> None:
+    found = core_of(folders).stage(1, spoiled(drop_scale))
+    assert isinstance(found, Refused)
+    assert f"missing {SCALE}" in found.message
+
+
+@pytest.mark.parametrize("change", [swap_gate_and_up, forget_scales])
+def test_what_has_digests_of_the_wrong_weights_is_refused_by_the_canaries(
+    folders, spoiled, change
+) -> None:
+    bad = spoiled(change)
+    meant = read_manifest(bad)
+    assert meant is not None
+    write_manifest(bad, manifest_of(Checkpoint.open(bad), version=1, canaries=meant.canaries))
+    found = core_of(folders).stage(1, bad)
+    assert isinstance(found, Refused), found
+    assert "canaries: logprobs differ from the trainer's" in found.message
+    assert found.layer is not None
+
+
+def test_the_manifest_lists_codes_and_scales(folders: list[Path]) -> None:
+    manifest = read_manifest(folders[1])
+    assert manifest is not None
+    assert manifest.weights == "block"
+    codes = {name for name, record in manifest.tensors.items() if record.dtype == "F8_E4M3"}
+    assert {f"{name}_scale_inv" for name in codes} < manifest.tensors.keys()
+    digests = {name: record.digest for name, record in manifest.tensors.items()}
+    assert combine_digests(digests) == manifest.digest
