@@ -4,7 +4,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from msgspec import Struct
@@ -199,7 +199,10 @@ def plot(runs: Runs, path: Path) -> bool:
         (divergence, "kl_k3", "KL(engine ‖ trainer), k3, nats a token"),
     )
     for index, (method, found) in enumerate(runs.items()):
-        style = {"color": f"C{index}", "linestyle": ":" if method == "equal" else "-"}
+        style: dict[str, Any] = {
+            "color": f"C{index}",
+            "linestyle": ":" if method == "equal" else "-",
+        }
         asked = [[one.right for one in learned.result.asked] for learned in found]
         steps = [one.version for one in found[0].result.asked]
         _band(held, steps, asked, method, style)
@@ -229,7 +232,7 @@ def _band(
     steps: Sequence[int],
     series: Sequence[Sequence[float]],
     label: str,
-    style: dict[str, str],
+    style: dict[str, Any],
 ) -> None:
     columns = list(zip(*series, strict=True))
     axis.plot(steps, [mean(column) for column in columns], label=label, **style)

@@ -38,7 +38,7 @@ def block_amax(weight: Tensor, offset: tuple[int, int] = (0, 0)) -> Tensor:
     lead, columns = offset[1] % BLOCK, weight.shape[1]
     tops = [weight[band].float().abs().amax(dim=0) for band in _bands(weight, offset[0])]
     padded = pad(torch.stack(tops), (lead, -(lead + columns) % BLOCK))
-    return padded.unflatten(1, (-1, BLOCK)).amax(dim=2)
+    return padded.view(len(tops), -1, BLOCK).amax(dim=2)
 
 
 def block_scale(amax: Tensor, *, power_of_two: bool) -> Tensor:

@@ -71,11 +71,11 @@ def train(
     """The metrics of each step; when they are there the server has its weights."""
     loss, ring = make_loss(LossConfig()), TrainableRing(trainable_config(model), device="meta")
     with Client(url) as client, Rewards(reward) as rewards, join_world("cpu") as world:
-        dtype, root = getattr(torch, ring.config.dtype), model.resolve().parent / "versions"
-        shard(ring, world, dtype)
+        root = model.resolve().parent / "versions"
+        stored = StoredFormat(ring.config, getattr(torch, ring.config.dtype))
+        shard(ring, world, stored.dtype)
         ring.load(model)
         adam = torch.optim.AdamW(ring.parameters(), lr=LR, weight_decay=0.01)
-        stored = StoredFormat(ring.config, dtype)
         sender = WeightSender(ring, world, source=model, root=root, stored=stored, lineage="grpo")
         first = client.weights().current.number + 1
         client.update_weights(sender.publish(first).path)  # both sides begin with the same weights
@@ -94,7 +94,6 @@ def train(
 
 
 if __name__ == "__main__":
-    lines = [json.loads(line) for line in Path(sys.argv[2]).read_text().splitlines()]
-    url, model = "http://localhost:8000", Path(sys.argv[1])
-    for found in train(url, model, cycle(lines), RewardConfig(), steps=100):
+    loop = cycle(map(json.loads, Path(sys.argv[2]).read_text().splitlines()))
+    for found in train("http://localhost:8000", Path(sys.argv[1]), loop, RewardConfig(), 100):
         print({name: round(found[name], 5) for name in ("reward", "kl_k3", "mask_fraction")})
