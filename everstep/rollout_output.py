@@ -33,7 +33,7 @@ class RolloutOutput:
         check_output(path)
         self.path = path
         self.is_parquet = path.suffix == ".parquet"
-        self.lines = path.with_name(f"{path.name}.lines") if self.is_parquet else path
+        self.lines = lines_path(path)
         self._fd = _open(self.lines)
         self._size = os.fstat(self._fd).st_size
 
@@ -44,6 +44,8 @@ class RolloutOutput:
     def cut(self, size: int) -> None:
         """Take away what was written and never counted. Raises ConfigError where lines that
         counted are gone."""
+        if self._size == size:
+            return
         if self._size < size:
             raise ConfigError(
                 f"{self.lines} has {self._size} bytes, and the run has written {size}: it was "
@@ -63,10 +65,15 @@ class RolloutOutput:
             os.fsync(self._fd)
         return self._size
 
-    def finish(self) -> None:
-        """The run is over: the Parquet file, where one is wanted, takes the place of the lines."""
+    def finish(self, size: int) -> None:
+        """The run is over, with so many bytes of lines: the Parquet file, where one is wanted, takes
+        their place. May be asked again of a run that is over. Raises as `cut` does."""
+        is_made = self.is_parquet and not self._size and self.path.exists()
+        if not is_made:
+            self.cut(size)
         if self.is_parquet:
-            write_parquet(self.lines, self.path)
+            if not is_made:
+                write_parquet(self.lines, self.path)
             self.lines.unlink()
 
     def close(self) -> None:
@@ -77,6 +84,11 @@ class RolloutOutput:
             written = os.write(self._fd, data)
             self._size += written
             data = data[written:]
+
+
+def lines_path(path: Path) -> Path:
+    """Where the lines of an output are while its run goes on."""
+    return path.with_name(f"{path.name}.lines") if path.suffix == ".parquet" else path
 
 
 def check_output(path: Path) -> None:

@@ -13,7 +13,7 @@ from .engine.rollout import SamplingParams
 from .flags import Settings
 from .offline import show_table
 from .progress import Stages, duration
-from .rollout_output import RolloutOutput, check_output
+from .rollout_output import RolloutOutput, check_output, lines_path
 from .rollout_prompts import PromptFile, check_temperature
 from .rollout_training import Training
 from .rollout_view import RolloutView, books_rows, waste_text
@@ -76,7 +76,7 @@ class RolloutRun:
                 raise
             is_done = state.machine.phase == "done"
             if is_done:
-                output.finish()
+                output.finish(state.output.size)
                 self._remove_journal()
             self._show(state, output)
             if not is_done:
@@ -91,11 +91,12 @@ class RolloutRun:
         """Run file and output; where nothing has begun, nothing is left of them."""
         path, is_there = run_path(self._out), run_path(self._out).exists()
         had_output = self._out.exists()
-        if not is_there and had_output and self._out.stat().st_size:
-            raise ConfigError(
-                f"{self._out} exists, and there is no {path.name} beside it to go on with; name "
-                "another output, or remove it"
-            )
+        for written in () if is_there else (self._out, lines_path(self._out)):
+            if written.exists() and written.stat().st_size:
+                raise ConfigError(
+                    f"{written} exists, and there is no {path.name} beside it to go on with; name "
+                    "another output, or remove it"
+                )
         if not is_there and self._journal_path is not None and self._journal_path.exists():
             raise ConfigError(
                 f"{self._journal_path} is of a run whose {path.name} is gone; remove it, or name "

@@ -178,6 +178,27 @@ def test_parquet_has_what_the_lines_have(
         assert row["finish_reason"]["type"] == one.finish_reason.type
         assert row["seed"] == one.seed
         assert row["text"] == one.text
+    # nothing is left to do, and nothing changes
+    whole = table.read_bytes()
+    assert run(arguments(prompts, table, tiny_checkpoint)) == 0
+    assert table.read_bytes() == whole
+    assert not Path(f"{table}.lines").exists()
+
+
+@pytest.mark.usefixtures("core_on_a_thread")
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_what_a_run_has_written_is_not_made_anew_empty(
+    suffix: str, tmp_path: Path, tiny_checkpoint: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path, out = tmp_path / "in.jsonl", tmp_path / f"out.{suffix}"
+    path.write_text('{"prompt_ids": [1, 2], "sampling": {"max_tokens": 2}}\n')
+    command = arguments(path, out, tiny_checkpoint)
+    assert run(command) == 0
+    out.unlink()
+    capfd.readouterr()
+    assert run(command) == 2
+    assert "has 0 bytes, and the run has written" in capfd.readouterr().err
+    assert not out.exists() or not out.stat().st_size
 
 
 @pytest.mark.usefixtures("core_on_a_thread")
@@ -256,6 +277,7 @@ def test_bad_files_are_one_line_and_change_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "foreign.jsonl").write_text("{}\n")
+    (tmp_path / "rows.parquet.lines").write_text("{}\n")
     (tmp_path / "lost.jsonl.journal").write_text("")
     (tmp_path / "other.jsonl.run").write_text("no run file, surely")
     before = sorted(tmp_path.iterdir())
@@ -264,6 +286,7 @@ def test_bad_files_are_one_line_and_change_nothing(
         (tmp_path / "none" / "out.jsonl", "cannot be written"),
         (prompts, "is the input"),
         (tmp_path / "foreign.jsonl", "there is no foreign.jsonl.run beside it"),
+        (tmp_path / "rows.parquet", "there is no rows.parquet.run beside it"),
         (tmp_path / "lost.jsonl", "is of a run whose lost.jsonl.run is gone"),
         (tmp_path / "other.jsonl", "no file of a rollout run"),
     ):
