@@ -204,10 +204,15 @@ class AsyncClient(BaseClient):
         )
 
     async def open_budget(
-        self, pool: str, tokens: int, *, idempotency_key: str | None = None
+        self,
+        pool: str,
+        tokens: int,
+        *,
+        places: int | None = None,
+        idempotency_key: str | None = None,
     ) -> Budget:
         """As `Client.open_budget`."""
-        request = BudgetRequest(pool=pool, tokens=tokens)
+        request = BudgetRequest(pool=pool, tokens=tokens, places=places)
         return await self._run(flows.open_budget(request, idempotency_key, self._patience()))
 
     async def wait_budget(self, budget_id: str, *, timeout_s: float | None = None) -> Budget:

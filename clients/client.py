@@ -232,13 +232,21 @@ class Client(BaseClient):
             flows.import_(export, allow_other_weights, idempotency_key, self._patience())
         )
 
-    def open_budget(self, pool: str, tokens: int, *, idempotency_key: str | None = None) -> Budget:
+    def open_budget(
+        self,
+        pool: str,
+        tokens: int,
+        *,
+        places: int | None = None,
+        idempotency_key: str | None = None,
+    ) -> Budget:
         """Let the rollouts of a pool grow by so many output tokens in all, then stand still.
 
         From its first budget on a pool grows under an open one only; so open it, then submit.
-        Raises Conflict while the pool has another open one.
+        places: how many of them run at once, the first that came (None: any number). Raises
+        Conflict while the pool has another open one.
         """
-        request = BudgetRequest(pool=pool, tokens=tokens)
+        request = BudgetRequest(pool=pool, tokens=tokens, places=places)
         return self._run(flows.open_budget(request, idempotency_key, self._patience()))
 
     def wait_budget(self, budget_id: str, *, timeout_s: float | None = None) -> Budget:

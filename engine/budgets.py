@@ -68,7 +68,8 @@ class Lease:
         """For the core, which will answer."""
         self._told = self.limit
         self._num_unanswered += 1
-        return Meter(self.pool, self._told)
+        places = None if self.budget is None else self.budget.places
+        return Meter(self.pool, self._told, places)
 
     def answer(self, drawn: int) -> None:
         self.drawn = drawn
@@ -124,7 +125,9 @@ class Budgets:
 
     # --- what faces call -----------------------------------------------------------------
 
-    async def open(self, pool: str, tokens: int, key: RequestKey | None = None) -> Budget:
+    async def open(
+        self, pool: str, tokens: int, key: RequestKey | None = None, *, places: int | None = None
+    ) -> Budget:
         """Let the pool grow by so many tokens; under one key once.
 
         Raises InvalidRequest naming the field, Conflict where it has an open budget, KeyReused,
@@ -134,13 +137,14 @@ class Budgets:
             raise InvalidRequest(
                 "pool: the pool of all that names none has no budget; name one", field="pool"
             )
-        if not 1 <= tokens <= MAX_TOKENS:
-            raise InvalidRequest(
-                f"tokens must be from 1 to {MAX_TOKENS}, got {tokens}", field="tokens"
-            )
+        for name, value in (("tokens", tokens), ("places", places)):
+            if value is not None and not 1 <= value <= MAX_TOKENS:
+                raise InvalidRequest(
+                    f"{name} must be from 1 to {MAX_TOKENS}, got {value}", field=name
+                )
 
         async def once(key: RequestKey | None) -> list[str]:
-            return [await self._open(pool, tokens, key)]
+            return [await self._open(pool, tokens, places, key)]
 
         [budget_id], _ = await self._whole(self._keys.once(key, once))
         return self.get(budget_id)
@@ -237,7 +241,9 @@ class Budgets:
 
     # --- parts of these ------------------------------------------------------------------
 
-    async def _open(self, pool: str, tokens: int, key: RequestKey | None) -> str:
+    async def _open(
+        self, pool: str, tokens: int, places: int | None, key: RequestKey | None
+    ) -> str:
         lease = self._leases.setdefault(pool, Lease(pool))
         if lease.budget is not None or lease.lock.locked():
             raise Conflict(_taken(lease))
@@ -245,7 +251,11 @@ class Budgets:
             self._keeper.check()
         is_first = not lease.is_metered
         budget = Budget(
-            id=f"bud-{uuid.uuid4().hex}", pool=pool, tokens=tokens, created_s=time.time()
+            id=f"bud-{uuid.uuid4().hex}",
+            pool=pool,
+            tokens=tokens,
+            places=places,
+            created_s=time.time(),
         )
         async with lease.lock:
             try:

@@ -53,9 +53,15 @@ FROM keys ORDER BY number
 DELETE FROM keys WHERE number = ?
 
 -- name: put-budget
-INSERT OR REPLACE INTO budgets VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
+INSERT OR REPLACE INTO budgets
+(number, id, pool, tokens, used, state, created_s, ended_s, places, sum)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 
 -- name: budgets
+SELECT number, id, pool, tokens, used, state, created_s, ended_s, places, sum
+FROM budgets ORDER BY number
+
+-- name: budgets-without-places
 SELECT number, id, pool, tokens, used, state, created_s, ended_s, sum FROM budgets ORDER BY number
 
 -- name: drop-budget

@@ -16,6 +16,9 @@ from .journal_files import SQL
 from .journal_ops import Budget, BudgetState
 from .journal_rows import Tally, checksum, verified
 
+# number, id, pool, tokens, used, state, created_s, ended_s
+_NUM_OLD_COLUMNS = 8
+
 
 class BudgetRow(Struct):
     """A budget as it is stored."""
@@ -29,23 +32,34 @@ class BudgetRow(Struct):
         b = self.budget
         columns = (
             *(self.number, b.id, b.pool, b.tokens, b.used, str(b.state)),
-            *(b.created_s, b.ended_s),
+            *(b.created_s, b.ended_s, b.places),
         )
-        return (*columns, checksum("budgets", *columns))
+        return (*columns, checksum("budgets", *_summed(columns)))
 
     @classmethod
     def of(cls, values: Sequence[Any]) -> "BudgetRow":
-        number, name, pool, tokens, used, state, created_s, ended_s = verified("budgets", values)
+        """values: as `columns`; of an older schema without `places`."""
+        *columns, total = values
+        verified("budgets", [*_summed(columns), total])
+        number, name, pool, tokens, used, state, created_s, ended_s, *rest = columns
         budget = Budget(
             id=name,
             pool=pool,
             tokens=tokens,
+            places=rest[0] if rest else None,
             used=used,
             state=BudgetState(state),
             created_s=created_s,
             ended_s=ended_s,
         )
         return cls(number, budget, values[-1])
+
+
+def _summed(columns: Sequence[Any]) -> Sequence[Any]:
+    """What the checksum is of: a row without places has that of older schemas, which had no such
+    column."""
+    places = [*columns[_NUM_OLD_COLUMNS:]]
+    return columns[:_NUM_OLD_COLUMNS] if places == [None] else columns
 
 
 class BudgetBooks(Struct):

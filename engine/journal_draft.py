@@ -142,10 +142,12 @@ def load_memory(db: apsw.Connection) -> Memory:
         number, key, rollout_ids = key_of(values)
         found.tables["keys"].add(values[-1])
         memory.keys[key.name] = KnownKey(number, key, rollout_ids, values[-1])
-    for values in rows_of(db, "budgets") if schema_of(db) >= 2 else ():
+    schema = schema_of(db)
+    budgets = "budgets" if schema >= 4 else "budgets-without-places"
+    for values in rows_of(db, budgets) if schema >= 2 else ():
         memory.budgets.put(BudgetRow.of(values))
         found.tables["budgets"].add(values[-1])
-    for values in rows_of(db, "flips") if schema_of(db) >= 3 else ():
+    for values in rows_of(db, "flips") if schema >= 3 else ():
         memory.flips.append(Flip(*verified("flips", values)[1:]))
         found.tables["flips"].add(values[-1])
     _load_tokens(db, memory, found)

@@ -26,7 +26,7 @@ from .journal_rows import Books, DamagedRecord
 from .named_sql import load
 
 APPLICATION_ID = 0x45565354  # "EVST"
-SCHEMA = 3
+SCHEMA = 4
 _MAGIC = b"SQLite format 3\0"
 _FOLDER = Path(__file__).parent
 SQL = load(_FOLDER / "journal.sql")

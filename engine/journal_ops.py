@@ -141,7 +141,8 @@ class Budget(Struct, kw_only=True):
     """Output tokens that a pool may grow by, as stored and as shown.
 
     A pool is metered from its first budget on, for ever: it grows under an open one only, and has
-    at most one of these. used: tokens of it that are journaled since the budget was opened.
+    at most one of these. used: tokens of it that are journaled since the budget was opened. places:
+    rollouts of the pool that may run at once (None: any number).
     """
 
     id: str
@@ -152,6 +153,7 @@ class Budget(Struct, kw_only=True):
     created_s: float = 0.0
     """Unix time, as `ended_s`."""
     ended_s: float | None = None
+    places: int | None = None
 
 
 class OpenBudget(Struct, tag="open_budget"):

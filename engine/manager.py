@@ -460,15 +460,20 @@ class RolloutManager:
 
     # --- token budgets of pools ----------------------------------------------------------
 
-    async def open_budget(self, pool: str, tokens: int, key: RequestKey | None = None) -> Budget:
+    async def open_budget(
+        self, pool: str, tokens: int, key: RequestKey | None = None, *, places: int | None = None
+    ) -> Budget:
         """Let the rollouts of a pool grow by so many tokens in all, then stand still; the same key
         gives the same budget. From its first one on a pool grows under an open budget only.
+
+        places  how many of them run at once, the first that came; the others stand by (None: any
+                number)
 
         Raises InvalidRequest naming the field, Conflict where it has an open one, KeyReused,
         Draining, EngineUnavailable, JournalFull, JournalError.
         """
         self._check_room(0)
-        return await self._told_budgets.open(pool, tokens, key)
+        return await self._told_budgets.open(pool, tokens, key, places=places)
 
     async def close_budget(self, budget_id: str) -> Budget:
         """End it; what was in flight is counted. Raises UnknownBudget, JournalFull, JournalError."""

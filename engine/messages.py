@@ -66,13 +66,15 @@ class Resume(Struct, tag="resume"):
 
 class Meter(Struct, tag="meter"):
     """At most `limit` output tokens of a pool are sampled in this core (None: any number), counted
-    as in its answer, `Metered`, until another one says more or less.
+    as in its answer, `Metered`, until another one says more or less; and at most `places` of its
+    rollouts run at once (None: any number).
 
     Rollouts for which there is no room stand as paused ones do. Pool "" has no meter.
     """
 
     pool: str
     limit: int | None
+    places: int | None = None
 
 
 class Shutdown(Struct, tag="shutdown"):

@@ -71,7 +71,7 @@ class Roster:
         self._shares.activate(rollout)
         self.waiting.push(rollout)
         if rollout.meter is not None:
-            rollout.meter.members[rollout] = None
+            rollout.meter.enter(rollout)
 
     def requeue(self, followers: Iterable[LiveRollout]) -> None:
         """Those need not wait for their leader any more."""
@@ -120,6 +120,8 @@ class Roster:
             for rollout in meter.released():
                 del meter.held[rollout]
                 self._go_on(rollout)
+            # those let go on were looked at just now
+            meter.is_due = False
             self.meters.forget_lifted(meter)
 
     def _stop(self, rollout: LiveRollout) -> None:

@@ -130,7 +130,7 @@ class Scheduler:
 
     def meter(self, meter: Meter) -> Metered:
         """Limit a pool, from the next step on; what it drew so far."""
-        drawn = self._roster.meters.set_limit(meter.pool, meter.limit).drawn
+        drawn = self._roster.meters.set_limit(meter.pool, meter.limit, meter.places).drawn
         return Metered(meter.pool, drawn)
 
     def set_version(self, digest: str) -> None:

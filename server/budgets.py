@@ -40,7 +40,9 @@ class BudgetsFace:
         fields = fields_of(body, "msgpack" if media == "msgpack" else "json")
         request = decode_own(fields, BudgetRequest)
         key = request_key(http, "/rollouts/budget", fields)
-        budget = await self._manager.open_budget(request.pool, request.tokens, key)
+        budget = await self._manager.open_budget(
+            request.pool, request.tokens, key, places=request.places
+        )
         return answer(http, budget, status=202)
 
     async def list(self, http: Request) -> Response:

@@ -115,12 +115,15 @@ class Done(Struct, frozen=True, kw_only=True):
     rollout_ids: list[str]
 
 
-class BudgetRequest(Struct, frozen=True, kw_only=True):
+class BudgetRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """POST /rollouts/budget: let the rollouts of a pool grow by so many output tokens in all."""
 
     pool: Name
     """From its first budget on, a pool grows under an open one only."""
     tokens: Annotated[int, Meta(ge=1, le=2**53)]
+    places: Annotated[int, Meta(ge=1, le=2**53)] | None = None
+    """How many of its rollouts run at once, the first that came; the others stand by, and the next
+    of them takes a free place in the same step. Default: any number."""
 
 
 class BudgetList(Struct, frozen=True, kw_only=True):

@@ -63,6 +63,7 @@ class Arena:
         self.batch = batch
         self.plans: list[StepPlan] = []
         self.limits: dict[str, int | None] = {}
+        self.places: dict[str, int | None] = {}
         # of each pool, from its limit on: a count of our own
         self.drawn: dict[str, int] = {}
 
@@ -128,6 +129,7 @@ class Arena:
             num_tokens = sum(len(row.token_ids) for row in plan.rows)
             assert num_tokens <= self.batch.max_num_batched_tokens
             self.check_meters()
+            self.check_places(plan)
             if in_flight is not None:
                 in_flight()
             if plan.has_work:
@@ -159,10 +161,11 @@ class Arena:
                 return number
         raise AssertionError(f"not done after {max_steps} steps: {self.live}")
 
-    def meter(self, pool: str, limit: int | None) -> None:
+    def meter(self, pool: str, limit: int | None, places: int | None = None) -> None:
         """As a front does it: the answer says what was drawn, and nothing of it is on its way."""
         self.settle()
-        metered = self.scheduler.meter(Meter(pool, limit))
+        self.places[pool] = places
+        metered = self.scheduler.meter(Meter(pool, limit, places))
         if self.limits.get(pool) is not None:
             assert metered.drawn == self.drawn[pool]
         self.limits[pool], self.drawn[pool] = limit, metered.drawn
@@ -172,6 +175,13 @@ class Arena:
         """In the plan just made: of a limited pool as many are in play as there is room for."""
         for meter in self.scheduler._roster.meters.limited:
             assert meter.num_in_play == min(meter.room, len(meter.members))
+
+    def check_places(self, plan: StepPlan) -> None:
+        """No more rows of a pool draw than it has places."""
+        drawing = [row.rollout_id for row in plan.rows if row.samples]
+        rows = Counter(self.front.adds[rollout_id].pool for rollout_id in drawing)
+        for pool, places in self.places.items():
+            assert places is None or rows[pool] <= places, f"pool {pool}: {rows[pool]} of {places}"
 
     def count_draws(self, tokens: Tokens) -> None:
         """No pool draws beyond its limit, and each says what it drew."""

@@ -101,6 +101,38 @@ def test_a_pool_grows_by_exactly_its_budget_and_others_go_on(world):
         assert rollout.output_ids == alone(rollout)[0]
 
 
+@pytest.mark.parametrize("death", ["", "core", "front"])
+def test_as_many_run_at_once_as_a_budget_has_places_whatever_dies(world, death):
+    budget = world.do(world.manager.open_budget(POOL, 100, places=2))
+    ids = ask(world, samples=5, max_tokens=10)
+    step(world, 4)
+    assert lengths(world, ids) == [4, 4, 0, 0, 0]
+    assert world.manager.waits_for(world.manager.get(ids[2])) == "budget"
+    if death == "core":
+        world.kill_core()
+    elif death == "front":
+        world.kill_front(0)
+    assert world.manager.budget(budget.id).places == 2
+    for _ in range(20):
+        step(world, 1)
+        found = lengths(world, ids)
+        assert found == sorted(found, reverse=True)
+        assert sum(0 < length < 10 for length in found) <= 2
+    rest(world)
+    assert lengths(world, ids) == [10] * 5
+    assert world.do(world.manager.close_budget(budget.id)).used == 50
+
+
+def test_places_are_those_of_the_open_budget(world):
+    world.do(world.manager.open_budget(POOL, 6, places=1))
+    ids = ask(world, samples=3)
+    rest(world)
+    assert lengths(world, ids) == [6, 0, 0]
+    opened(world, 9)
+    rest(world)
+    assert lengths(world, ids) == [9, 3, 3]
+
+
 def test_a_metered_pool_stands_still_without_a_budget(world):
     closed = opened(world, 5)
     assert world.do(world.manager.close_budget(closed)).used == 0
@@ -128,10 +160,13 @@ def test_one_budget_is_open_at_a_time(world):
     assert [b.tokens for b in world.manager.budgets(POOL)] == [5, 6]
 
 
-@pytest.mark.parametrize(("pool", "tokens", "field"), [("", 5, "pool"), (POOL, 0, "tokens")])
-def test_what_is_no_budget_is_refused_and_nothing_changes(world, pool, tokens, field):
+@pytest.mark.parametrize(
+    ("pool", "tokens", "places", "field"),
+    [("", 5, 1, "pool"), (POOL, 0, 1, "tokens"), (POOL, 5, 0, "places")],
+)
+def test_what_is_no_budget_is_refused_and_nothing_changes(world, pool, tokens, places, field):
     with pytest.raises(InvalidRequest) as error:
-        world.do(world.manager.open_budget(pool, tokens))
+        world.do(world.manager.open_budget(pool, tokens, places=places))
     assert error.value.field == field
     assert world.manager.budgets() == []
     for call in (world.manager.close_budget, world.manager.wait_budget):

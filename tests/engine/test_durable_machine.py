@@ -282,11 +282,12 @@ class DurableMachine(RuleBasedStateMachine):
         tokens=st.integers(1, 12),
         name=st.sampled_from(["", "", "k2"]),
         is_hasty=st.sampled_from([False, False, True]),
+        places=st.none() | st.integers(1, 2),
     )
-    def open_budget(self, which, tokens, name, is_hasty) -> None:
+    def open_budget(self, which, tokens, name, is_hasty, places=None) -> None:
         world = self.world(which)
         key = RequestKey(holder="", route="/b", key=name, body_digest="b") if name else None
-        work = world.manager.open_budget(POOL, tokens, key)
+        work = world.manager.open_budget(POOL, tokens, key, places=places)
         if is_hasty:
             world.begin(work)
             return

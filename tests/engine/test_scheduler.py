@@ -674,6 +674,52 @@ def test_tokens_that_are_not_booked_do_not_count():
     assert num_drawn(arena, a, b, c) == [1, 2, 3]
 
 
+def rows_of(plan: StepPlan) -> list[str]:
+    return sorted(row.rollout_id for row in plan.rows)
+
+
+def test_who_stands_by_takes_a_free_place_in_the_next_step_in_order_of_arrival():
+    arena = make_arena()
+    arena.meter("math", 100, places=2)
+    for name, length in (("a", 3), ("b", 5), ("c", 2), ("d", 1), ("e", 2)):
+        arena.ask([ord(name[0]) % 8, 1, 2], name, max_tokens=length, pool="math")
+    chat = arena.ask([7], "x", max_tokens=4)
+    seen = [[name for name in rows_of(arena.step()) if name != chat] for _ in range(7)]
+    assert seen == [*[["a", "b"]] * 3, *[["b", "c"]] * 2, *[["d", "e"]], ["e"]]
+    # who comes while others stand by goes behind them
+    for name in "fgh":
+        arena.ask([ord(name[0]) % 8, 1, 2], name, max_tokens=1, pool="math")
+        arena.step()
+    assert num_drawn(arena, *"abcdefgh") == [3, 5, 2, 1, 2, 1, 1, 1]
+
+
+def test_who_comes_while_a_place_is_free_does_not_overtake_who_stands_by():
+    arena = make_arena()
+    arena.meter("math", 100, places=1)
+    for name in "abc":
+        arena.ask([ord(name[0]) % 8, 1, 2], name, max_tokens=2, pool="math")
+    arena.step(2)
+    # a has ended, nobody has its place yet
+    arena.ask([9, 2, 3], "late", max_tokens=1, pool="math")
+    arena.ask([8, 2, 3], "urgent", max_tokens=1, pool="math", priority=1)
+    seen = [rows_of(arena.step()) for _ in range(6)]
+    assert seen == [["urgent"], ["b"], ["b"], ["c"], ["c"], ["late"]]
+
+
+def test_the_last_tokens_of_a_limit_go_to_those_that_began():
+    arena = make_arena()
+    arena.meter("math", 7, places=2)
+    ids = [arena.ask([n, 2, 3], max_tokens=2, pool="math") for n in range(5)]
+    arena.run()
+    assert num_drawn(arena, *ids) == [2, 2, 2, 1, 0]
+    arena.meter("math", 9, places=1)
+    arena.run()
+    assert num_drawn(arena, *ids) == [2, 2, 2, 2, 1]
+    arena.meter("math", 10)
+    arena.run()
+    assert num_drawn(arena, *ids) == [2] * 5
+
+
 def test_only_metered_pools_are_told_of():
     arena = make_arena()
     arena.ask([3], max_tokens=2)

@@ -88,13 +88,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.arena.flip(version, policy)
 
     @rule(
-        pool=st.sampled_from(POOLS[1:]), more=st.none() | st.integers(-2, 12), is_anew=st.booleans()
+        pool=st.sampled_from(POOLS[1:]),
+        more=st.none() | st.integers(-2, 12),
+        is_anew=st.booleans(),
+        places=st.none() | st.integers(1, 3),
     )
-    def meter(self, pool: str, more: int | None, is_anew: bool) -> None:
+    def meter(self, pool: str, more: int | None, is_anew: bool, places: int | None) -> None:
         """A limit of what was drawn and some more, or of some more than it was; or none."""
         drawn, limit = self.arena.drawn.get(pool, 0), self.arena.limits.get(pool)
         base = drawn if is_anew or limit is None else limit
-        self.arena.meter(pool, None if more is None else base + more)
+        self.arena.meter(pool, None if more is None else base + more, places)
 
     @rule(share=st.floats(0, 1))
     def poison(self, share: float) -> None:
@@ -189,7 +192,7 @@ def storm(seed: int, num_acts: int = 50) -> Arena:
                 pool = rng.choice(POOLS[1:])
                 more = rng.choice([None, 0, 1, 3, 8, 20])
                 limit = None if more is None else arena.drawn.get(pool, 0) + more
-                arena.meter(pool, limit)
+                arena.meter(pool, limit, rng.choice([None, None, 1, 2]))
     arena.finish()
     return arena
 

@@ -173,6 +173,10 @@ async def test_the_client_opens_waits_and_closes(durable):
         await client.open_budget("math", 5)
     with pytest.raises(InvalidRequest, match="tokens must be"):
         await client.open_budget("code", 0)
+    with pytest.raises(InvalidRequest, match="places"):
+        await client.open_budget("code", 5, places=0)
+    code = await client.open_budget("code", 5, places=3)
+    assert (code.tokens, code.places, budget.places) == (5, 3, None)
     sampling = {"max_tokens": 10}
     group = await client.submit("Hi", samples=2, pool="math", attempt=1, sampling=sampling)
     found = await client.wait_budget(budget.id)

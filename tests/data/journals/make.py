@@ -67,7 +67,9 @@ def fill(journal: Journal) -> None:
     journal.commit([OpenBudget(first), OpenBudget(other), CloseBudget("bud-2")])
     for step in range(6):
         if step == 4:
-            second = Budget(id="bud-3", pool="train", tokens=100, created_s=1_800_000_004.0)
+            second = Budget(
+                id="bud-3", pool="train", tokens=100, created_s=1_800_000_004.0, places=2
+            )
             key = RequestKey("holder", "/rollouts/budget", "key-2", "digest", created_s=4e9)
             journal.commit([OpenBudget(second, key)])
         news = [make_grown(f"ro-{index}", step, 1) for index in range(3)]

@@ -249,6 +249,14 @@ def test_a_budget_counts_what_its_pool_grows_by_while_it_is_open(journal):
     assert budgets_of(journal) == {"x": (7, 7, "spent"), "y": (1, 0, "open")}
 
 
+def test_places_of_a_budget_stay(journal):
+    journal.commit([OpenBudget(Budget(id="x", pool="train", tokens=7, places=3))])
+    open_budget(journal, "y", "eval", 7)
+    assert [b.places for b in journal.recover().budgets] == [3, None]
+    journal.commit([CloseBudget("x")])
+    assert [b.places for b in journal.recover().budgets] == [3, None]
+
+
 def test_a_closed_budget_counts_no_more_and_is_closed_once(journal, clock):
     journal.commit([Accept([make_rollout("c", pool="train")])])
     open_budget(journal, "x", "train", 7)

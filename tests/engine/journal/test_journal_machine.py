@@ -127,7 +127,13 @@ class JournalMachine(RuleBasedStateMachine):
                 name, tokens = data.draw(st.sampled_from("wxyz")), data.draw(st.integers(1, 20))
                 pool = data.draw(st.sampled_from(["train", "train", "eval"]))
                 return OpenBudget(
-                    Budget(id=name, pool=pool, tokens=tokens, created_s=self.clock()),
+                    Budget(
+                        id=name,
+                        pool=pool,
+                        tokens=tokens,
+                        created_s=self.clock(),
+                        places=data.draw(st.none() | st.integers(1, 9)),
+                    ),
                     data.draw(keys),
                 )
             case "close_budget":
