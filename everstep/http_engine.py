@@ -119,9 +119,13 @@ class HttpEngine:
             async for one in self._client.list(pool=pool)
         ]
 
-    async def open_budget(self, pool: str, tokens: int | None, key: str) -> Budget:
+    async def open_budget(
+        self, pool: str, tokens: int | None, key: str, places: int | None = None
+    ) -> Budget:
         tokens = UNBOUNDED if tokens is None else tokens
-        return _seen(await self._client.open_budget(pool, tokens, idempotency_key=key))
+        return _seen(
+            await self._client.open_budget(pool, tokens, places=places, idempotency_key=key)
+        )
 
     async def budget(self, budget_id: str, wait_s: float) -> Budget:
         return _seen(await self._client.wait_budget(budget_id, timeout_s=wait_s))

@@ -19,8 +19,10 @@ from .rollout_training import Training
 from .rollout_view import RolloutView, books_rows, waste_text
 from .server.config import ServeConfig
 from .trainer_bridge.c3po_config import C3poConfig
+from .trainer_bridge.comparison import retention_without_purges
 from .trainer_bridge.rollout_driver import Learner, RolloutDriver
 from .trainer_bridge.rollout_engine import Engine
+from .trainer_bridge.rollout_report import Report
 from .trainer_bridge.run_file import RunFile
 from .trainer_bridge.run_state import RunState, run_path
 from .trainer_bridge.run_words import Header
@@ -46,7 +48,9 @@ class RolloutRun:
         training: Training | None = None,
     ) -> None:
         """Raises ConfigError, MissingExtra."""
-        config.check()
+        config = msgspec.structs.replace(
+            config, standby=0 if servers[1:] else config.capacity
+        ).check()
         if training is not None:
             training.check(servers)
         self._training = training
@@ -82,7 +86,7 @@ class RolloutRun:
             if not is_done:
                 sys.stderr.write(
                     f"stopped after {state.machine.iteration} iterations with "
-                    f"{len(state.machine.pool)} rollouts under way; a larger --iterations goes on\n"
+                    f"{state.machine.num_begun} rollouts under way; a larger --iterations goes on\n"
                 )
         return 1 if state.bad_lines or state.abandoned else 0
 
@@ -137,6 +141,15 @@ class RolloutRun:
         async with self._engines(state) as engines:
             view = RolloutView(limit=self._limit)
             with contextlib.closing(view):
+                warning = purge_warning(self._config, self._sampling.max_tokens)
+                warnings = [] if warning is None else [warning]
+
+                def show(report: Report) -> None:
+                    # once engines are there: before, what is said is why they are not
+                    if warnings and state.engines:
+                        view.note(warnings.pop())
+                    view(report)
+
                 driver = RolloutDriver(
                     state,
                     engines,
@@ -144,7 +157,7 @@ class RolloutRun:
                     output,
                     learner=self._learner(state, engines, view.note),
                     limit=self._limit,
-                    on_report=view,
+                    on_report=show,
                     on_note=view.note,
                 )
                 await driver.run()
@@ -224,6 +237,27 @@ class RolloutRun:
             sys.stderr.write(f"… and {len(troubles) - _SHOWN_TROUBLES} more\n")
         is_done = state.machine.phase == "done"
         sys.stdout.write(f"{output.path if is_done else output.lines}\n")
+
+
+def purge_warning(config: C3poConfig, max_tokens: int | None) -> str | None:
+    """One line where long rollouts may be purged for their length alone: a bias towards short ones.
+
+    max_tokens  None: up to the end of the context
+    """
+    safe = config.retention * (config.budget // config.capacity)
+    if max_tokens is not None and max_tokens <= safe:
+        return None
+    text = (
+        f"warning: rollouts of more than {safe} tokens (--retention {config.retention} × --budget "
+        f"{config.budget} ÷ --capacity {config.capacity}) may be purged and drawn anew, which "
+        "favours short ones; "
+    )
+    if not config.budget // config.capacity:
+        return f"{text}no --retention prevents it while --budget is below --capacity"
+    if max_tokens is None:
+        return f"{text}set --max-tokens, for only the context bounds them, or raise --retention"
+    enough = retention_without_purges(max_tokens, budget=config.budget, capacity=config.capacity)
+    return f"{text}--max-tokens is {max_tokens}: --retention {enough} purges none"
 
 
 def summary_rows(state: RunState) -> list[tuple[str, str]]:

@@ -45,8 +45,14 @@ class C3po:
 
     @property
     def pool(self) -> Mapping[Sample, Live]:
-        """P, in admission order."""
+        """P, in admission order; behind the first Ω those that stand by in the engine. Whom of
+        them the engine started is told by their tokens."""
         return MappingProxyType(self._samples.pool)
+
+    @property
+    def num_begun(self) -> int:
+        """Samples in the pool of which a token was told."""
+        return sum(bool(live.spans) for live in self._samples.pool.values())
 
     @property
     def hold(self) -> Mapping[str, Mapping[int, Held]]:
@@ -328,13 +334,13 @@ class C3po:
 
     @property
     def _has_room(self) -> bool:
-        config, num_running = self.config, len(self._samples.pool)
-        if num_running >= config.capacity:
+        config, num_submitted = self.config, len(self._samples.pool)
+        if num_submitted >= config.capacity + config.standby:
             return False
         if config.max_staleness is None or config.consumer_batch is None:
             return True
         bound = (config.max_staleness + self.iteration + 1) * config.consumer_batch
-        return num_running + self._samples.num_accepted < bound
+        return num_submitted + self._samples.num_accepted < bound
 
     def _stop_if_spent(self) -> list[Command]:
         is_spent = self.phase == "open" and self.counted >= self.config.budget

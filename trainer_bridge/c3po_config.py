@@ -13,6 +13,7 @@ _ACCEPTED = {
     "mode": "'generated' or 'completed'",
     "budget": "tokens per iteration, an integer from 1",
     "capacity": "rollouts in the pool, an integer from 1",
+    "standby": "rollouts that wait in the engine for a place, an integer from 0",
     "retention": "iterations that a cut rollout may live on, an integer from 0",
     "group": "samples per prompt, an integer from 1",
     "max_lag": "versions, an integer from 0, or none",
@@ -27,6 +28,14 @@ class C3poConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     budget: Annotated[int, Meta(ge=1, description="Φ: tokens of one iteration")]
     capacity: Annotated[int, Meta(ge=1, description="Ω: rollouts in the pool at once")]
+    standby: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="rollouts that are submitted ahead: the engine runs Ω of the pool, the first "
+            "that were submitted, and starts the next one when a place becomes free",
+        ),
+    ] = 0
     mode: Annotated[
         Mode,
         Meta(

@@ -85,10 +85,13 @@ class ManagerEngine:
             query = replace(query, after=page[-1].number)
         return found
 
-    async def open_budget(self, pool: str, tokens: int | None, key: str) -> Budget:
+    async def open_budget(
+        self, pool: str, tokens: int | None, key: str, places: int | None = None
+    ) -> Budget:
         tokens = UNBOUNDED if tokens is None else tokens
-        request_key = _key("budget", key, [pool, tokens])
-        return _seen(await self._manager.open_budget(pool, tokens, request_key))
+        body = [pool, tokens] if places is None else [pool, tokens, places]
+        request_key = _key("budget", key, body)
+        return _seen(await self._manager.open_budget(pool, tokens, request_key, places=places))
 
     async def budget(self, budget_id: str, wait_s: float) -> Budget:
         return _seen(await self._manager.wait_budget(budget_id, wait_s))

@@ -15,7 +15,7 @@ driver that was killed carries on from the records, and needs no plan of its own
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -23,18 +23,15 @@ from msgspec import Struct
 
 from ..engine.errors import (
     EngineUnavailable,
-    IllegalState,
     InvalidRequest,
-    JournalFull,
     LedgerError,
-    Overloaded,
-    UnknownBudget,
     UnknownRollout,
 )
 from ..engine.rollout import Rollout
 from ..engine.trajectory import decode, unpack
 from .c3po_words import Sample, Train, TrainGroup
-from .rollout_engine import Engine, Prompt, Work
+from .rollout_engine import Engine, Prompt
+from .rollout_errands import Errands
 from .rollout_fleet import Fleet
 from .rollout_report import Report, Reporter
 from .run_state import RunState
@@ -43,9 +40,6 @@ from .run_words import Fallen, KeptPrompt, Lease, OutputMark, Place, Position, S
 
 T = TypeVar("T")
 
-# a longer poll only saves requests
-BUDGET_POLL_S = 20.0
-RETRY_S = 1.0
 # how long tokens may take from a budget's count to the rollouts themselves
 SETTLE_S = 10.0
 _READ_AT_ONCE = 64
@@ -141,13 +135,12 @@ class RolloutDriver:
         self._sink = sink
         self._learner = learner
         self._limit = limit
-        self._note = on_note
         self._clock = clock
         self._has_threads = has_threads
         self._writing: asyncio.Future[Any] | None = None
-        self._closed: set[str] = set()
         self._reporter = Reporter(state, self._engines, on_report, clock)
         self._tasks = Tasks(self._leave)
+        self._errands = Errands(state, self._engines, source, self._tasks, on_note)
         self._fleet = Fleet(
             state,
             self._engines,
@@ -156,9 +149,6 @@ class RolloutDriver:
             on_note=on_note,
             is_trained=learner is not None,
         )
-        self._prompts: dict[str, Prompt] = {}
-        self._cancelled: set[str] = set()
-        self._to_ack: dict[str, list[str]] = {name: [] for name in self._engines}
         self._began_s = clock()
 
     async def run(self) -> None:
@@ -175,7 +165,7 @@ class RolloutDriver:
             self._tasks.run("report", "", self._reporter.run)
             while await self._advance():
                 await self._commit()
-                self._kick()
+                self._errands.begin()
                 self._tell(await self._tasks.news())
             await self._commit()
             is_done = self._state.machine.phase == "done"
@@ -238,8 +228,7 @@ class RolloutDriver:
 
     async def _is_runnable(self, kept: KeptPrompt) -> bool:
         try:
-            engine = self._engines[self._state.engines[0]]
-            self._prompts[kept.name] = await engine.prepare(self._source.prompt(kept))
+            await self._errands.prepare(kept)
         except InvalidRequest as error:
             self._state.bad_line(kept.line, str(error))
             return False
@@ -263,43 +252,6 @@ class RolloutDriver:
         if lease.state in ("asked", "open") and lease.engine in self._state.engines:
             self._state.move_lease(lease, state="closing")
 
-    def _kick(self) -> None:
-        """Have tasks for everything that is outstanding, and none twice."""
-        state = self._state
-        for sample, place in state.places.items():
-            # a lost sample may be placed again while the task of its last place still ends
-            key = ("place", sample, place.key)
-            if place.engine in state.engines and key not in self._tasks:
-                self._tasks.run(key, place.engine, partial(self._follow, place))
-        for name in state.engines:
-            self._cancel_leaving(name)
-            if self._to_ack[name]:
-                ids, self._to_ack[name] = self._to_ack[name], []
-                self._tasks.run(("ack", *ids), name, partial(self._acknowledge, name, ids))
-        for lease in state.active_leases():
-            if lease.engine in state.engines:
-                self._see_to(lease)
-
-    def _see_to(self, lease: Lease) -> None:
-        key = ("lease", lease.iteration, lease.number)
-        if key not in self._tasks:
-            self._tasks.run(key, lease.engine, partial(self._lease, lease))
-        budget_id = lease.budget_id
-        if lease.state == "closing" and budget_id is not None and budget_id not in self._closed:
-            self._closed.add(budget_id)
-            close = partial(self._engines[lease.engine].close_budget, budget_id)
-            self._tasks.run(("close", budget_id), lease.engine, close)
-
-    def _cancel_leaving(self, name: str) -> None:
-        places = self._state.places.values()
-        leaving = [p for p in places if p.is_leaving and p.engine == name and p.rollout_id]
-        ids = [p.rollout_id for p in leaving if p.rollout_id not in self._cancelled]
-        found = [rollout_id for rollout_id in ids if rollout_id is not None]
-        if found:
-            self._cancelled.update(found)
-            cancel = partial(self._engines[name].cancel, found)
-            self._tasks.run(("cancel", *found), name, cancel)
-
     async def _train(self) -> None:
         """Write the complete groups, and have them trained."""
         state, machine = self._state, self._state.machine
@@ -316,7 +268,7 @@ class RolloutDriver:
         state.trained(train, self._fleet.version, OutputMark(size), now_s - self._began_s)
         self._began_s = now_s
         for group in train.groups:
-            self._prompts.pop(group.prompt, None)
+            self._errands.forget(group.prompt)
         self._reporter.note_iteration()
 
     def _delivered(self, group: TrainGroup, iteration: int) -> list[Delivered]:
@@ -329,7 +281,7 @@ class RolloutDriver:
                 Delivered(
                     sample=member.sample,
                     prompt=kept,
-                    prompt_id=self._prompt(kept.name).id,
+                    prompt_id=self._errands.prompt(kept.name).id,
                     iteration=iteration,
                     engine=finished.engine,
                     spells=finished.spells,
@@ -338,11 +290,6 @@ class RolloutDriver:
                 )
             )
         return found
-
-    def _prompt(self, name: str) -> Prompt:
-        """As its line says it, maybe not prepared."""
-        found = self._prompts.get(name)
-        return self._source.prompt(self._state.prompts[name]) if found is None else found
 
     # --- the end of an iteration ---------------------------------------------------------
 
@@ -395,7 +342,8 @@ class RolloutDriver:
         places = sorted(places, key=lambda place: order.get(place.sample, -1))
         found = await asyncio.gather(*(read(place) for place in places))
         self._saw([pair for pair in found if pair is not None])
-        self._lose(lost)
+        if lost:
+            state.lost(lost)
         self._tell(self._tasks.news_by_now())
         return not state.unexplained()
 
@@ -443,104 +391,7 @@ class RolloutDriver:
             reason = rollout.finish_reason
             self._reporter.note_ended(rollout)
             if reason is not None and reason.type != "abort":
-                self._to_ack[engine].append(rollout.id)
-
-    def _lose(self, samples: Sequence[Sample]) -> None:
-        if samples:
-            self._state.lost(samples)
-
-    def _refuse(self, sample: Sample, message: str) -> None:
-        kept = self._state.prompts.get(sample.prompt)
-        if kept is not None:
-            self._state.refused(sample, kept.line, message)
-
-    # --- tasks ---------------------------------------------------------------------------
-
-    async def _follow(self, place: Place) -> None:
-        """Submit a sample unless that is done, and wait for its end."""
-        engine = self._engines[place.engine]
-        rollout_id = place.rollout_id
-        if rollout_id is None:
-            self._tasks.put(await self._submit(engine, place))
-            await self._tasks.told()
-            rollout_id = place.rollout_id
-            if rollout_id is None:
-                return
-        try:
-            rollout = await engine.ended(rollout_id)
-        except UnknownRollout:
-            self._tasks.put(partial(self._lose, [place.sample]))
-        else:
-            self._tasks.put(Ended(place.sample, rollout))
+                self._errands.acknowledge(engine, rollout.id)
 
     async def _submit_now(self, engine: Engine, place: Place) -> None:
-        self._tell([await self._submit(engine, place)])
-
-    async def _submit(self, engine: Engine, place: Place) -> News:
-        """Submit; returns what is to be told of it."""
-        state, sample = self._state, place.sample
-        kept = state.prompts[sample.prompt]
-        try:
-            prompt = self._prompts.get(sample.prompt)
-            if prompt is None:
-                prompt = await engine.prepare(self._source.prompt(kept))
-            self._prompts[sample.prompt] = prompt
-            work = Work(
-                key=place.key,
-                prompt=prompt,
-                group_id=state.group_id(sample.prompt),
-                attempt=sample.attempt,
-                seed=state.seed_of(sample, prompt.id),
-                pool=state.pool,
-            )
-            rollout_id = await self._patiently(lambda: engine.submit(work))
-        except InvalidRequest as error:
-            return partial(self._refuse, sample, str(error))
-        return Submitted(sample, rollout_id)
-
-    async def _lease(self, lease: Lease) -> None:
-        """Open a budget unless that is done, and wait until it is over."""
-        try:
-            await self._run_lease(lease)
-        except UnknownBudget:
-            self._tasks.put(partial(self._state.forget_lease, lease))
-
-    async def _run_lease(self, lease: Lease) -> None:
-        engine, state = self._engines[lease.engine], self._state
-        if lease.budget_id is None:
-            # nobody who leaves takes of a budget
-            await self._tasks.over("cancel", lease.engine)
-            budget = await self._patiently(
-                lambda: engine.open_budget(state.pool, lease.tokens, lease.key)
-            )
-            self._tasks.put(partial(self._opened, lease, budget.id))
-        else:
-            budget = await engine.budget(lease.budget_id, 0.0)
-        while budget.is_open:
-            budget = await engine.budget(budget.id, BUDGET_POLL_S)
-        self._tasks.put(partial(self._over, lease, budget.used))
-
-    def _opened(self, lease: Lease, budget_id: str) -> None:
-        if lease.state == "closing":
-            self._state.move_lease(lease, budget_id=budget_id)
-        elif lease.state == "asked":
-            self._state.move_lease(lease, budget_id=budget_id, state="open")
-
-    def _over(self, lease: Lease, used: int) -> None:
-        if lease.is_active:
-            self._state.move_lease(lease, used=used, state="over")
-
-    async def _acknowledge(self, name: str, rollout_ids: Sequence[str]) -> None:
-        try:
-            await self._engines[name].acknowledge(rollout_ids)
-        except (UnknownRollout, IllegalState) as error:
-            # the run has them; whoever made them forget can only have been somebody else
-            self._note(f"{name}: {error}")
-
-    async def _patiently(self, call: Callable[[], Awaitable[T]]) -> T:
-        """Its result, tried again while the engine says no for the moment."""
-        while True:
-            try:
-                return await call()
-            except (Overloaded, JournalFull):
-                await asyncio.sleep(RETRY_S)
+        self._tell([await self._errands.submit(engine, place)])

@@ -123,8 +123,14 @@ class Engine(Protocol):
         """All that it knows of a pool."""
         ...
 
-    async def open_budget(self, pool: str, tokens: int | None, key: str) -> Budget:
-        """So many tokens for the pool (None: until it is closed); the same key is the same one."""
+    async def open_budget(
+        self, pool: str, tokens: int | None, key: str, places: int | None = None
+    ) -> Budget:
+        """So many tokens for the pool (None: until it is closed); the same key is the same one.
+
+        places  how many of its rollouts run at once, the first that were submitted; the others
+                stand by, and a place that becomes free is taken without a word from here
+        """
         ...
 
     async def budget(self, budget_id: str, wait_s: float) -> Budget:

@@ -3,8 +3,9 @@
 import asyncio
 import contextlib
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 
 from msgspec import Struct
 
@@ -58,12 +59,13 @@ class Report(Struct, frozen=True, kw_only=True):
     """The run at this moment.
 
     used          tokens of this iteration that budgets count
+    num_live      rollouts that have a place: of the pool the first Ω
     num_held      samples that ended and wait for their group
-    num_waiting   samples in the stream
-    live, ended   lengths of who runs, and of the last who ended
+    num_waiting   samples without a place: in the stream, or standing by in an engine
+    live, ended   lengths of who has begun, and of the last who ended
     total         the ledger of the run; what grows now is in it once it is told
     staleness     version that serves minus that of the oldest token under way
-    ages          retention → samples in the pool
+    ages          retention → rollouts that have a place
     """
 
     iteration: int
@@ -150,9 +152,8 @@ class Reporter:
         while len(self._seen) > 2 and self._seen[0][0] < now_s - _WINDOW_S:
             self._seen.popleft()
         since_s, before = self._seen[0]
-        ages: dict[int, int] = {}
-        for live in machine.pool.values():
-            ages[live.retention] = ages.get(live.retention, 0) + 1
+        placed = list(islice(machine.pool.values(), machine.config.capacity))
+        ages = Counter(live.retention for live in placed)
         self._on_report(
             Report(
                 iteration=machine.iteration,
@@ -161,14 +162,14 @@ class Reporter:
                 budget=machine.config.budget,
                 used=used if machine.config.mode == "generated" else machine.counted,
                 capacity=machine.config.capacity,
-                num_live=len(machine.pool),
+                num_live=len(placed),
                 num_held=sum(map(len, machine.hold.values())),
-                num_waiting=len(machine.stream),
+                num_waiting=len(machine.stream) + len(machine.pool) - len(placed),
                 num_groups=state.tally.num_groups,
                 num_trajectories=state.tally.num_trajectories,
                 num_abandoned=len(state.abandoned),
                 num_bad_lines=len(state.bad_lines),
-                live=[n for name in state.engines for n in self._live.get(name, ())]
+                live=[n for name in state.engines for n in self._live.get(name, ()) if n]
                 if machine.pool
                 else [],
                 ended=list(self._ended),

@@ -6,24 +6,19 @@ submitted, a lease without a budget is to be opened, phase `training` has groups
 is done behind the commit, so a driver that was killed carries on from the records alone.
 """
 
-import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from msgspec import Struct
-from msgspec.structs import replace
-
-from ..engine.errors import ConfigError
 from ..engine.rollout import Rollout, derive_seed
 from ..engine.trajectory import encode, pack
 from . import c3po_words as words
 from .c3po import C3po
-from .c3po_config import C3poConfig
 from .c3po_words import Sample
 from .leases import emptiest, left_of, slices
 from .ledger import Books
 from .run_file import Changes, RunFile
+from .run_records import ONLY, StoredC3po, StoredHeader
 from .run_words import (
     Fallen,
     Finished,
@@ -39,14 +34,6 @@ from .run_words import (
     key_of,
 )
 
-# events after which the controller is written whole, and they are forgotten
-_EVENTS_PER_STATE = 512
-_ONLY = 0
-
-
-class _Event(Struct):
-    event: words.Event
-
 
 class RunState:
     """One run, at rest in its file at every moment."""
@@ -60,13 +47,17 @@ class RunState:
         self.engines: list[str] = []
         """Those that can be reached; the driver's to say."""
         self._file = file
-        self.header = self._header(header)
-        self.machine = self._machine(header.config)
-        self.position = file.read("position", _ONLY, Position) or Position()
-        self.tally = file.read("tally", _ONLY, Tally) or Tally()
-        self.output = file.read("output", _ONLY, OutputMark) or OutputMark()
+        self._header = StoredHeader(file, header)
+        self._controller = StoredC3po(file, header.config)
+        self.position = file.read("position", ONLY, Position) or Position()
+        self.tally = file.read("tally", ONLY, Tally) or Tally()
+        self.output = file.read("output", ONLY, OutputMark) or OutputMark()
         self.prompts = {p.name: p for _, p in file.records("prompt", KeptPrompt)}
-        self.places = {p.sample: p for _, p in file.records("place", Place)}
+        # whoever was admitted first is submitted first, whichever process does it
+        order = {sample: number for number, sample in enumerate(self.machine.pool)}
+        places = [place for _, place in file.records("place", Place)]
+        places.sort(key=lambda place: order.get(place.sample, -1))
+        self.places = {place.sample: place for place in places}
         self.leases = {lease.number: lease for _, lease in file.records("lease", Lease)}
         self._finished: dict[str, set[Sample]] = {}
         for _, finished in file.records("finished", Finished):
@@ -81,6 +72,15 @@ class RunState:
         file.flush()
 
     # --- what is known -------------------------------------------------------------------
+
+    @property
+    def header(self) -> Header:
+        return self._header.value
+
+    @property
+    def machine(self) -> C3po:
+        """The controller; what it is told goes through here."""
+        return self._controller.machine
 
     @property
     def pool(self) -> str:
@@ -128,6 +128,10 @@ class RunState:
 
     # --- what happens --------------------------------------------------------------------
 
+    def serve(self, weights: str) -> None:
+        """What the engines serve. Raises ConfigError where the run was begun with other weights."""
+        self._header.serve(weights)
+
     def extend(self, prompts: Sequence[KeptPrompt], position: Position) -> None:
         """More prompts of the stream; where `position` is at the end, no more will follow."""
         changes = self._file.changes
@@ -135,7 +139,7 @@ class RunState:
             self.prompts[prompt.name] = prompt
             changes.put("prompt", prompt.name, prompt)
         self.position = position
-        changes.put("position", _ONLY, position)
+        changes.put("position", ONLY, position)
         if prompts:
             names = tuple(prompt.name for prompt in prompts)
             self._apply(words.Extend(names), changes)
@@ -150,7 +154,7 @@ class RunState:
         changes.drop_all("lease")
         self.leases.clear()
         self._apply(words.Begin(), changes)
-        self._rest(changes)
+        self._controller.write()
 
     def submitted(self, rollout_ids: Mapping[Sample, str]) -> None:
         """Engines have them under these ids."""
@@ -188,7 +192,7 @@ class RunState:
             unknown += self._lose_lease(lease, changes)
         for sample in samples:
             self._lose(sample, changes)
-        changes.put("tally", _ONLY, self.tally)
+        changes.put("tally", ONLY, self.tally)
         return len(samples), unknown
 
     def forget_lease(self, lease: Lease) -> None:
@@ -196,7 +200,7 @@ class RunState:
         if lease.is_active:
             changes = self._file.changes
             self._lose_lease(lease, changes)
-            changes.put("tally", _ONLY, self.tally)
+            changes.put("tally", ONLY, self.tally)
 
     def _lose_lease(self, lease: Lease, changes: Changes) -> int:
         """Returns its tokens of which nobody knows whether they were sampled."""
@@ -259,13 +263,13 @@ class RunState:
             self._deliver(group, changes)
         self.tally.wall_s += wall_s
         self.output = output
-        changes.put("output", _ONLY, output)
+        changes.put("output", ONLY, output)
         self._apply(words.Trained(version), changes)
         books = self.machine.last_books
         assert books is not None
         self.books.append(books)
         changes.put("books", books.iteration, books)
-        self._rest(changes)
+        self._controller.write()
 
     # --- leases --------------------------------------------------------------------------
 
@@ -286,7 +290,12 @@ class RunState:
                 iteration = self.machine.iteration
                 key = f"{self.pool}/{iteration}/{number}"
                 lease = Lease(
-                    number=number, iteration=iteration, engine=engine, tokens=tokens, key=key
+                    number=number,
+                    iteration=iteration,
+                    engine=engine,
+                    tokens=tokens,
+                    places=self.machine.config.capacity,
+                    key=key,
                 )
                 self.leases[number] = lease
                 changes.put("lease", number, lease)
@@ -321,66 +330,11 @@ class RunState:
 
     # --- inside --------------------------------------------------------------------------
 
-    def _header(self, wanted: Header) -> Header:
-        known = self._file.read("header", _ONLY, Header)
-        if known is None:
-            header = replace(wanted, id=wanted.id or uuid.uuid4().hex[:12])
-            changes = self._file.changes
-            changes.put("header", _ONLY, header)
-            return header
-        for name in ("source", "epochs", "seed", "sampling", "weights"):
-            old, new = getattr(known, name), getattr(wanted, name)
-            if old != new and None not in (old, new):
-                raise ConfigError(
-                    f"{self._file.path}: the run was begun with {name} {_short(old)}, now it is "
-                    f"{_short(new)}; repeat the first command, or name another output"
-                )
-        return known
-
-    def serve(self, weights: str) -> None:
-        """What the engines serve. Raises ConfigError where the run was begun with other weights."""
-        if self.header.weights != weights:
-            self.header = self._header(replace(self.header, weights=weights))
-            if self.header.weights is None:
-                self.header = replace(self.header, weights=weights)
-                changes = self._file.changes
-                changes.put("header", _ONLY, self.header)
-
-    def _machine(self, config: C3poConfig) -> C3po:
-        """The controller as it was left; under another config from here on, if that may change."""
-        state = self._file.read("state", _ONLY, words.C3poState)
-        machine = C3po(config) if state is None else C3po.restore(state)
-        self._num_events = 0
-        for _, record in self._file.records("event", _Event):
-            machine.apply(record.event)
-            self._num_events += 1
-        if state is not None and machine.config != config:
-            try:
-                machine = C3po.restore(machine.snapshot(), config)
-            except ConfigError as error:
-                raise ConfigError(f"{self._file.path}: {error}") from None
-        if state is None or machine.config != state.config:
-            changes = self._file.changes
-            changes.put("state", _ONLY, machine.snapshot())
-            changes.drop_all("event")
-            self._num_events = 0
-        return machine
-
     def _apply(self, event: words.Event, changes: Changes) -> None:
-        commands = self.machine.apply(event)
-        self._num_events += 1
-        changes.put("event", self._num_events, _Event(event))
-        for command in commands:
+        for command in self._controller.apply(event):
             self._obey(command, changes)
-        changes.put("tally", _ONLY, self.tally)
-        if self._num_events >= _EVENTS_PER_STATE:
-            self._rest(changes)
-
-    def _rest(self, changes: Changes) -> None:
-        """Write the controller whole."""
-        changes.put("state", _ONLY, self.machine.snapshot())
-        changes.drop_all("event")
-        self._num_events = 0
+        changes.put("tally", ONLY, self.tally)
+        self._controller.tidy()
 
     def _obey(self, command: words.Command, changes: Changes) -> None:
         match command:
@@ -513,8 +467,3 @@ def _runs(versions: Sequence[int]) -> list[tuple[int, int]]:
 def run_path(output: Path) -> Path:
     """The run file of an output: beside it."""
     return output.with_name(f"{output.name}.run")
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}…"

@@ -98,6 +98,7 @@ class Lease(Struct, kw_only=True):
     """A slice of an iteration's budget, given to one engine.
 
     tokens  None: as many as come until it is closed
+    places  how many rollouts run at once there; None: all that are there
     used    final once it is over
     """
 
@@ -106,6 +107,7 @@ class Lease(Struct, kw_only=True):
     engine: str
     tokens: int | None
     key: str
+    places: int | None = None
     budget_id: str | None = None
     used: int = 0
     state: LeaseState = "asked"

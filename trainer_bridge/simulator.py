@@ -6,6 +6,7 @@ rollout, so time grows with endings, not with tokens.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Literal
 
 from msgspec import Struct, structs
@@ -156,7 +157,8 @@ class Simulator:
     def _tick(self) -> None:
         """As many whole ticks as nothing ends before, or what is left of the budget."""
         machine, now = self.machine, self._now
-        rows = list(machine.pool.values())
+        # behind them stand those who wait for a place
+        rows = list(islice(machine.pool.values(), machine.config.capacity))
         count = min(self._fate[live.sample][0] - live.length for live in rows)
         if machine.config.mode == "generated":
             left = machine.config.budget - machine.counted

@@ -230,6 +230,7 @@ def test_a_bad_line_is_named_and_good_ones_are_delivered(
     ):
         assert text in err
     assert "bad lines" in err
+    assert "warning" not in err
     assert {one.prompt_id for one in lines_of(out)} == {"line-1", "line-8"}
     assert len(lines_of(out)) == 2 * GROUP
 
@@ -315,7 +316,10 @@ def test_another_command_on_a_run_is_refused_and_a_longer_one_goes_on(
     out = tmp_path / "out.jsonl"
     base = arguments(prompts, out, tiny_checkpoint)
     assert run([*base, "--iterations", "1"]) == 0
-    assert "a larger --iterations goes on" in capfd.readouterr().err
+    err = capfd.readouterr().err
+    assert "a larger --iterations goes on" in err
+    # 64 tokens over 7 rollouts, 100 times
+    assert err.count("warning: rollouts of more than 900 tokens (--retention 100") == 1
     size = out.stat().st_size
     for flags, text in (
         (["--seed", "5"], "seed 0, now it is 5"),

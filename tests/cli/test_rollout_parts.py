@@ -13,6 +13,7 @@ from everstep.engine.errors import ConfigError
 from everstep.engine.rollout import SamplingParams
 from everstep.rollout_output import RolloutOutput
 from everstep.rollout_prompts import PromptFile
+from everstep.rollout_run import purge_warning
 from everstep.rollout_view import (
     RolloutView,
     books_rows,
@@ -22,6 +23,7 @@ from everstep.rollout_view import (
     picture,
     picture_rows,
 )
+from everstep.trainer_bridge.c3po_config import C3poConfig
 from everstep.trainer_bridge.ledger import Books
 from everstep.trainer_bridge.rollout_report import EngineReport, Lengths, Report
 from everstep.trainer_bridge.run_words import Position
@@ -40,6 +42,37 @@ def read_all(file: PromptFile, count: int = 3) -> tuple[list[str], dict[int, str
         names += [one.name for one in kept]
         bad |= found
     return names, bad
+
+
+# --- settings
+
+
+@pytest.mark.parametrize(
+    ("budget", "capacity", "retention", "max_tokens", "words"),
+    [
+        (800, 8, 3, 300, []),
+        (800, 8, 3, 301, ["more than 300 tokens", "--max-tokens is 301: --retention 4 purges"]),
+        (807, 8, 3, 301, ["--retention 3 × --budget 807 ÷ --capacity 8", "--retention 4 purges"]),
+        (800, 8, 0, 100, ["more than 0 tokens", "--max-tokens is 100: --retention 1 purges none"]),
+        (800, 8, 3, None, ["more than 300 tokens", "set --max-tokens", "raise --retention"]),
+        (7, 8, 99, 50, ["more than 0 tokens", "while --budget is below --capacity"]),
+    ],
+)
+def test_who_may_purge_for_length_alone_is_told_so_in_one_line(
+    budget: int, capacity: int, retention: int, max_tokens: int | None, words: list[str]
+) -> None:
+    config = C3poConfig(budget=budget, capacity=capacity, retention=retention)
+    warning = purge_warning(config, max_tokens)
+    assert (warning is None) == (not words)
+    for word in words:
+        assert warning is not None
+        assert word in warning
+        assert "\n" not in warning
+    if warning is not None and "purges none" in warning:
+        assert max_tokens is not None
+        enough = int(warning.split("--retention ")[-1].split()[0])
+        raised = C3poConfig(budget=budget, capacity=capacity, retention=enough)
+        assert purge_warning(raised, max_tokens) is None
 
 
 # --- prompts

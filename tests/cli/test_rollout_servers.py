@@ -102,12 +102,17 @@ def test_a_run_on_servers_survives_their_kill_and_minds_its_own_budget(
     assert lasting(out) == lasting(here)
     engines = {json.loads(line)["engine"] for line in out.read_bytes().splitlines()}
     assert engines == {server.url for server in servers}
+    # in the only one that is named rollouts stand by
+    alone = tmp_path / "alone.jsonl"
+    assert run([*flags, "--out", str(alone), "--server", servers[0].url]) == 1
+    assert lasting(alone) == lasting(here)
     # nothing of the run is left, and no budget of it is open
     for server in servers:
         listed = httpx.get(f"{server.url}/rollouts").json()["data"]
         assert all(one["is_acked"] for one in listed)
         budgets = httpx.get(f"{server.url}/rollouts/budget").json()["data"]
         assert {budget["state"] for budget in budgets} <= {"spent", "closed"}
+        assert {budget["places"] for budget in budgets} == {None, 6}
 
 
 def test_a_server_that_is_not_there_is_one_line_and_changes_nothing(

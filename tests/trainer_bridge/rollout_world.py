@@ -1,8 +1,8 @@
 """Engines, prompts and an output without a model or a wire, for the driver of C3PO++.
 
 Time is virtual: a sleep costs nothing, and who sleeps shorter wakes first. An engine draws one
-token for each rollout of a pool per step, in order of acceptance, as far as its budget goes; tokens
-are a function of the seed and the position, lengths of the seed.
+token for each rollout of a pool per step, in order of acceptance, as far as its budget and its
+places go; tokens are a function of the seed and the position, lengths of the seed.
 """
 
 import asyncio
@@ -97,6 +97,7 @@ class FakeBudget(Struct):
     id: str
     pool: str
     tokens: int
+    places: int | None = None
     used: int = 0
     is_open: bool = True
 
@@ -127,8 +128,10 @@ class FakeEngine:
         self.rollouts: dict[str, FakeRollout] = {}
         self.budgets_: dict[str, FakeBudget] = {}
         self.keys: dict[str, str] = {}
-        self.unmetered = 0
-        """Tokens that no budget counted."""
+        self.num_drawn = self.unmetered = 0
+        """Tokens in all, and those that no budget counted."""
+        self.rows: list[int] = []
+        """Rollouts that drew a token, step by step; steps without any are left out."""
         self.news = asyncio.Event()
         """Set after every step, also one that could not be made."""
         self.refused: set[str] = set()
@@ -151,12 +154,20 @@ class FakeEngine:
         found = [f for f in self.rollouts.values() if f.rollout.pool == pool]
         return [f for f in found if not f.rollout.state.is_ended][: self.slots]
 
+    @property
+    def num_begun(self) -> int:
+        """Rollouts that have tokens and have not ended."""
+        fakes = self.rollouts.values()
+        return sum(bool(f.rollout.output_ids) and not f.rollout.state.is_ended for f in fakes)
+
     def step(self) -> None:
+        before = self.num_drawn
         for pool in {f.rollout.pool for f in self.rollouts.values()}:
             mine = [b for b in self.budgets_.values() if b.pool == pool]
-            for fake in self.live(pool):
-                budget = next((b for b in mine if b.is_open), None)
-                if budget is None:
+            budget = next((b for b in mine if b.is_open), None)
+            places = None if budget is None else budget.places
+            for fake in self.live(pool)[:places]:
+                if budget is None or not budget.is_open:
                     if not mine:
                         self.unmetered += 1
                         self.grow(fake)
@@ -165,7 +176,11 @@ class FakeEngine:
                 budget.used += 1
                 budget.is_open = budget.used < budget.tokens
 
+        if self.num_drawn > before:
+            self.rows.append(self.num_drawn - before)
+
     def grow(self, fake: FakeRollout) -> None:
+        self.num_drawn += 1
         rollout = fake.rollout
         position = len(rollout.output_ids)
         rollout.output_ids.append(token_of(rollout.seed, position))
@@ -282,13 +297,15 @@ class FakeEngine:
             if f.rollout.pool == pool
         ]
 
-    async def open_budget(self, pool: str, tokens: int | None, key: str) -> Budget:
+    async def open_budget(
+        self, pool: str, tokens: int | None, key: str, places: int | None = None
+    ) -> Budget:
         await self._there()
         if key not in self.keys:
             mine = [b for b in self.budgets_.values() if b.pool == pool]
             assert not any(b.is_open for b in mine), f"{pool} has an open budget"
             self.keys[key] = budget_id = f"{self.name}-b{len(self.budgets_)}"
-            self.budgets_[budget_id] = FakeBudget(budget_id, pool, tokens or UNBOUNDED)
+            self.budgets_[budget_id] = FakeBudget(budget_id, pool, tokens or UNBOUNDED, places)
         return self._shown(self.budgets_[self.keys[key]])
 
     def _shown(self, budget: FakeBudget) -> Budget:

@@ -27,6 +27,7 @@ configs = st.builds(
     mode=st.sampled_from(["generated", "generated", "completed"]),
     budget=st.integers(1, 12),
     capacity=st.integers(1, 5),
+    standby=st.sampled_from([0, 0, 1, 4]),
     retention=st.integers(0, 2),
     group=st.integers(1, 3),
     max_lag=st.sampled_from([None, None, 0, 1, 2]),
@@ -415,7 +416,7 @@ class C3poMachine(RuleBasedStateMachine):
     @invariant()
     def the_pool_is_what_runs(self):
         assert set(self.machine.pool) == self.engine
-        assert len(self.machine.pool) <= self.config.capacity
+        assert len(self.machine.pool) <= self.config.capacity + self.config.standby
         for sample, live in self.machine.pool.items():
             versions = [span.version for span in live.spans for _ in range(span.count)]
             assert versions == self.referee.current[sample].versions
@@ -425,7 +426,7 @@ class C3poMachine(RuleBasedStateMachine):
     def no_place_stays_empty_without_reason(self):
         machine, config = self.machine, self.config
         if machine.phase == "open":
-            is_full = len(machine.pool) == config.capacity
+            is_full = len(machine.pool) == config.capacity + config.standby
             assert is_full or not machine.stream or not self.admissible()
 
     @invariant()

@@ -17,7 +17,7 @@ from everstep.trainer_bridge.c3po_config import C3poConfig
 from everstep.trainer_bridge.rollout_record import trajectory_of
 from everstep.trainer_bridge.run_state import RunState
 
-from .rollout_world import FakeEngine, Killed, World, digest, run, token_of
+from .rollout_world import STEP_S, FakeEngine, Killed, World, digest, run, token_of
 
 
 def in_memory() -> Path:
@@ -76,6 +76,9 @@ def check(world: World, state: RunState, *, ids: list[str] | None = None) -> Non
             used.update(engine.used())
         for books in state.books:
             assert books.sampled <= used[books.iteration] <= world.config.budget
+    # the meter aside, which lets nobody run
+    leases = [b for engine in world.engines for b in engine.budgets_.values() if b.places]
+    assert {lease.places for lease in leases} <= {world.config.capacity}
     in_all = sum(b.used for engine in world.engines for b in engine.budgets_.values())
     # of an engine that stays away nobody is told what it still sampled
     assert total.sampled <= in_all if world.notes else total.sampled == in_all
@@ -117,6 +120,68 @@ def test_several_engines_share_a_budget_to_the_token(folder):
     assert {books.sampled for books in state.books[:-1]} == {40}
     leases = [len(engine.budgets_) for engine in engines]
     assert min(leases) > 2
+
+
+@pytest.mark.parametrize("standby", [0, 12])
+def test_who_stands_by_takes_a_free_place_in_the_same_step(folder, standby):
+    engine = FakeEngine("e", short)
+    # a word with the engine takes three steps
+    engine.delay_s = 3 * STEP_S
+    world = World(
+        folder,
+        config(budget=300, capacity=6, standby=standby),
+        [engine],
+        [f"p{i}" for i in range(100)],
+    )
+    state = run(world.live(limit=4))
+    full = sum(rows == 6 for rows in engine.rows)
+    if standby:
+        # 300 tokens are 50 steps of 6
+        assert [rows for rows in engine.rows if rows < 6] == []
+        assert full == 200
+    else:
+        assert full < 0.7 * len(engine.rows)
+    assert [books.sampled for books in state.books] == [300] * 4
+    check(world, run(world.live()))
+    nothing_is_left(world)
+
+
+def test_nobody_overtakes_whoever_stands_by(folder):
+    engine = FakeEngine("e", short)
+    # calls arrive in the order in which they are made
+    engine.delay_s = 0.0
+    world = World(
+        folder, config(group=1, capacity=2, standby=3), [engine], [f"p{i}" for i in range(30)]
+    )
+    check(world, run(world.live()))
+    names = [fake.rollout.metadata["n"] for fake in engine.rollouts.values()]
+    assert names == sorted(names)
+
+
+def test_capacity_holds_when_a_second_engine_joins_a_run_whose_rollouts_stand_by(folder):
+    engines = [FakeEngine(f"e{i}", short) for i in range(2)]
+    world = World(folder, config(standby=7, budget=60), engines[:1], [f"p{i}" for i in range(30)])
+    run(world.live(limit=2))
+    world.engines, world.config = engines, config(budget=60)
+
+    async def watched() -> tuple[RunState, int]:
+        most = 0
+
+        async def watch() -> None:
+            nonlocal most
+            while True:
+                await asyncio.sleep(STEP_S / 2)
+                most = max(most, sum(engine.num_begun for engine in engines))
+
+        watcher = asyncio.create_task(watch())
+        state = await world.live()
+        watcher.cancel()
+        return state, most
+
+    state, most = run(watched())
+    check(world, state)
+    assert most == world.config.capacity
+    assert all(engine.rows for engine in engines)
 
 
 def test_purged_samples_are_drawn_anew_and_named_in_the_line(folder):
@@ -338,18 +403,23 @@ def test_budget_and_retention_may_change_between_iterations_and_the_group_may_no
 
 
 @pytest.mark.parametrize("is_behind", [False, True])
-@pytest.mark.parametrize(("budget", "num_more", "stride"), [(17, 2, 1), (4000, 40, 9)])
-def test_a_kill_at_any_commit_is_harmless(is_behind, budget, num_more, stride):
-    """Of a run with purges, bad prompts and two engines; and of one long iteration."""
+@pytest.mark.parametrize(
+    ("budget", "num_more", "stride", "standby"), [(17, 2, 1, 0), (4000, 40, 9, 0), (17, 4, 2, 3)]
+)
+def test_a_kill_at_any_commit_is_harmless(is_behind, budget, num_more, stride, standby):
+    """Of a run with purges, bad prompts and two engines; of one long iteration; of one engine in
+    which rollouts stand by."""
     commits, is_killed = 1 - stride, True
     while is_killed:
         commits += stride
         folder = in_memory()
-        engines = [FakeEngine(f"e{i}", lambda seed, _: 2 + digest(seed) % 9) for i in range(2)]
-        engines[0].refused = engines[1].refused = {"p2"}
+        names = ["e0"] if standby else ["e0", "e1"]
+        engines = [FakeEngine(name, lambda seed, _: 2 + digest(seed) % 9) for name in names]
+        for engine in engines:
+            engine.refused = {"p2"}
         more = [f"q{i}" for i in range(num_more)]
         ids = ["p0", "p1", "bad", "p2", "p3", *more]
-        usual = config(budget=budget, capacity=4, retention=1)
+        usual = config(budget=budget, capacity=4, retention=1, standby=standby)
         world = World(folder, usual, engines, ids)
         world.crash = (commits, is_behind)
 
@@ -384,6 +454,7 @@ def stories(draw) -> dict:
         "mode": draw(st.sampled_from(["generated", "generated", "completed"])),
         "budget": draw(st.integers(1, 60)),
         "capacity": draw(st.integers(1, 8)),
+        "standby": draw(st.sampled_from([0, 1, 5])) if num_engines == 1 else 0,
         "retention": draw(st.integers(0, 3)),
         "group": draw(st.integers(1, 3)),
         "num_engines": num_engines,
@@ -416,6 +487,7 @@ def stories(draw) -> dict:
         "mode": "generated",
         "budget": 60,
         "capacity": 7,
+        "standby": 0,
         "retention": 0,
         "group": 3,
         "num_engines": 2,
@@ -430,7 +502,8 @@ def stories(draw) -> dict:
 def test_whatever_dies_nothing_is_lost_nothing_is_doubled(story):
     """Kills of the driver at any moment, servers that go and come, several engines or one."""
     folder = in_memory()
-    values = {k: story[k] for k in ("mode", "budget", "capacity", "retention", "group")}
+    names = ("mode", "budget", "capacity", "standby", "retention", "group")
+    values = {name: story[name] for name in names}
     engines = [FakeEngine(f"e{i}", short) for i in range(story["num_engines"])]
     world = World(
         folder,

@@ -64,15 +64,18 @@ def naive(mode, budget, capacity, retention, lengths):
     mode=st.sampled_from(["generated", "completed"]),
     budget=st.integers(1, 25),
     capacity=st.integers(1, 5),
+    standby=st.sampled_from([0, 0, 1, 5]),
     retention=st.integers(0, 3),
     lengths=st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=3), max_size=8),
 )
-def test_runs_of_ticks_are_the_ticks(mode, budget, capacity, retention, lengths):
+def test_runs_of_ticks_are_the_ticks(mode, budget, capacity, standby, retention, lengths):
+    """Whether or not rollouts stand by behind those that run."""
     simulator = Simulator(
         C3poConfig(
             mode=mode,
             budget=budget,
             capacity=capacity,
+            standby=standby,
             retention=retention,
             max_reissues=1000,
         ),
