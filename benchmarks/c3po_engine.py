@@ -1,8 +1,11 @@
-"""benchmarks/c3po.py engine: the comparison of `sim` on the real engine, with a tiny model.
+"""benchmarks/c3po.py engine: the comparison of `sim` on the real engine, with a small model.
 
 One engine runs all three in turn: C3PO++ (the driver of `everstep rollout`), synchronous batches,
 and "stop at N groups, abort, resubmit". Lengths are forced (`ignore_eos`, `max_tokens` drawn per
 sample: lognormal, capped where 1 % reach the cap), rollouts are durable for all, Ω is the same.
+
+Below each table stands what a step costs by the rollouts in it (c3po_steps.py), and what that cost
+allows C3PO++ to gain in time at most.
 """
 
 import argparse
@@ -13,10 +16,11 @@ import statistics
 import tempfile
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from c3po_steps import bound, step_costs
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -24,7 +28,7 @@ from everstep.engine.config import BatchConfig, EngineConfig, JournalConfig, KVC
 from everstep.engine.intake import Submission
 from everstep.engine.journal import Journal
 from everstep.engine.journal_thread import JournalThread
-from everstep.engine.make_checkpoint import make_checkpoint
+from everstep.engine.make_checkpoint import Format, make_checkpoint, resize
 from everstep.engine.manager import RolloutManager
 from everstep.engine.native import ProcessBackend
 from everstep.engine.rollout import Rollout, SamplingParams, derive_seed
@@ -38,9 +42,19 @@ from everstep.trainer_bridge.run_state import RunState
 from everstep.trainer_bridge.run_words import Header, KeptPrompt, Position
 
 MEDIAN = 16
-BATCH = 4
 GROUP = 8
-CAPACITY = BATCH * GROUP
+CAPACITY = 32
+_DENSE = (
+    *("hidden_size=1024", "intermediate_size=4096", "num_hidden_layers=2"),
+    *("num_attention_heads=8", "num_key_value_heads=2", "head_dim=128", "rotary_dim=64"),
+    *("vocab_size=512", "first_k_dense_replace=2"),
+)
+# shape, sizes, format. weights: 30 M parameters that no cache holds, so a step has a fixed cost
+MODELS: dict[str, tuple[str, tuple[str, ...], Format]] = {
+    "tiny": ("tiny", (), "bf16"),
+    "weights-bf16": ("tiny", _DENSE, "bf16"),
+    "weights-f32": ("tiny", _DENSE, "f32"),
+}
 RATIOS = (1, 4, 16)
 # σ: in `sim` the largest that purges nothing at a cap of 16
 RETENTIONS = (9, 3)
@@ -123,13 +137,19 @@ class C3po:
     """The driver, stopped after each round and gone on with in the next."""
 
     def __init__(
-        self, manager: RolloutManager, folder: Path, lengths: CappedLognormal, retention: int
+        self,
+        manager: RolloutManager,
+        folder: Path,
+        lengths: CappedLognormal,
+        retention: int,
+        capacity: int,
     ) -> None:
         self.name = f"C3PO++, σ = {retention}"
-        budget = max(1, round(CAPACITY * lengths.mean))
+        budget = max(1, round(capacity * lengths.mean))
         config = C3poConfig(
             budget=budget,
-            capacity=CAPACITY,
+            capacity=capacity,
+            standby=capacity,
             retention=retention,
             group=GROUP,
             max_reissues=10**6,
@@ -171,8 +191,8 @@ class Synchronous:
 
     name = "synchronous"
 
-    def __init__(self, manager: RolloutManager, lengths: CappedLognormal) -> None:
-        self._manager, self._lengths = manager, lengths
+    def __init__(self, manager: RolloutManager, lengths: CappedLognormal, capacity: int) -> None:
+        self._manager, self._lengths, self._capacity = manager, lengths, capacity
         self._number = 0
 
     async def run(self, steps: int) -> Phase:
@@ -180,7 +200,8 @@ class Synchronous:
         for _ in range(steps):
             began_s = time.perf_counter()
             self._number += 1
-            work = [submission(self._lengths, "sync", self._number, i) for i in range(CAPACITY)]
+            samples = range(self._capacity)
+            work = [submission(self._lengths, "sync", self._number, i) for i in samples]
             accepted = await self._manager.accept(work)
             rollouts = await asyncio.gather(*map(self._manager.wait, accepted.rollout_ids))
             phase.seconds += time.perf_counter() - began_s
@@ -195,13 +216,13 @@ class Synchronous:
 
 
 class StopAtN:
-    """Ω are kept in flight; when BATCH groups are complete the others are aborted, and submitted
-    again from their first token. A finished member of an unfinished group is kept."""
+    """Ω are kept in flight; when a batch of groups is complete the others are aborted, and
+    submitted again from their first token. A finished member of an unfinished group is kept."""
 
     name = "stop at N"
 
-    def __init__(self, manager: RolloutManager, lengths: CappedLognormal) -> None:
-        self._manager, self._lengths = manager, lengths
+    def __init__(self, manager: RolloutManager, lengths: CappedLognormal, capacity: int) -> None:
+        self._manager, self._lengths, self._capacity = manager, lengths, capacity
         self._prompts = itertools.count()
         self._waiting: deque[tuple[int, int, int]] = deque()
         self._hold: dict[int, list[int]] = {}
@@ -218,9 +239,9 @@ class StopAtN:
         manager, complete = self._manager, 0
         live: dict[asyncio.Task[Rollout], tuple[int, int, int]] = {}
         ids: dict[tuple[int, int, int], str] = {}
-        while complete < BATCH:
+        while complete < self._capacity // GROUP:
             fresh: list[tuple[int, int, int]] = []
-            while len(live) + len(fresh) < CAPACITY:
+            while len(live) + len(fresh) < self._capacity:
                 if not self._waiting:
                     prompt = next(self._prompts)
                     self._hold[prompt] = []
@@ -252,16 +273,17 @@ class StopAtN:
 
 
 async def compare(
-    manager: RolloutManager, folder: Path, ratio: int, retentions: Sequence[int], num_rounds: int
+    manager: RolloutManager, folder: Path, lengths: CappedLognormal, args: argparse.Namespace
 ) -> tuple[list[str], list[list[Phase]]]:
     """Names of the ways, and their phases by round; the ways take turns."""
-    lengths = CappedLognormal(median=MEDIAN, ratio=ratio)
-    ways: list[Any] = [C3po(manager, folder, lengths, retention) for retention in retentions]
-    ways += [Synchronous(manager, lengths), StopAtN(manager, lengths)]
+    ways: list[Any] = [
+        C3po(manager, folder, lengths, retention, args.capacity) for retention in args.retentions
+    ]
+    ways += [way(manager, lengths, args.capacity) for way in (Synchronous, StopAtN)]
     found: list[list[Phase]] = [[] for _ in ways]
     for way in ways:
         await way.run(WARM_UP if isinstance(way, C3po) else 1)
-    for _ in range(num_rounds):
+    for _ in range(args.rounds):
         for way, phases in zip(ways, found, strict=True):
             before = await num_steps(manager)
             phase = await way.run(ITERATIONS if isinstance(way, C3po) else STEPS)
@@ -280,26 +302,30 @@ async def num_steps(manager: RolloutManager) -> int:
 
 
 HEADER = (
-    *("cap / median", "way", "rollouts per step", "steps per 1,000 delivered tokens"),
+    *("cap / median", "way", "rollouts per step", "of Ω", "steps per 1,000 delivered tokens"),
     *("fewer than synchronous", "delivered tok/s", "× synchronous", "not delivered"),
 )
 
 
-def rows(ratio: int, names: Sequence[str], found: Sequence[Sequence[Phase]]) -> list[list[str]]:
+def rows(
+    ratio: float, capacity: int, names: Sequence[str], found: Sequence[Sequence[Phase]]
+) -> list[list[str]]:
     """A row for each way. Steps do not depend on what else the machine does; times do."""
     synchronous = found[names.index(Synchronous.name)]
+    in_step = [total(phases, "sampled") / total(phases, "engine_steps") for phases in found]
     return [
         [
-            str(ratio),
+            f"{ratio:g}",
             name,
-            f"{total(phases, 'sampled') / total(phases, 'engine_steps'):.1f}",
+            f"{in_step[number]:.1f}",
+            f"{100 * in_step[number] / capacity:.0f} %",
             f"{1000 * steps_per_token(phases):.1f}",
             f"{steps_per_token(synchronous) / steps_per_token(phases):.2f} ×",
             f"{statistics.median(phase.tokens_per_s for phase in phases):.0f}",
             times(phases, synchronous),
             f"{100 * (1 - total(phases, 'delivered') / total(phases, 'sampled')):.0f} %",
         ]
-        for name, phases in zip(names, found, strict=True)
+        for number, (name, phases) in enumerate(zip(names, found, strict=True))
     ]
 
 
@@ -321,11 +347,14 @@ def times(mine: Sequence[Phase], theirs: Sequence[Phase]) -> str:
 async def measure(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="everstep-c3po-") as name:
         folder = Path(name)
-        checkpoint = make_checkpoint(folder / "tiny", shape="tiny", seed=1)
+        shape, sizes, kind = MODELS[args.model]
+        checkpoint = make_checkpoint(
+            folder / "model", shape=resize(shape, sizes), format=kind, seed=1
+        )
         model = ModelConfig(path=str(checkpoint), max_model_len=1024)
         engine = EngineConfig(
             model=model,
-            batch=BatchConfig(max_num_seqs=CAPACITY),
+            batch=BatchConfig(max_num_seqs=args.capacity),
             # nobody's KV is ever dropped: not what this compares
             kv=KVConfig(num_blocks=16384),
             num_threads=args.threads,
@@ -336,21 +365,35 @@ async def measure(args: argparse.Namespace) -> None:
         try:
             print("| " + " | ".join(HEADER) + " |")
             print("|" + "---|" * len(HEADER))
+            costs = await step_costs(manager, PROMPT, args.capacity)
+            bounds = []
             for ratio in args.ratios:
-                names, found = await compare(manager, folder, ratio, args.retentions, args.rounds)
-                for cells in rows(ratio, names, found):
+                lengths = CappedLognormal(median=MEDIAN, ratio=ratio)
+                names, found = await compare(manager, folder, lengths, args)
+                for cells in rows(ratio, args.capacity, names, found):
                     print("| " + " | ".join(cells) + " |", flush=True)
-            print(f"\nload {os.getloadavg()[0]:.1f} at the end; {manager.info.numerics}")
+                bounds.append(f"{bound(costs, lengths, args.capacity):.2f} × at cap {ratio}")
+            print(f"\nms of a step by its rollouts: {costs_text(costs)}")
+            print(f"so at most × synchronous: {', '.join(bounds)}")
+            print(f"load {os.getloadavg()[0]:.1f} at the end; {manager.info.numerics}")
         finally:
             await manager.close()
 
 
+def costs_text(costs: Mapping[int, float]) -> str:
+    return ", ".join(f"{count}: {1e3 * seconds:.2f}" for count, seconds in costs.items())
+
+
 def run(args: argparse.Namespace) -> None:
+    if args.capacity % GROUP:
+        raise SystemExit(f"--capacity must be a multiple of {GROUP}, the samples of a group")
     asyncio.run(measure(args))
 
 
 def add_command(commands: Any) -> None:
-    parser = commands.add_parser("engine", help="measured, on a tiny model")
+    parser = commands.add_parser("engine", help="measured, on a small model")
+    parser.add_argument("--model", choices=MODELS, default="tiny")
+    parser.add_argument("--capacity", type=int, default=CAPACITY, help="Ω, the same for all")
     parser.add_argument("--threads", type=int, default=1, help="compute threads of the core")
     parser.add_argument("--ratios", type=int, nargs="+", default=list(RATIOS))
     parser.add_argument("--retentions", type=int, nargs="+", default=list(RETENTIONS), help="σ")
