@@ -390,6 +390,8 @@ def rollouts_api() -> str:
         "vocabulary or weights, or of an id that is known here, 409 `conflict`.\n"
         "From its first budget on a pool grows under an open one only: what of it waits is `paused`, "
         "and `waits_for` says `budget`.\n"
+        "Under one with `places` at most so many of its rollouts run at once, the first that came; "
+        "the others stand by, `paused` likewise.\n"
         "A pool has one open budget at a time, a second one is 409 `conflict`. `used` counts tokens "
         "that are journaled: it is never more than `tokens`, and as many once the state is `spent`.\n"
         "A closed budget counts what was in flight; to close what has ended is fine.\n"
