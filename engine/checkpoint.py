@@ -22,7 +22,7 @@ from . import log
 from .errors import CheckpointError, WeightsRefused
 from .expected_tensors import TensorSpec, expected_tensors
 from .hub import Progress, ignore_progress
-from .manifest import combine_digests
+from .manifest import combine_digests, tensor_hash
 from .quant_format import QuantFormat, is_ignored
 from .ring_config import RingConfig, read_config
 from .safetensors_header import DTYPE_NAMES, TensorEntry, listed, read_entries
@@ -110,7 +110,7 @@ class Checkpoint:
         Raises WeightsRefused for one that is not finite; CheckpointError as `tensor`.
         """
         tensor = self._raw(name)
-        hashing = tensor_hash(name, tensor)
+        hashing = _tensor_hash(name, tensor)
         for chunk in torch.split(tensor.reshape(-1), _PIECE_BYTES // tensor.element_size()):
             if not _is_finite(chunk):
                 raise WeightsRefused(self._not_finite(name), tensor=name)
@@ -165,21 +165,16 @@ class Checkpoint:
 
 
 def tensor_digest(name: str, tensor: Tensor) -> str:
-    """sha256 (hex) over name, safetensors type, shape and the row-major little-endian bytes.
-
-    The head is `name \\0 type \\0 d0,d1,… \\0` in UTF-8; a scalar has an empty shape.
-    """
-    digest = tensor_hash(name, tensor)
+    """sha256 (hex) over name, safetensors type, shape and values: see `manifest.tensor_hash`."""
+    digest = _tensor_hash(name, tensor)
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     for chunk in torch.split(flat, _CHUNK_BYTES):
         digest.update(chunk.numpy().data)
     return digest.hexdigest()
 
 
-def tensor_hash(name: str, tensor: Tensor) -> "hashlib._Hash":
-    """A `tensor_digest` that has seen the head, and no values yet."""
-    shape = ",".join(str(size) for size in tensor.shape)
-    return hashlib.sha256(f"{name}\0{DTYPE_NAMES[tensor.dtype]}\0{shape}\0".encode())
+def _tensor_hash(name: str, tensor: Tensor) -> "hashlib._Hash":
+    return tensor_hash(name, DTYPE_NAMES[tensor.dtype], tensor.shape)
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -54,7 +54,7 @@ class Canary(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class TensorRecord(Struct, frozen=True, forbid_unknown_fields=True):
-    """One tensor as it is stored: safetensors type, shape, sha256 (`checkpoint.tensor_digest`)."""
+    """One tensor as it is stored: safetensors type, shape, sha256 (`tensor_hash`)."""
 
     dtype: str
     shape: tuple[Count, ...]
@@ -190,6 +190,12 @@ def check_digest(manifest: Manifest, name: str, digest: str, folder: Path) -> No
             "bytes are not those that were published",
             tensor=name,
         )
+
+
+def tensor_hash(name: str, dtype: str, shape: Iterable[int]) -> "hashlib._Hash":
+    """A tensor's digest that has seen its head, and no values yet: sha256 over `name \\0 type \\0
+    d0,d1,… \\0` in UTF-8 (a scalar has an empty shape), then the row-major little-endian bytes."""
+    return hashlib.sha256(f"{name}\0{dtype}\0{','.join(map(str, shape))}\0".encode())
 
 
 def combine_digests(digests: Mapping[str, str]) -> str:

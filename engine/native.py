@@ -139,24 +139,25 @@ class ProcessBackend:
         self._backlog = []
 
 
-def _spawn() -> subprocess.Popen[bytes]:
-    """Start a core with this interpreter and this copy of the package.
+def own_python(statement: str) -> list[str]:
+    """A command that runs it with this interpreter and this copy of the package.
 
     The package's root goes to the end of the path: at its front a checkout's `kernels` would
     hide another package of that name.
     """
     root = str(Path(__file__).parent.parent)
     package_root = root if Path(root, "everstep").is_dir() else str(Path(root).parent)
-    code = (
-        f"import sys; sys.path.append({package_root!r}); "
-        "from everstep.engine.core import main; main()"
-    )
-    environment = PATIENCE | dict(os.environ)
+    code = f"import sys; sys.path.append({package_root!r}); {statement}"
+    return [sys.executable, "-P", "-c", code]
+
+
+def _spawn() -> subprocess.Popen[bytes]:
+    """Start a core."""
     return subprocess.Popen(
-        [sys.executable, "-P", "-c", code],
+        own_python("from everstep.engine.core import main; main()"),
         stdin=subprocess.PIPE,
         stdout=sys.stderr.fileno() if hasattr(sys.stderr, "fileno") else None,
-        env=environment,
+        env=PATIENCE | dict(os.environ),
         # Ctrl-C in the terminal is the front's to handle
         start_new_session=True,
     )

@@ -279,6 +279,10 @@ def train(
     demo: Annotated[
         bool, typer.Option("--demo", help="Make a small model and train it, from nothing.")
     ] = False,
+    explain: Annotated[
+        bool,
+        typer.Option("--explain", help="Say which rank sends which bytes of the weights, and end."),
+    ] = False,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the demo.")] = 0,
     out: Annotated[
         Path | None,
@@ -292,6 +296,7 @@ def train(
     goes on to the same bits. docs/reference/training.md has every setting.
 
     Several ranks: torchrun --nproc-per-node 2 -m everstep.trainer_bridge.fsdp_trainer CONFIG
+    [--explain]
 
     [dim]everstep train run.toml[/dim]
 
@@ -303,12 +308,12 @@ def train(
     from .train import run_demo, run_train
 
     log.setup(json_lines=log_format() == "json")
-    if demo and config is not None:
-        raise ConfigError(f"--demo has a recipe of its own: leave {config} out")
+    if demo and (config is not None or explain):
+        raise ConfigError(f"--demo has a recipe of its own: leave {config or '--explain'} out")
     if demo:
         run_demo(out, seed, changes or [])
     elif config is not None:
-        run_train(config, changes or [])
+        run_train(config, changes or [], explains=explain)
     else:
         raise ConfigError("CONFIG is missing: name a TOML file, or give --demo")
 
@@ -416,6 +421,51 @@ def keys(
 
     for path in make_keys(folder):
         typer.echo(path)
+
+
+@app.command("receive-weights")
+def receive_weights(
+    bind: Annotated[
+        str,
+        typer.Option("--bind", metavar="ADDRESS", help="Where the trainer's ranks connect."),
+    ] = "tcp://127.0.0.1:5601",
+    run_name: Annotated[
+        str, typer.Option("--run-name", metavar="NAME", help="What the trainer calls this run.")
+    ] = "run",
+    root: Annotated[
+        Path | None,
+        typer.Option(
+            "--root",
+            metavar="DIR",
+            help="Folder of the versions; default: everstep-NAME in /dev/shm.",
+            show_default=False,
+        ),
+    ] = None,
+    keys: Annotated[
+        Path | None,
+        typer.Option(
+            "--keys",
+            metavar="DIR",
+            help="Of `everstep keys`; needed beyond this machine.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Take a trainer's versions of the weights on an engine's host.
+
+    Every rank of the trainer (`[publish] endpoints`) sends its own shards. A version becomes a
+    folder, whole or not at all; `POST /weights/update` lets a server serve it, and `everstep rollout
+    --bridge` does so by itself (--weights-bind starts a receiver with it). Runs until Ctrl-C.
+
+    [dim]everstep receive-weights --bind tcp://0.0.0.0:5601 --run-name run --keys ./keys[/dim]
+    """
+    from .engine import log
+    from .trainer_bridge.weight_folder import default_root
+    from .weights_receiving import Job, receive
+
+    log.setup(json_lines=log_format() == "json")
+    folder = default_root(run_name) if root is None else root.resolve()
+    receive(Job(bind, run_name, str(folder), None if keys is None else str(keys)))
 
 
 @app.command("make-checkpoint")

@@ -143,6 +143,24 @@ def rollout(
             "--keys", metavar="DIR", help="Of `everstep keys`, for the bridge.", show_default=False
         ),
     ] = None,
+    weights_bind: Annotated[
+        str | None,
+        typer.Option(
+            "--weights-bind",
+            metavar="ADDRESS",
+            help="Take the trainer's weights here too; for one on another host.",
+            show_default=False,
+        ),
+    ] = None,
+    weights_root: Annotated[
+        Path | None,
+        typer.Option(
+            "--weights-root",
+            metavar="DIR",
+            help="Folder of what is taken; default: everstep-NAME in /dev/shm.",
+            show_default=False,
+        ),
+    ] = None,
     kv: Annotated[
         KVAtFlip,
         typer.Option("--kv", help="KV of unfinished rollouts when new weights serve."),
@@ -196,8 +214,15 @@ def rollout(
     from .rollout_run import RolloutRun
     from .rollout_training import Training
     from .trainer_bridge.rewards import RewardConfig
+    from .trainer_bridge.weight_folder import default_root
+    from .weights_receiving import Job
 
-    training = None
+    training = weights = None
+    if weights_bind is not None:
+        if bridge is None:
+            raise ConfigError("--weights-bind is for the weights of a trainer: name --bridge too")
+        folder = default_root(run_name) if weights_root is None else weights_root.resolve()
+        weights = Job(weights_bind, run_name, str(folder), None if keys is None else str(keys))
     if bridge is not None:
         training = Training(
             endpoint=bridge,
@@ -206,6 +231,7 @@ def rollout(
             keys=keys,
             kv=kv.value,
             deadline_s=train_wait_s,
+            weights=weights,
         )
     run = RolloutRun(
         settings,

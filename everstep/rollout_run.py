@@ -26,6 +26,7 @@ from .trainer_bridge.rollout_report import Report
 from .trainer_bridge.run_file import RunFile
 from .trainer_bridge.run_state import RunState, run_path
 from .trainer_bridge.run_words import Header
+from .weights_receiving import ReceiverChild
 
 _SHOWN_TROUBLES = 20
 
@@ -138,9 +139,18 @@ class RolloutRun:
     async def _drive(self, state: RunState, output: RolloutOutput) -> None:
         if state.machine.phase == "done":
             return
+        with self._receiver() as receiver:
+            await self._drive_engines(state, output, receiver)
+
+    async def _drive_engines(
+        self, state: RunState, output: RolloutOutput, receiver: ReceiverChild | None
+    ) -> None:
+        """receiver  it starts while the engines do"""
         async with self._engines(state) as engines:
             view = RolloutView(limit=self._limit)
             with contextlib.closing(view):
+                if receiver is not None:
+                    view.note(await asyncio.to_thread(receiver.ready))
                 warning = purge_warning(self._config, self._sampling.max_tokens)
                 warnings = [] if warning is None else [warning]
 
@@ -161,6 +171,15 @@ class RolloutRun:
                     on_note=view.note,
                 )
                 await driver.run()
+
+    @contextlib.contextmanager
+    def _receiver(self) -> Iterator[ReceiverChild | None]:
+        job = None if self._training is None else self._training.weights
+        if job is None:
+            yield None
+            return
+        with ReceiverChild(job) as receiver:
+            yield receiver
 
     def _learner(
         self, state: RunState, engines: Sequence[Engine], on_note: Callable[[str], None]

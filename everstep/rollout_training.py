@@ -14,6 +14,7 @@ from .trainer_bridge.rewards import RewardConfig
 from .trainer_bridge.rollout_engine import Engine
 from .trainer_bridge.spool import Spool
 from .trainer_bridge.trajectory_sender import TrajectorySender
+from .weights_receiving import Job
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,7 @@ class Training:
     run         the name that they say
     keys        folder of CURVE keys; needed beyond this machine
     deadline_s  for an iteration to be trained
+    weights     a receiver for a trainer on another host; None: it writes where we can read
     """
 
     endpoint: str
@@ -32,6 +34,7 @@ class Training:
     keys: Path | None
     kv: KVPolicy
     deadline_s: float
+    weights: Job | None = None
 
     def check(self, servers: Sequence[str]) -> None:
         """Raises ConfigError, MissingExtra."""
@@ -41,6 +44,8 @@ class Training:
                 "--bridge needs the engine in this process for now: leave --server out"
             )
         check_endpoint(self.endpoint, self._keys)
+        if self.weights is not None:
+            self.weights.check()
 
     def learner(
         self,

@@ -10,13 +10,16 @@ from .engine.settings import Assignment, load
 from .trainer_bridge.config import read_config
 
 
-def run_train(file: Path, changes: Sequence[str]) -> None:
-    """Train as `file` says, with `changes` (NAME=VALUE) over it."""
+def run_train(file: Path, changes: Sequence[str], *, explains: bool = False) -> None:
+    """Train as `file` says, with `changes` (NAME=VALUE) over it.
+
+    explains  say who would send which bytes of the weights instead
+    """
     config = read_config(file, [_assignment(change) for change in changes])
     # torch is needed only by a run whose settings are right
-    from .trainer_bridge.fsdp_trainer import train
+    from .trainer_bridge.fsdp_trainer import explain, train
 
-    train(config, _say)
+    (explain if explains else train)(config, _say)
 
 
 def run_demo(folder: Path | None, seed: int, changes: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ class Proxy:
 
     idle_s      a connection on which nothing came from the server for so long is cut
     cut_after   asked for each connection: bytes from the server after which it is cut; None: never
+    cut_up_after  the same of bytes from the client
     num_cuts    connections cut so far
     """
 
@@ -20,10 +21,12 @@ class Proxy:
         *,
         idle_s: float | None = None,
         cut_after: Callable[[], int | None] = lambda: None,
+        cut_up_after: Callable[[], int | None] = lambda: None,
     ) -> None:
         self.target = target
         self.idle_s = idle_s
         self.cut_after = cut_after
+        self.cut_up_after = cut_up_after
         self.num_cuts = 0
         self.num_connections = 0
         self.port = 0
@@ -39,7 +42,7 @@ class Proxy:
         except OSError:
             writer.transport.abort()
             return
-        upward = asyncio.create_task(_pump(reader, up_writer))
+        upward = asyncio.create_task(self._upward(reader, up_writer))
         try:
             if await self._downward(up_reader, writer):
                 self.num_cuts += 1
@@ -49,6 +52,19 @@ class Proxy:
                 # as a cable that is pulled: no polite end
                 one.transport.abort()
             await asyncio.gather(upward, return_exceptions=True)
+
+    async def _upward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        left = self.cut_up_after()
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(65536):
+                if left is not None:
+                    data, left = data[:left], left - len(data)
+                writer.write(data)
+                await writer.drain()
+                if left is not None and left <= 0:
+                    self.num_cuts += 1
+                    break
+        writer.transport.abort()
 
     async def _downward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         """Whether it was cut here."""
@@ -69,14 +85,6 @@ class Proxy:
                 await writer.drain()
             if left is not None and left <= 0:
                 return True
-
-
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with contextlib.suppress(ConnectionError):
-        while data := await reader.read(65536):
-            writer.write(data)
-            await writer.drain()
-    writer.transport.abort()
 
 
 @asynccontextmanager

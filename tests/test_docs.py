@@ -15,7 +15,7 @@ import typer
 from everstep.cli import app
 from everstep.engine.settings import settings_of
 from everstep.server.config import ServeConfig
-from everstep.trainer_bridge import protocol
+from everstep.trainer_bridge import protocol, weight_protocol
 from everstep.trainer_bridge.config import TrainConfig
 from everstep.trainer_bridge.rewards import RewardConfig
 
@@ -127,7 +127,9 @@ def test_the_reference_is_what_the_code_says(generate: ModuleType, name: str) ->
 def test_the_bridge_page_tells_every_field_of_every_message() -> None:
     text = (ROOT / "docs" / "reference" / "bridge.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", text, re.MULTILINE))
-    kinds = (*get_args(protocol.ToEngine), *get_args(protocol.ToRank))
+    unions = (protocol.ToEngine, protocol.ToRank)
+    unions += (weight_protocol.ToReceiver, weight_protocol.FromReceiver)
+    kinds = [kind for union in unions for kind in get_args(union)]
     assert set(rows) == {kind.__struct_config__.tag for kind in kinds}
     for kind in kinds:
         told = re.findall(r"`(\w+)`", rows[kind.__struct_config__.tag])

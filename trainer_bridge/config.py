@@ -100,7 +100,8 @@ class SourceConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class PublishConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where engines on this host find each version of the weights, while an engine is the source."""
+    """Where engines find each version of the weights, while an engine is the source: on this host,
+    or brought to theirs."""
 
     root: Annotated[
         str, Meta(description="folder of the versions; default: everstep-RUN in /dev/shm")
@@ -112,6 +113,18 @@ class PublishConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             "of 128×128, or every linear layer"
         ),
     ] = "model"
+    endpoints: Annotated[
+        list[str],
+        Meta(
+            description="receivers on the engines' hosts, as tcp://10.0.0.2:5601; instead of root"
+        ),
+    ] = []
+    keys: Annotated[
+        str, Meta(description="folder of CURVE keys for the receivers; default: source.keys")
+    ] = ""
+    deadline_s: Annotated[float, Meta(gt=0, description="how long a receiver may say nothing")] = (
+        60.0
+    )
     keep: Annotated[int, Meta(ge=1, description="how many of the newest stay")] = 2
     canaries: Annotated[
         int, Meta(ge=0, description="responses that are scored with each, for engines to compare")
@@ -171,6 +184,10 @@ class TrainConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
                 raise ConfigError(f"{name} must be set: {_NEEDED[name]}")
         if bool(self.source.path) == bool(self.source.endpoint):
             raise ConfigError("source.path (files) or source.endpoint (an engine): set one of them")
+        if self.publish.root and self.publish.endpoints:
+            raise ConfigError(
+                "publish.root (this host) or publish.endpoints (others): set one of them"
+            )
         if self.numerics.kernels == "exact" and self.numerics.device == "cuda":
             raise ConfigError("numerics.kernels = 'exact' runs on the CPU: numerics.device = 'cpu'")
         if self.numerics.kernels == "exact" and self.numerics.fp8:

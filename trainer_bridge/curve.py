@@ -12,6 +12,7 @@ On this machine alone (loopback, ipc) none are needed; beyond it they are asked 
 
 import ipaddress
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import zmq
@@ -38,6 +39,17 @@ class Keys(Struct, frozen=True):
         """Before connect, on a rank's side."""
         socket.curve_publickey, socket.curve_secretkey = self.public.encode(), self.secret.encode()
         socket.curve_serverkey = self.peer.encode()
+
+
+class Gate:
+    """Lets in whoever has the other side's secret key; for `configure_curve_callback`."""
+
+    def __init__(self, keys: Keys) -> None:
+        self._public = keys.peer.encode()
+
+    def callback(self, _domain: str, key: Any) -> bool:
+        """Whether this public key may come in."""
+        return bool(key == self._public)
 
 
 def make_keys(folder: Path) -> list[Path]:
@@ -70,18 +82,19 @@ def read_keys(folder: Path, side: str) -> Keys:
     return Keys(public.decode(), secret.decode(), peer_public.decode())
 
 
-def check_endpoint(endpoint: str, keys: Keys | None) -> None:
-    """Raises ConfigError for an address that is none, or that others reach and no key protects."""
+def check_endpoint(endpoint: str, keys: Keys | None, name: str = "bridge.endpoint") -> None:
+    """Raises ConfigError for an address that is none, or that others reach and no key protects.
+
+    name  of the setting
+    """
     parts = urlsplit(endpoint)
     if parts.scheme in ("ipc", "inproc"):
         return
     if parts.scheme != "tcp" or not parts.hostname:
-        raise ConfigError(
-            f"bridge.endpoint: {endpoint!r}; accepted: tcp://HOST:PORT or ipc:///PATH"
-        )
+        raise ConfigError(f"{name}: {endpoint!r}; accepted: tcp://HOST:PORT or ipc:///PATH")
     if keys is None and not _is_loopback(parts.hostname):
         raise ConfigError(
-            f"bridge.endpoint: {endpoint!r} can be reached from outside this machine: make keys "
+            f"{name}: {endpoint!r} can be reached from outside this machine: make keys "
             "(`everstep keys DIR`) and name them (bridge.keys), or use 127.0.0.1"
         )
 

@@ -1,6 +1,6 @@
 """A training run: groups in, train, save, export. One process, or each rank of torchrun:
 
-    torchrun --nproc-per-node 2 -m everstep.trainer_bridge.fsdp_trainer config.toml
+    torchrun --nproc-per-node 2 -m everstep.trainer_bridge.fsdp_trainer config.toml [--explain]
 
 The output folder holds everything of a run, and the same command goes on from it:
 
@@ -25,8 +25,9 @@ from .config import TrainConfig, read_config
 from .export import export
 from .loss_alarms import Alarms
 from .sharding import World, join_world
-from .sources import BridgeSource, FileSource, Source
-from .trainer import Report, Trainer
+from .sources import BridgeSource, FileSource, Source, stored_as, where
+from .trainer import Report, Trainer, sharded
+from .weight_layout import WeightLayout
 
 Say = Callable[[str], None]
 
@@ -40,6 +41,20 @@ def train(config: TrainConfig, say: Say) -> None:
     config.check()
     with join_world(config.numerics.device, config.timeout_s) as world:
         Run(config, world, say if world.is_first else _silent).run()
+
+
+def explain(config: TrainConfig, say: Say) -> None:
+    """Say which rank would send which bytes of each version, and where to; nothing is read or sent.
+
+    say  as for `train`; raises as it does
+    """
+    config.check()
+    with join_world(config.numerics.device, config.timeout_s) as world:
+        ring, dtype = sharded(config, world, resolve(config.model))
+        layout = WeightLayout(ring, world, stored_as(config, ring, dtype))
+        if world.is_first:
+            for line in (f"versions go to {where(config)}", *layout.explain().splitlines()):
+                say(line)
 
 
 class Run:
@@ -165,13 +180,15 @@ def _write(line: str) -> None:
 def main(arguments: Sequence[str]) -> int:
     """What each rank of torchrun runs; returns the exit code."""
     log.setup()
-    if len(arguments) != 1:
+    names = [argument for argument in arguments if argument != "--explain"]
+    if len(names) != 1 or len(arguments) > 2:
         sys.stderr.write(
-            "error: usage: python -m everstep.trainer_bridge.fsdp_trainer CONFIG.toml\n"
+            "error: usage: python -m everstep.trainer_bridge.fsdp_trainer CONFIG.toml [--explain]\n"
         )
         return 2
+    run = train if names == list(arguments) else explain
     try:
-        train(read_config(Path(arguments[0])), _write)
+        run(read_config(Path(names[0])), _write)
     except EverstepError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

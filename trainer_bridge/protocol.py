@@ -198,7 +198,7 @@ def decode_to_engine(frame: bytes) -> ToEngine:
     try:
         return _to_engine.decode(frame)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise _why_not(frame, error) from None
+        raise why_not(frame, error) from None
 
 
 def decode_to_rank(frame: bytes) -> ToRank:
@@ -206,7 +206,7 @@ def decode_to_rank(frame: bytes) -> ToRank:
     try:
         return _to_rank.decode(frame)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise _why_not(frame, error) from None
+        raise why_not(frame, error) from None
 
 
 def check_version(protocol: int, software: str) -> None:
@@ -218,8 +218,9 @@ def check_version(protocol: int, software: str) -> None:
         )
 
 
-def _why_not(frame: bytes, error: Exception) -> BridgeError:
-    """A message of another version says so in fields that every version has."""
+def why_not(frame: bytes | memoryview, error: Exception) -> BridgeError:
+    """What is wrong with a frame that cannot be decoded. A message of another version says so in
+    fields that every version has."""
     try:
         fields = _fields.decode(frame)
         protocol = msgspec.msgpack.decode(fields["protocol"], type=int)

@@ -5,6 +5,8 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Protocol
 
+import torch
+
 from ..engine.errors import BridgeError, InvalidTrajectory
 from ..engine.ring_config import RingConfig
 from ..engine.stored_format import StoredFormat
@@ -14,12 +16,14 @@ from .curve import read_keys
 from .protocol import TrajectoryGroup
 from .samples import Group, Sample, sample_of
 from .sharding import World
+from .trainable import TrainableRing
 from .trainer import Report, Trainer
 from .trainer_canaries import make_canaries, texts_of
 from .trajectory_files import TrajectoryFiles
 from .trajectory_receiver import TrajectoryReceiver
-from .weight_folder import SHARED_MEMORY
+from .weight_folder import default_root
 from .weight_sender import WeightSender
+from .weight_targets import Elsewhere, Here, Target
 
 
 class Source(Protocol):
@@ -72,19 +76,13 @@ class BridgeSource:
         self._trainer, config = trainer, trainer.config
         world, source = trainer.world, config.source
         lineage = world.same(token_hex(8))
-        root = Path(config.publish.root or SHARED_MEMORY / f"everstep-{source.run}")
         self._sender = WeightSender(
             trainer.ring,
             world,
+            _target(config, world, lineage),
             source=trainer.folder,
-            root=root,
-            stored=StoredFormat(
-                trainer.ring.config,
-                trainer.dtype,
-                None if config.publish.format == "model" else config.publish.format,
-            ),
+            stored=stored_as(config, trainer.ring, trainer.dtype),
             lineage=lineage,
-            keep=config.publish.keep,
         )
         if checkpoint is not None:
             # the engine may be ahead of it, and goes back to these weights
@@ -103,6 +101,7 @@ class BridgeSource:
             self._receiver.connect(source.deadline_s)
         except BaseException:
             self._receiver.close("it could not begin")
+            self._sender.close()
             raise
 
     def share(self, iteration: int) -> Sequence[Group] | None:
@@ -132,6 +131,7 @@ class BridgeSource:
 
     def close(self) -> None:
         self._receiver.close()
+        self._sender.close()
 
     def _group(self, group: TrajectoryGroup) -> Group:
         """Responses of no tokens count in the group's baseline, and have nothing to train."""
@@ -155,3 +155,36 @@ class BridgeSource:
         except InvalidTrajectory as error:
             raise BridgeError(f"group {group.name}: {error}") from None
         return Group.of(group.name, samples, self._trainer.config.advantage_std, others=others)
+
+
+def _target(config: TrainConfig, world: World, lineage: str) -> Target:
+    """Raises ConfigError for endpoints or keys that cannot be used."""
+    publish, source = config.publish, config.source
+    if not publish.endpoints:
+        return Here(world, _root(config), publish.keep)
+    keys = publish.keys or source.keys
+    return Elsewhere(
+        world,
+        publish.endpoints,
+        run=source.run,
+        lineage=lineage,
+        keys=read_keys(Path(keys), "trainer") if keys else None,
+        keep=publish.keep,
+        deadline_s=publish.deadline_s,
+    )
+
+
+def stored_as(config: TrainConfig, ring: TrainableRing, dtype: torch.dtype) -> StoredFormat:
+    """In what form versions are published; dtype: of the model."""
+    fp8 = None if config.publish.format == "model" else config.publish.format
+    return StoredFormat(ring.config, dtype, fp8)
+
+
+def where(config: TrainConfig) -> str:
+    """Versions go there."""
+    return ", ".join(config.publish.endpoints) or str(_root(config))
+
+
+def _root(config: TrainConfig) -> Path:
+    root = config.publish.root
+    return Path(root) if root else default_root(config.source.run)

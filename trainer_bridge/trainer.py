@@ -76,16 +76,7 @@ class Trainer:
         self.config, self.world, self.folder = config, world, folder
         if config.numerics.fp8:
             check_fp8(world.device)
-        ring_config = trainable_config(folder)
-        auto = "bfloat16" if ring_config.dtype == "bfloat16" else "float32"
-        self.dtype = DTYPES[auto if config.numerics.dtype == "auto" else config.numerics.dtype]
-        self.ring = TrainableRing(
-            ring_config,
-            numerics="fp8" if config.numerics.fp8 else config.numerics.kernels,
-            device="meta",
-            recompute_layers=config.numerics.recompute,
-        )
-        shard(self.ring, world, self.dtype)
+        self.ring, self.dtype = sharded(config, world, folder)
         self.ring.load(folder)
         named = dict(self.ring.named_parameters())
         self.optimiser = Optimiser(named, config.optim)
@@ -323,6 +314,22 @@ class Trainer:
             seconds=time.perf_counter() - began,
             metrics=metrics,
         )
+
+
+def sharded(config: TrainConfig, world: World, folder: Path) -> tuple[TrainableRing, torch.dtype]:
+    """The model of this folder spread over the ranks, its memory not filled; and the type in which
+    it is used and stored."""
+    ring_config = trainable_config(folder)
+    auto = "bfloat16" if ring_config.dtype == "bfloat16" else "float32"
+    dtype = DTYPES[auto if config.numerics.dtype == "auto" else config.numerics.dtype]
+    ring = TrainableRing(
+        ring_config,
+        numerics="fp8" if config.numerics.fp8 else config.numerics.kernels,
+        device="meta",
+        recompute_layers=config.numerics.recompute,
+    )
+    shard(ring, world, dtype)
+    return ring, dtype
 
 
 @dataclass

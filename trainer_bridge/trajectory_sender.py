@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import zmq
 import zmq.asyncio
@@ -16,7 +16,7 @@ from zmq.auth.asyncio import AsyncioAuthenticator
 
 from ..engine import log
 from ..engine.errors import BridgeError, ConfigError, PeerMissing
-from .curve import Keys, check_endpoint
+from .curve import Gate, Keys, check_endpoint
 from .dealing import Dealer, Next, Outgoing
 from .protocol import Deliver, Trained, TrajectoryGroup, decode_to_engine, encode
 
@@ -84,7 +84,7 @@ class TrajectorySender:
         if self._keys is not None:
             self._gate = AsyncioAuthenticator(self._context)
             self._gate.start()
-            self._gate.configure_curve_callback("*", _Gate(self._keys.peer))
+            self._gate.configure_curve_callback("*", Gate(self._keys))
             self._keys.serve(self._socket)
         try:
             self._socket.bind(self._endpoint)
@@ -232,13 +232,3 @@ class TrajectorySender:
     async def _tell(self) -> None:
         async with self._changed:
             self._changed.notify_all()
-
-
-class _Gate:
-    """Lets in whoever has the trainer's secret key."""
-
-    def __init__(self, public: str) -> None:
-        self._public = public.encode()
-
-    def callback(self, _domain: str, key: Any) -> bool:
-        return bool(key == self._public)

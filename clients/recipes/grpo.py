@@ -3,8 +3,7 @@
     everstep serve ./model --port 8000
     python clients/recipes/grpo.py ./model questions.jsonl
 
-A line of questions.jsonl is {"prompt": "…", "answer": "…"}. Ranks, microbatches and checkpoints of
-the optimiser are left out: `everstep train` has them.
+A line of questions.jsonl is {"prompt": "…", "answer": "…"}. Several ranks: `everstep train`.
 """
 
 import json
@@ -28,6 +27,7 @@ from everstep.trainer_bridge.sharding import join_world, shard
 from everstep.trainer_bridge.trainable import TrainableRing, trainable_config
 from everstep.trainer_bridge.trainer_canaries import make_canaries, texts_of
 from everstep.trainer_bridge.weight_sender import WeightSender
+from everstep.trainer_bridge.weight_targets import Here
 
 PROMPTS, GROUP, LR = 16, 8, 1e-5
 SAMPLING = {"temperature": 1.0, "max_tokens": 512}
@@ -71,12 +71,12 @@ def train(
     """The metrics of each step; when they are there the server has its weights."""
     loss, ring = make_loss(LossConfig()), TrainableRing(trainable_config(model), device="meta")
     with Client(url) as client, Rewards(reward) as rewards, join_world("cpu") as world:
-        root = model.resolve().parent / "versions"
+        target = Here(world, model.parent / "versions")
         stored = StoredFormat(ring.config, getattr(torch, ring.config.dtype))
         shard(ring, world, stored.dtype)
         ring.load(model)
         adam = torch.optim.AdamW(ring.parameters(), lr=LR, weight_decay=0.01)
-        sender = WeightSender(ring, world, source=model, root=root, stored=stored, lineage="grpo")
+        sender = WeightSender(ring, world, target, source=model, stored=stored, lineage="grpo")
         first = client.weights().current.number + 1
         client.update_weights(sender.publish(first).path)  # both sides begin with the same weights
         for version in range(first + 1, first + 1 + steps):

@@ -22,6 +22,7 @@ from everstep.trainer_bridge.sharding import join_world, shard
 from everstep.trainer_bridge.trainable import TrainableRing, trainable_config
 from everstep.trainer_bridge.trainer_canaries import make_canaries
 from everstep.trainer_bridge.weight_sender import WeightSender
+from everstep.trainer_bridge.weight_targets import Here
 
 from ..engine.flips import FlippingCore, weights_of
 
@@ -46,7 +47,9 @@ def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             for _, tensor in ring.tensors():
                 tensor.mul_(1.01)
         stored = StoredFormat(ring.config, torch.bfloat16, fp8)
-        sender = WeightSender(ring, world, source=source, root=root, stored=stored, lineage="a")
+        sender = WeightSender(
+            ring, world, Here(world, root), source=source, stored=stored, lineage="a"
+        )
         published = sender.publish(1, make_canaries(ring, world, TEXTS))
     return [quantize_checkpoint(source, root / "served", fp8), Path(published.path)]
 

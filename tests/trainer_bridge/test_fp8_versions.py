@@ -20,6 +20,7 @@ from everstep.trainer_bridge.export import export
 from everstep.trainer_bridge.sharding import World, join_world, shard
 from everstep.trainer_bridge.trainable import TrainableRing, trainable_config
 from everstep.trainer_bridge.weight_sender import WeightSender
+from everstep.trainer_bridge.weight_targets import Here
 
 from ..fp8_reference import block_reference
 from .training_runs import free_port
@@ -80,7 +81,7 @@ def sender_of(
     ring: TrainableRing, world: World, source: Path, root: Path, dtype: torch.dtype, fp8: Fp8Format
 ) -> WeightSender:
     stored = StoredFormat(ring.config, dtype, fp8)
-    return WeightSender(ring, world, source=source, root=root, stored=stored, lineage="a")
+    return WeightSender(ring, world, Here(world, root), source=source, stored=stored, lineage="a")
 
 
 @pytest.mark.parametrize(

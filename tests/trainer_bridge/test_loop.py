@@ -1,6 +1,7 @@
 """Engine and trainer as a user runs them: two commands, and what becomes of kills."""
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -12,6 +13,9 @@ from pathlib import Path
 import pytest
 
 from everstep.engine.make_checkpoint import make_checkpoint
+from everstep.trainer_bridge.curve import make_keys
+
+from .training_runs import free_port
 
 ITERATIONS = 5
 WAIT_S = 120.0
@@ -20,8 +24,25 @@ WAIT_S = 120.0
 class Loop:
     """A run in a folder: prompts, settings, and the two commands."""
 
-    def __init__(self, folder: Path, *, kv: str, old_policy: str, dtype: str = "float32") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        kv: str,
+        old_policy: str,
+        dtype: str = "float32",
+        elsewhere: bool = False,
+    ) -> None:
+        """elsewhere: the trainer is on another host, as far as it knows."""
         self.folder = folder
+        bridge, publish = f"ipc://{folder}/bridge", f'root = "{folder}/versions"'
+        remote: list[str] = []
+        if elsewhere:
+            make_keys(folder / "keys")
+            bridge, weights = (f"tcp://127.0.0.1:{free_port()}" for _ in range(2))
+            publish = f'endpoints = ["{weights}"]'
+            remote = ["--keys", f"{folder}/keys", "--weights-bind", weights]
+            remote += ["--weights-root", f"{folder}/versions"]
         make_checkpoint(folder / "model", format="bf16" if dtype == "bfloat16" else "f32", seed=1)
         with (folder / "prompts.jsonl").open("w") as file:
             for number in range(400):
@@ -33,11 +54,12 @@ model = "{folder}/model"
 output = "{folder}/trained"
 hold_versions = 16
 [source]
-endpoint = "ipc://{folder}/bridge"
+endpoint = "{bridge}"
+keys = "{folder / "keys" if elsewhere else ""}"
 run = "loop"
 deadline_s = 60
 [publish]
-root = "{folder}/versions"
+{publish}
 keep = 4
 [numerics]
 kernels = "exact"
@@ -54,8 +76,9 @@ every = 2
             *("rollout", "--model", f"{folder}/model", "--prompts", f"{folder}/prompts.jsonl"),
             *("--out", f"{folder}/out.jsonl", "--budget", "600", "--group", "4"),
             *("--capacity", "16", "--max-tokens", "60", "--iterations", str(ITERATIONS)),
-            *("--bridge", f"ipc://{folder}/bridge", "--run-name", "loop", "--kv", kv),
+            *("--bridge", bridge, "--run-name", "loop", "--kv", kv),
             *("--reward", f"{folder}/reward.toml", "--dtype", dtype),
+            *remote,
         ]
         self.train = ["train", f"{folder}/train.toml"]
 
@@ -105,6 +128,32 @@ def test_the_mismatch_is_zero_at_every_token(tmp_path: Path, dtype: str) -> None
     assert all(report["grad_norm"][0] > 0 for report in trained)
     assert all(report["metrics"]["log_ratio_abs_max"] == 0 for report in trained)
     assert all(report["metrics"]["mask_fraction"] == 0 for report in trained)
+
+
+def test_a_trainer_elsewhere_and_its_receiver_killed(tmp_path: Path) -> None:
+    """Groups and weights over TCP with keys; the process that takes the weights is killed once."""
+    loop = Loop(tmp_path, kv="recompute", old_policy="exact", elsewhere=True)
+    processes = [loop.start(loop.rollout), loop.start(loop.train)]
+    end_s = time.monotonic() + WAIT_S
+    while not (tmp_path / "versions" / "v1").exists():
+        assert time.monotonic() < end_s, loop.log()
+        time.sleep(0.05)
+    os.kill(receiver_of(processes[0].pid), signal.SIGKILL)
+    for process in processes:
+        assert process.wait(WAIT_S) == 0, loop.log()
+    loop.check()
+    assert "weights.receiver_died" in loop.log()
+    trained = [report for report in loop.metrics if report["trained_groups"]]
+    assert all(report["metrics"]["log_ratio_abs_max"] == 0 for report in trained)
+
+
+def receiver_of(parent: int) -> int:
+    """The process that takes weights, a child of this one."""
+    for line in Path(f"/proc/{parent}/task").glob("*/children"):
+        for child in line.read_text().split():
+            if b"weights_receiving" in Path(f"/proc/{child}/cmdline").read_bytes():
+                return int(child)
+    raise AssertionError("there is none")
 
 
 def test_kills_of_both_sides_lose_nothing(tmp_path: Path) -> None:

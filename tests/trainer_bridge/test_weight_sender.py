@@ -1,6 +1,8 @@
 """Versions written by sharded trainers: the same bytes as a whole export, whatever the world."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,18 +16,12 @@ from everstep.engine.manifest import read_manifest
 from everstep.engine.stored_format import StoredFormat
 from everstep.trainer_bridge import weight_folder
 from everstep.trainer_bridge.export import export
-from everstep.trainer_bridge.sharding import World, join_world, shard
-from everstep.trainer_bridge.trainable import TrainableRing, trainable_config
+from everstep.trainer_bridge.sharding import join_world
 from everstep.trainer_bridge.weight_sender import WeightSender
+from everstep.trainer_bridge.weight_targets import Here
 
-from .training_runs import free_port
-
-
-def ring_of(source: Path, world: World) -> TrainableRing:
-    ring = TrainableRing(trainable_config(source), device="meta")
-    shard(ring, world, torch.float32)
-    ring.load(source)
-    return ring
+from .training_runs import free_port, make_run, start, write_config
+from .weight_runs import ring_of
 
 
 def publish(rank: int, world: int, port: int, source: Path, root: Path) -> None:
@@ -41,9 +37,13 @@ def publish(rank: int, world: int, port: int, source: Path, root: Path) -> None:
     torch.set_num_threads(1)
     with join_world("cpu") as joined:
         ring = ring_of(source, joined)
-        stored = StoredFormat(ring.config, torch.bfloat16)
         sender = WeightSender(
-            ring, joined, source=source, root=root, stored=stored, lineage="a", keep=2
+            ring,
+            joined,
+            Here(joined, root),
+            source=source,
+            stored=StoredFormat(ring.config, torch.bfloat16),
+            lineage="a",
         )
         first = sender.publish(1)
         with torch.no_grad():
@@ -91,7 +91,8 @@ def test_old_versions_go_and_a_full_disk_is_said(
     with join_world("cpu") as world:
         ring = ring_of(source, world)
         stored = StoredFormat(ring.config, torch.float32)
-        sender = WeightSender(ring, world, source=source, root=root, stored=stored, lineage="a")
+        target = Here(world, root)
+        sender = WeightSender(ring, world, target, source=source, stored=stored, lineage="a")
         for version in range(1, 5):
             (root / f".partial-v{version}").mkdir()
             assert Path(sender.publish(version).path).is_dir()
@@ -101,3 +102,28 @@ def test_old_versions_go_and_a_full_disk_is_said(
         with pytest.raises(CheckpointError, match=r"a version takes .* GB, 0\.00 GB are free"):
             sender.publish(5)
         assert (root / "v4").is_dir()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_who_would_send_what_is_said_before(world: int, tmp_path: Path) -> None:
+    """The flag of both commands; nothing is trained, nothing is written."""
+    endpoint = "tcp://127.0.0.1:5601"
+    config = write_config(make_run(tmp_path), "trained", publish={"endpoints": [endpoint]})
+    if world == 1:
+        command = [sys.executable, "-m", "everstep", "train", str(config), "--explain"]
+        said = [subprocess.run(command, check=True, capture_output=True, text=True).stdout]
+    else:
+        port = free_port()
+        ranks = [start(config, "--explain", rank=r, size=world, port=port) for r in range(world)]
+        said = [rank.communicate(timeout=60)[0] for rank in ranks]
+        assert [rank.returncode for rank in ranks] == [0] * world
+        assert said[1] == ""
+    first, second, *lines = said[0].splitlines()
+    assert first == f"versions go to {endpoint}"
+    total = int(second.removesuffix(" bytes in all, each written once"))
+    checkpoint = Checkpoint.open(tmp_path / "model")
+    assert total == sum(4 * torch.Size(e.shape).numel() for e in checkpoint.entries.values())
+    shares = [int(line.split()[2]) for line in lines if line.startswith("rank ")]
+    assert len(shares) == world
+    assert sum(shares) == total
+    assert not (tmp_path / "trained").exists()

@@ -67,14 +67,16 @@ def _toml(value) -> str:
     return json.dumps(value)
 
 
-def start(config: Path, *, rank: int = 0, size: int = 1, port: int = 0) -> subprocess.Popen:
+def start(
+    config: Path, *arguments: str, rank: int = 0, size: int = 1, port: int = 0
+) -> subprocess.Popen:
     """One rank as a process of its own."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
     if size > 1:
         env |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return subprocess.Popen(
-        [sys.executable, "-m", "everstep.trainer_bridge.fsdp_trainer", str(config)],
+        [sys.executable, "-m", "everstep.trainer_bridge.fsdp_trainer", str(config), *arguments],
         env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

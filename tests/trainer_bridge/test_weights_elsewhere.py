@@ -1,0 +1,234 @@
+"""Versions that ranks send, as processes: worlds of 1 to 3, several receivers, kills of both sides."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from everstep.engine.errors import EverstepError
+from everstep.engine.fp8_policy import Fp8Format
+from everstep.engine.make_checkpoint import make_checkpoint
+from everstep.trainer_bridge import weight_chunks, weight_targets
+from everstep.trainer_bridge.sharding import join_world
+from everstep.trainer_bridge.weight_targets import Elsewhere, Here
+
+from .training_runs import free_port
+from .weight_runs import change, files_of, ring_of, sender_of, taking
+
+ROOT = Path(__file__).parents[2]
+WAIT_S = 60.0
+SMALL = 8192
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("source") / "source", format="f32")
+
+
+@contextmanager
+def ranks(world: int, work: Any, *arguments: Any) -> Iterator[Callable[[], None]]:
+    """`work(rank, world, port, *arguments)` in processes; what waits until they have ended well."""
+    # forked: torch is loaded once
+    running = mp.start_processes(
+        work, (world, free_port(), *arguments), nprocs=world, join=False, start_method="fork"
+    )  # type: ignore[no-untyped-call]
+
+    def join() -> None:
+        end_s = time.monotonic() + WAIT_S
+        while not running.join(1.0):
+            assert time.monotonic() < end_s
+
+    try:
+        yield join
+    finally:
+        for process in running.processes:
+            process.kill()
+
+
+@contextmanager
+def joined(rank: int, world: int, port: int) -> Iterator[Any]:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    weight_chunks.CHUNK_BYTES = weight_targets.CHUNK_BYTES = SMALL
+    with join_world("cpu") as found:
+        yield found
+
+
+def publish_both(rank: int, world: int, port: int, source: Path, here: Path, endpoint: str) -> None:
+    """Two versions, here and there."""
+    with joined(rank, world, port) as found:
+        ring = ring_of(source, found)
+        there = Elsewhere(found, [endpoint], run="run", lineage="a", deadline_s=20.0)
+        # in FP8 where shards cut a block, and ranks have something to agree about
+        fp8: Fp8Format | None = "fp8-experts" if world == 2 else None
+        senders = [sender_of(ring, found, t, source, fp8) for t in (Here(found, here), there)]
+        for version in (1, 2):
+            published = [sender.publish(version) for sender in senders]
+            assert published[0].digest == published[1].digest
+            change(ring)
+        senders[1].close()
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_what_arrives_is_what_is_written_here(world: int, source: Path, tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    endpoint = f"tcp://127.0.0.1:{free_port()}"
+    with (
+        ranks(world, publish_both, source, here, endpoint) as join,
+        taking(there, endpoint=endpoint),
+    ):
+        join()
+    for version in ("v1", "v2"):
+        assert files_of(here / version) == files_of(there / version)
+    assert sorted(path.name for path in there.iterdir()) == ["v1", "v2"]
+
+
+def publish_with_one_that_fails(
+    rank: int, world: int, port: int, source: Path, endpoint: str, words: Path
+) -> None:
+    """The last rank knows another address, where nobody is."""
+    with joined(rank, world, port) as found:
+        address = endpoint if rank < world - 1 else "tcp://127.0.0.1:9"
+        target = Elsewhere(found, [address], run="run", lineage="a", deadline_s=1.0)
+        sender = sender_of(ring_of(source, found), found, target, source)
+        try:
+            sender.publish(1)
+        except EverstepError as error:
+            (words / str(rank)).write_text(f"{type(error).__name__}: {error}")
+        sender.close()
+
+
+def test_what_fails_on_one_rank_fails_on_all(source: Path, tmp_path: Path) -> None:
+    endpoint = f"tcp://127.0.0.1:{free_port()}"
+    (tmp_path / "words").mkdir()
+    with (
+        ranks(2, publish_with_one_that_fails, source, endpoint, tmp_path / "words") as join,
+        taking(tmp_path / "there", endpoint=endpoint),
+    ):
+        join()
+        assert not list((tmp_path / "there").iterdir())
+    first, second = ((tmp_path / "words" / str(rank)).read_text() for rank in (0, 1))
+    assert first == second
+    assert first.startswith(
+        "PeerMissing: rank 1: no receiver of weights answers at tcp://127.0.0.1:9"
+    )
+
+
+# what a receiver is on a host of its own: two of them have the same root
+RECEIVER = """
+import sys
+from pathlib import Path
+from everstep.trainer_bridge.weight_receiver import WeightReceiver
+
+receiver = WeightReceiver(Path("versions"), run="run", endpoint=sys.argv[1], patience_s=1.0)
+receiver.start()
+receiver.run()
+"""
+# publishes for ever, slowly: a kill finds it in the middle
+TRAINER = """
+import sys, time
+from itertools import count
+from pathlib import Path
+from everstep.trainer_bridge import weight_chunks, weight_targets
+from everstep.trainer_bridge.sharding import join_world
+from everstep.trainer_bridge.weight_link import WeightLink
+from everstep.trainer_bridge.weight_targets import Elsewhere
+from tests.trainer_bridge.weight_runs import change, ring_of, sender_of
+
+source, lineage, first, pause_s, *endpoints = sys.argv[1:]
+weight_chunks.CHUNK_BYTES = weight_targets.CHUNK_BYTES = 8192
+real = WeightLink.send
+
+def send(link, chunk):
+    time.sleep(float(pause_s))
+    real(link, chunk)
+
+WeightLink.send = send
+with join_world("cpu") as world:
+    target = Elsewhere(world, endpoints, run="run", lineage=lineage, deadline_s=20.0)
+    ring = ring_of(Path(source), world)
+    sender = sender_of(ring, world, target, Path(source))
+    for version in count(int(first)):
+        print(sender.publish(version).digest, flush=True)
+        change(ring)
+"""
+
+
+class Processes:
+    """Started here, and gone at the end of the test."""
+
+    def __init__(self) -> None:
+        self.running: list[subprocess.Popen[str]] = []
+
+    def start(self, code: str, *arguments: object, cwd: Path | None = None) -> Any:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, *map(str, arguments)],
+            cwd=cwd,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.running.append(process)
+        return process
+
+
+@pytest.fixture
+def processes() -> Iterator[Processes]:
+    found = Processes()
+    yield found
+    for process in found.running:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def wait_for(is_so: Callable[[], bool]) -> None:
+    end_s = time.monotonic() + WAIT_S
+    while not is_so():
+        assert time.monotonic() < end_s
+        time.sleep(0.01)
+
+
+def test_kills_of_both_sides(source: Path, tmp_path: Path, processes: Processes) -> None:
+    """Two receivers; one is killed in the middle of a version and comes back, then the trainer is."""
+    hosts = [tmp_path / name for name in ("one", "two")]
+    endpoints = [f"tcp://127.0.0.1:{free_port()}" for _ in hosts]
+    receivers = []
+    for host, endpoint in zip(hosts, endpoints, strict=True):
+        host.mkdir()
+        receivers.append(processes.start(RECEIVER, endpoint, cwd=host))
+
+    def is_there(name: str, host: Path) -> bool:
+        return (host / "versions" / name).exists()
+
+    trainer = processes.start(TRAINER, source, "a", 1, 0.01, *endpoints)
+    wait_for(lambda: is_there("v1", hosts[0]) and is_there(".partial-v2", hosts[1]))
+    receivers[1].send_signal(signal.SIGKILL)
+    receivers[1].wait()
+    assert is_there("v1", hosts[1])
+    assert not is_there("v2", hosts[1])
+    processes.start(RECEIVER, endpoints[1], cwd=hosts[1])
+    wait_for(lambda: all(is_there("v2", host) for host in hosts))
+    assert len({trainer.stdout.readline() for _ in range(2)}) == 2
+
+    wait_for(lambda: is_there(".partial-v3", hosts[0]))
+    trainer.send_signal(signal.SIGKILL)
+    # what was never finished goes, what was finished stays
+    wait_for(lambda: not any(is_there(".partial-v3", host) for host in hosts))
+    for host in hosts:
+        assert sorted(path.name for path in (host / "versions").iterdir()) == ["v1", "v2"]
+        assert files_of(host / "versions" / "v2") == files_of(hosts[0] / "versions" / "v2")
+    # another life of it begins again from what it knows
+    processes.start(TRAINER, source, "b", 2, 0.0, *endpoints)
+    wait_for(lambda: all(is_there("v4", host) for host in hosts))

@@ -1,0 +1,68 @@
+"""Small models whose weights are sent, and folders to compare."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from everstep.engine.fp8_policy import Fp8Format
+from everstep.engine.stored_format import StoredFormat
+from everstep.trainer_bridge.sharding import World, join_world, shard
+from everstep.trainer_bridge.trainable import TrainableRing, trainable_config
+from everstep.trainer_bridge.weight_receiver import WeightReceiver, receiving
+from everstep.trainer_bridge.weight_sender import WeightSender
+from everstep.trainer_bridge.weight_targets import Elsewhere, Here, Target
+
+Bytes = dict[str, bytes]
+
+
+def ring_of(source: Path, world: World) -> TrainableRing:
+    ring = TrainableRing(trainable_config(source), device="meta")
+    shard(ring, world, torch.float32)
+    ring.load(source)
+    return ring
+
+
+def change(ring: TrainableRing) -> None:
+    """As a step of training would."""
+    with torch.no_grad():
+        for _, tensor in ring.tensors():
+            tensor.mul_(1.01)
+
+
+def sender_of(
+    ring: TrainableRing, world: World, target: Target, source: Path, fp8: Fp8Format | None = None
+) -> WeightSender:
+    stored = StoredFormat(ring.config, torch.bfloat16, fp8)
+    return WeightSender(ring, world, target, source=source, stored=stored, lineage="a")
+
+
+@contextmanager
+def taking(root: Path, **options: Any) -> Iterator[str]:
+    """A receiver on a thread of this process; its address."""
+    options = {"run": "run", "endpoint": "tcp://127.0.0.1:0", "heartbeat_s": 0.2} | options
+    with receiving(WeightReceiver(root, **options)) as endpoint:
+        yield endpoint
+
+
+@contextmanager
+def sending(
+    source: Path, endpoints: Sequence[str], here: Path | None = None, **options: Any
+) -> Iterator[tuple[WeightSender, WeightSender | None]]:
+    """A world of one rank: what publishes to receivers, and what publishes here."""
+    options = {"run": "run", "lineage": "a", "deadline_s": 10.0} | options
+    with join_world("cpu") as world, ExitStack() as stack:
+        ring = ring_of(source, world)
+        sender = sender_of(ring, world, Elsewhere(world, endpoints, **options), source)
+        stack.callback(sender.close)
+        beside = None
+        if here is not None:
+            beside = sender_of(ring, world, Here(world, here), source)
+        yield sender, beside
+
+
+def files_of(folder: Path) -> Bytes:
+    """Everything in it, by name."""
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
