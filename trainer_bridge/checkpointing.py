@@ -1,7 +1,7 @@
 """Checkpoints that a run goes on from, to the bit: every rank writes its shards, one rename commits.
 
     checkpoints/00000020/   tensors (torch.distributed.checkpoint), and STABLE
-    checkpoints/.partial-…  being written, or left by a kill; never read
+    checkpoints/.partial-…  being written or removed, or left by a kill; never read
 
 A checkpoint without the file STABLE is none. It is written last, after the tensors are on the disk.
 """
@@ -32,7 +32,7 @@ class TrainerState(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """What a checkpoint holds beside tensors.
 
     version      iterations that were trained, which numbers the weights
-    num_updates  of the optimiser
+    num_updates  that the optimiser has made
     held         weights that are in it too: versions for the old policy `exact`, the reference
     alarms       what was seen and raised
     """
@@ -58,7 +58,10 @@ class Checkpoints:
         return sorted(path for path in found if (path / STABLE).is_file())
 
     def save(self, tensors: Mapping[str, torch.Tensor], state: TrainerState, world: World) -> Path:
-        """Write one and drop those that are too old; returns its folder. Every rank must call."""
+        """Write one and drop those that are too old; returns its folder. Every rank must call.
+
+        Raises CheckpointError where a rank cannot write; those before it are as they were.
+        """
         final = self.folder / f"{state.version:08}"
         partial = self.folder / f".partial-{final.name}"
         if world.is_first:
@@ -66,14 +69,23 @@ class Checkpoints:
             for left in (*self.folder.glob(".partial-*"), final):
                 shutil.rmtree(left, ignore_errors=True)
         world.barrier()
-        save(dict(tensors), checkpoint_id=partial)
+        try:
+            save(dict(tensors), checkpoint_id=partial)
+        except CheckpointException as error:
+            # every rank is told of it by the others
+            if world.is_first:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise CheckpointError(
+                f"checkpoint {final} cannot be written: {_why(error)}; those before it are whole"
+            ) from None
         world.barrier()
         if world.is_first:
             _write(partial / STABLE, msgspec.json.encode(state))
             partial.rename(final)
             sync_folder(final)
             for old in self.stable()[: -self._keep]:
-                shutil.rmtree(old)
+                # a kill on the way leaves what the next one removes, and no half of a checkpoint
+                shutil.rmtree(old.rename(old.with_name(f".partial-{old.name}")))
         world.barrier()
         return final
 
@@ -100,9 +112,15 @@ def read_tensors(folder: Path, into: Mapping[str, torch.Tensor]) -> None:
     try:
         load(tensors, checkpoint_id=folder)
     except CheckpointException as error:
-        first = next(iter(error.failures.values()))[0]
-        line = " ".join(str(first).split())
-        raise CheckpointError(f"{folder} does not fit this model: {line}") from None
+        raise CheckpointError(f"{folder} does not fit this model: {_why(error)}") from None
+
+
+def _why(error: CheckpointException) -> str:
+    """What the first rank that failed says, in one line."""
+    first = next(iter(error.failures.values()))[0]
+    if isinstance(first, OSError) and first.strerror:
+        return first.strerror
+    return " ".join(str(first).split())
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -192,6 +192,11 @@ def main(arguments: Sequence[str]) -> int:
     except EverstepError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
+    except OSError as error:
+        if error.strerror is None:
+            raise
+        sys.stderr.write(f"error: {error.filename or 'system'}: {error.strerror}\n")
+        return 2
     return 0
 
 

@@ -40,7 +40,7 @@ class Optimiser:
 
     def step(self) -> float:
         """One update from the parameters' gradients, which are dropped; the norm of the gradient
-        before it was clipped. Nothing changes where that is not finite."""
+        before it was clipped. Where that is not finite there is no update, and none is counted."""
         for name, parameter in self._named.items():
             if parameter.grad is None:
                 raise RuntimeError(f"{name} has no gradient: ranks would differ in what they send")
@@ -48,7 +48,7 @@ class Optimiser:
         norm = self._norm()
         if math.isfinite(norm):
             self._update(norm)
-        self.num_updates += 1
+            self.num_updates += 1
         for name, parameter in self._named.items():
             parameter.grad = self._own[name].grad = None
         return norm

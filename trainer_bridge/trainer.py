@@ -83,10 +83,9 @@ class Trainer:
         self._held = HeldWeights(named)
         self._loss = make_loss(config.loss)
         self.version = 0
-        if self.is_rl:
-            if config.loss.kl.coef:
-                self._held.hold(_REFERENCE)
-            self._hold_version()
+        if self._has_reference:
+            self._held.hold(_REFERENCE)
+        self._hold_version()
 
     # -- training
 
@@ -110,8 +109,7 @@ class Trainer:
         for part, own in zip(parts, items, strict=True):
             self._update([s for group in part for s in group.samples], own, tally)
         self.version += 1
-        if self.is_rl:
-            self._hold_version()
+        self._hold_version()
         return self._report(groups, tally, rate, began)
 
     @torch.no_grad()
@@ -133,9 +131,13 @@ class Trainer:
     def is_rl(self) -> bool:
         return self.config.objective == "rl"
 
+    @property
+    def _has_reference(self) -> bool:
+        return self.is_rl and self.config.loss.kl.coef > 0
+
     def _takes_part(self, group: Group) -> bool:
         """Whether a group is computed at all; one that teaches nothing is in denominators alone."""
-        return not self.is_rl or group.teaches or self.config.loss.kl.coef > 0
+        return not self.is_rl or group.teaches or self._has_reference
 
     def _update(self, samples: Sequence[Sample], items: Sequence["_Item"], tally: "_Tally") -> None:
         """One update: `samples` are all of it, `items` those that are computed."""
@@ -187,7 +189,7 @@ class Trainer:
 
     def _score_before(self, items: Sequence["_Item"]) -> None:
         """What the loss compares with, by the weights before the update, or by older ones."""
-        if self.config.loss.kl.coef:
+        if self._has_reference:
             with self._held.use(_REFERENCE):
                 for item, lp in zip(items, self._score(items), strict=True):
                     item.lp_ref = lp
@@ -238,7 +240,7 @@ class Trainer:
 
     def _hold_version(self) -> None:
         """Keep the newest weights, for tokens that they will sample."""
-        if self.config.loss.old_policy != "exact":
+        if not self.is_rl or self.config.loss.old_policy != "exact":
             return
         self._held.hold(str(self.version))
         versions = [label for label in self._held.labels if label != _REFERENCE]
@@ -251,9 +253,13 @@ class Trainer:
 
     def checkpoint_tensors(self) -> dict[str, torch.Tensor]:
         """Everything that a resumed run needs, by name; they alias what is in use."""
+        return self._tensors_with(self._held.labels)
+
+    def _tensors_with(self, labels: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Of a checkpoint that holds these weights beside the ones in training."""
         found = {f"model.{name}": tensor.detach() for name, tensor in self.ring.tensors()}
         found |= {f"optim.{name}": tensor for name, tensor in self.optimiser.state().items()}
-        for label in self._held.labels:
+        for label in labels:
             held = self._held.tensors(label)
             found |= {f"held.{label}.{name}": tensor for name, tensor in held.items()}
         return found
@@ -267,18 +273,24 @@ class Trainer:
         )
 
     def restore(self, folder: Path) -> TrainerState:
-        """Go on from a checkpoint. Raises CheckpointError where it is not of this model."""
+        """Go on from a checkpoint. Raises CheckpointError where it is not of this model.
+
+        What its settings did not ask for and ours do: a reference is the model that the run began
+        with, and the old policy `exact` begins with the weights of the checkpoint.
+        """
         state = read_state(folder)
         for label in self._held.labels:
-            self._held.drop(label)
+            if label != _REFERENCE:
+                self._held.drop(label)
         for label in state.held:
             self._held.hold(label)
-        tensors = self.checkpoint_tensors()
+        tensors = self._tensors_with(state.held)
         read_tensors(folder, tensors)
         prefix = "optim."
         moments = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         self.optimiser.load(moments, state.num_updates)
         self.version = state.version
+        self._hold_version()
         return state
 
     # -- telling

@@ -1,6 +1,7 @@
 """A training run as processes: ranks agree, a killed run is the unkilled one to the bit, and what
 comes out is a checkpoint that the engine runs and its reference confirms."""
 
+import resource
 import shutil
 import time
 from contextlib import contextmanager
@@ -302,6 +303,56 @@ def test_a_checkpoint_of_another_model_is_refused(folder, tmp_path):
         pytest.raises(CheckpointError, match=r"does not fit this model: .*lm_head"),
     ):
         trainer.restore(saved)
+
+
+def test_settings_that_need_older_weights_may_come_later(folder, tmp_path):
+    groups = drawn_groups(count=2)
+    with a_trainer(folder) as trainer:
+        first = trainer.score([s.sequence for group in groups for s in group.samples])
+        trainer.step(groups)
+        saved = Checkpoints(tmp_path / "c", keep=1).save(
+            trainer.checkpoint_tensors(), trainer.state(), trainer.world
+        )
+        now = trainer.score([s.sequence for group in groups for s in group.samples])
+    later = {"old_policy": "exact", "kl": {"coef": 0.1}}
+    with a_trainer(folder, loss=later) as trainer:
+        trainer.restore(saved)
+        newest = [
+            Group(
+                group.id,
+                tuple(replace(s, versions=np.ones_like(s.versions)) for s in group.samples),
+            )
+            for group in groups
+        ]
+        found = trainer.step(newest).metrics["kl_reference"]
+    # of the weights that the run began with, not of those that it went on from
+    ratio = torch.cat(first) - torch.cat(now)
+    assert found == pytest.approx(float((ratio.exp() - 1 - ratio).mean()), rel=1e-4)
+
+
+@contextmanager
+def files_of_at_most(num_bytes):
+    """A disk that is full, as far as this process can tell."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_is_full_costs_the_new_checkpoint_alone(folder, tmp_path):
+    checkpoints = Checkpoints(tmp_path / "c", keep=1)
+    with a_trainer(folder) as trainer:
+        first = checkpoints.save(trainer.checkpoint_tensors(), trainer.state(), trainer.world)
+        trainer.step(drawn_groups())
+        with (
+            files_of_at_most(20_000),
+            pytest.raises(CheckpointError, match="00000001 cannot be written: File too large"),
+        ):
+            checkpoints.save(trainer.checkpoint_tensors(), trainer.state(), trainer.world)
+        assert list((tmp_path / "c").iterdir()) == [first]
+        assert trainer.restore(first).version == 0
 
 
 def test_old_checkpoints_go_and_incomplete_ones_are_not_seen(folder, tmp_path):
