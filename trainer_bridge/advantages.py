@@ -15,6 +15,7 @@ Std = Literal["population", "sample", "none"]
 EPSILON = 1e-6
 """Added to the standard deviation before the division."""
 MAX_REWARD = 1e30
+"""The square of a larger one, summed over a group, could overflow."""
 
 
 def group_advantages(rewards: Sequence[float | None], *, std: Std = "population") -> list[float]:

@@ -192,6 +192,9 @@ class _Worker:
                 await self.start()
             except EverstepError as error:
                 raise RewardError(str(error)) from None
+            except OSError as error:
+                # no memory or no process to be had just now
+                raise RewardError(f"has no worker: {error.strerror}") from None
         self.is_spoilt = True
         answer = await self._ask(sample, self._config.deadline_s, "for it")
         if isinstance(answer, Scored):

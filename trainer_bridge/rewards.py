@@ -31,6 +31,7 @@ from msgspec import Meta, Struct
 
 from ..engine.errors import ConfigError, MissingExtra
 from ..engine.rollout import Rollout
+from .advantages import MAX_REWARD
 
 RewardName = Literal["exact", "numeric", "regex", "function", "http"]
 
@@ -128,8 +129,11 @@ class RewardConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     def check(self, path: str = "reward") -> None:
         """Raise ConfigError, or MissingExtra, in one line, for what cannot work."""
-        if not math.isfinite(self.failure_reward):
-            raise ConfigError(f"{path}.failure_reward must be finite, got {self.failure_reward}")
+        if not abs(self.failure_reward) <= MAX_REWARD:
+            raise ConfigError(
+                f"{path}.failure_reward must be finite, at most {MAX_REWARD:g}, "
+                f"got {self.failure_reward}"
+            )
         if self.name == "numeric" and importlib.util.find_spec("math_verify") is None:
             raise MissingExtra("math-verify", "train", "the numeric reward")
         if self.name == "regex":
@@ -167,7 +171,8 @@ def make_reward(config: RewardConfig) -> Reward:
 
 
 def number_of(value: Any) -> float:
-    """A reward as a float. Raises RewardError for what is no finite number; True is 1."""
+    """A reward as a float. Raises RewardError for what is no finite number, or one that no group
+    could have (`advantages.MAX_REWARD`); True is 1."""
     if inspect.iscoroutine(value):
         value = asyncio.run(value)
     if not isinstance(value, numbers.Real):
@@ -178,6 +183,8 @@ def number_of(value: Any) -> float:
         raise RewardError(f"returned {_short(value)}, which no float can hold") from None
     if not math.isfinite(number):
         raise RewardError(f"returned {number}, not a finite number")
+    if abs(number) > MAX_REWARD:
+        raise RewardError(f"returned {number:g}, more than {MAX_REWARD:g}")
     return number
 
 

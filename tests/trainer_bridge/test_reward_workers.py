@@ -1,6 +1,7 @@
 """Rewards that raise, hang, crash and lie, in real processes: one line for one sample, no more."""
 
 import asyncio
+import errno
 import json
 import os
 import signal
@@ -199,6 +200,27 @@ def test_a_worker_that_is_killed_from_outside_is_replaced(module):
         "reward my_rewards:score ended its worker: SIGKILL; rollout ro-7 gets 0"
     )
     assert first != second
+
+
+def test_where_no_process_can_be_had_it_costs_the_sample_alone(module, monkeypatch):
+    async def run():
+        async with RewardPool(function()) as pool:
+            await pool.score(sample("crashes"))
+
+            async def refuses(*_, **__):
+                raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+            with monkeypatch.context() as patch:
+                patch.setattr(asyncio, "create_subprocess_exec", refuses)
+                lost = await pool.score(sample("good", number=7))
+            return lost, await pool.score(sample("good"))
+
+    lost, after = asyncio.run(run())
+    assert lost.failure == (
+        "reward my_rewards:score has no worker: Resource temporarily unavailable; "
+        "rollout ro-7 gets 0"
+    )
+    assert after.reward == 1.0
 
 
 PARENT = """

@@ -127,6 +127,7 @@ def test_numbers_are_rewards(value, number):
     [
         (math.nan, "returned nan, not a finite number"),
         (-math.inf, "returned -inf, not a finite number"),
+        (-1.5e30, r"returned -1\.5e\+30, more than 1e\+30"),
         (None, r"returned None \(NoneType\), not a number"),
         ("1", r"returned '1' \(str\), not a number"),
         ([1.0], r"returned \[1.0\] \(list\), not a number"),
@@ -171,7 +172,7 @@ def test_a_function_may_be_a_coroutine():
             RewardConfig(name="http", http=HttpConfig(url="localhost:80")),
             "got 'localhost:80'",
         ),
-        (RewardConfig(failure_reward=math.nan), "reward.failure_reward must be finite"),
+        (RewardConfig(failure_reward=math.nan), "reward.failure_reward must be finite, at most 1e"),
     ],
 )
 def test_settings_that_cannot_work_are_named(config, message):
