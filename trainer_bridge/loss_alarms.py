@@ -53,7 +53,12 @@ class Alarms:
         self.state = state or AlarmState()
 
     def check(self, update: int, values: Mapping[str, float]) -> list[Alarm]:
-        """The alarms that begin with this update; `values` are those of `LossMetrics`."""
+        """The alarms that begin with this update; `values` are those of `LossMetrics`.
+
+        An update of no tokens has none, and says nothing about what held before.
+        """
+        if not values:
+            return []
         for name in _FLOORS:
             if name in values:
                 history = self.state.history.setdefault(name, [])

@@ -24,7 +24,7 @@ class Sample:
     """One response.
 
     lp_infer   (n,) float32: the engine's logprob of each token of the response, of the distribution
-               that the trainer computes
+               that the trainer computes; NaN where the rollout has none
     versions   (n,) int64: the weights that sampled each
     reward     None: it has none, and teaches nothing
     advantage  of the response within its group
@@ -123,11 +123,13 @@ def sample_of(
         routing_ids=ids,
         routing_weights=weights,
     )
-    if max(map(int, sequence.ids)) >= config.vocab_size:
+    if int(sequence.ids.max()) >= config.vocab_size:
         raise _wrong("output_ids", f"an id is not below vocab_size {config.vocab_size}")
+    if max((i for ids in sequence.kept or () for i in ids), default=0) >= config.vocab_size:
+        raise _wrong("kept_ids", f"an id is not below vocab_size {config.vocab_size}")
     return Sample(
         sequence,
-        lp_infer=np.array(lp or [0.0] * num, dtype=np.float32),
+        lp_infer=np.array(lp or [np.nan] * num, dtype=np.float32),
         versions=np.array(rollout.versions or [0] * num, dtype=np.int64),
         reward=reward,
     )

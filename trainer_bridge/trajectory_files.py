@@ -15,7 +15,7 @@ from msgspec import Meta, Struct
 
 from ..engine.errors import ConfigError, EverstepError, InvalidTrajectory
 from ..engine.ring_config import RingConfig
-from ..engine.rollout import Rollout, SamplingParams
+from ..engine.rollout import TRUNCATED_SUPPORT, Rollout, SamplingParams
 from ..engine.trajectory import Trajectory, unpack, unseal
 from .config import TrainConfig
 from .samples import Group, Sample, sample_of
@@ -40,7 +40,7 @@ class Line(Struct, kw_only=True):
     lp_raw: list[float] = []
     flags: list[int] = []
     """1 sampled, 2 forced (not trained on), 4 truncated support, added up."""
-    kept_ids: list[list[int]] = []
+    kept_ids: list[list[Annotated[int, Meta(ge=0)]]] = []
     """Ids that top-k, top-p or min-p left; empty where they cut nothing."""
     versions: list[tuple[int, int]] = []
     """Run-length: [version of the weights, number of tokens]."""
@@ -116,6 +116,9 @@ def _rollout(found: Line | Trajectory, config: TrainConfig) -> tuple[Rollout, fl
             raise ConfigError("reward is missing; objective = 'rl' needs a number")
         if len(rollout.lp_sampled) != num:
             raise ConfigError(f"lp_sampled has {len(rollout.lp_sampled)} values for {num} tokens")
+        is_cut = any(flag & TRUNCATED_SUPPORT for flag in rollout.flags)
+        if is_cut and not rollout.kept_ids and len(rollout.lp_temp) != num:
+            raise ConfigError("lp_temp is missing: flags say that sampling cut the support")
         _check_temperature(rollout)
     return rollout, reward
 
@@ -123,7 +126,8 @@ def _rollout(found: Line | Trajectory, config: TrainConfig) -> tuple[Rollout, fl
 def _rollout_of(line: Line) -> Rollout:
     num = len(line.output_ids)
     versions = [version for version, count in line.versions for _ in repeat(None, count)]
-    for name, values in (("flags", line.flags), ("versions", versions), ("lp_temp", line.lp_temp)):
+    columns = {name: getattr(line, name) for name in ("lp_temp", "lp_raw", "flags", "kept_ids")}
+    for name, values in (*columns.items(), ("versions", versions)):
         if values and len(values) != num:
             raise ConfigError(f"{name} has {len(values)} values for {num} tokens")
     return Rollout(

@@ -56,5 +56,9 @@ def test_a_restart_goes_on_with_the_same_history():
     assert len(alone.state.history["mask_fraction"]) == 20
 
 
-def test_missing_values_raise_nothing():
-    assert Alarms(AlarmConfig()).check(0, {}) == []
+def test_an_update_of_nothing_raises_nothing_and_ends_nothing():
+    alarms = Alarms(AlarmConfig())
+    assert alarms.check(0, {}) == []
+    assert names(alarms.check(1, {"kl_k3": 0.06})) == ["kl_k3"]
+    assert alarms.check(2, {}) == []
+    assert alarms.check(3, {"kl_k3": 0.06}) == []

@@ -63,6 +63,10 @@ GOOD = {"prompt_ids": [1, 2], "output_ids": [3, 4], "lp_sampled": [-1, -2], "rew
         ({"versions": [[0, 1]]}, "versions has 1 values for 2 tokens"),
         ({"lp_raw": [-1, -2], "lp_temp": [-1, -3]}, "temperature was not 1"),
         ({"temperature": 0}, "Expected `float` > 0.0"),
+        ({"flags": [1, 5]}, "lp_temp is missing: flags say that sampling cut the support"),
+        ({"flags": [1, 5], "kept_ids": [[3]]}, "kept_ids has 1 values for 2 tokens"),
+        ({"flags": [1, 5], "kept_ids": [[], [64]]}, "kept_ids: an id is not below vocab_size 64"),
+        ({"lp_raw": [-1]}, "lp_raw has 1 values for 2 tokens"),
     ],
 )
 def test_a_bad_line_is_named(folder, tmp_path, change, message):
