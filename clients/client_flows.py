@@ -442,9 +442,7 @@ def selection_of(rollouts: str | Sequence[str] | None, group: str | None, every:
             "name rollouts, or group=…, or all=True: exactly one", field="rollouts"
         )
     ids = [rollouts] if isinstance(rollouts, str) else rollouts
-    return Selection(
-        ids=None if ids is None else list(ids), group=group, all=True if every else None
-    )
+    return Selection(ids=None if ids is None else list(ids), group=group, all=every or None)
 
 
 def query_of(

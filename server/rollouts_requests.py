@@ -103,7 +103,8 @@ def renamed(error: InvalidRequest, request: SubmitRequest) -> InvalidRequest:
 def selected(fields: Mapping[str, Any]) -> Selection:
     """Exactly one of ids, group, all; raises InvalidRequest."""
     selection = decode_own(dict(fields), Selection)
-    given = [name for name in Selection.__struct_fields__ if getattr(selection, name) is not None]
+    names = Selection.__struct_fields__
+    given = [name for name in names if getattr(selection, name) not in (None, False)]
     if len(given) != 1:
         raise InvalidRequest(
             f"exactly one of ids, group, all is required, got {' and '.join(given) or 'none'}",

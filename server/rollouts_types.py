@@ -101,7 +101,7 @@ class Selection(Struct, frozen=True, kw_only=True):
     ids: Ids | None = None
     group: str | None = None
     """Its group_id."""
-    all: Literal[True] | None = None
+    all: bool | None = None
     """Of pause and resume: those that come later too."""
 
 
