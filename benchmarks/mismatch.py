@@ -1,11 +1,11 @@
 """The demo's RL run with an engine that runs FP8 experts (W8A8) and a trainer in plain bf16: what
 the corrections are worth under a real mismatch.
 
-    python benchmarks/mismatch.py OUT [--seeds 0 1 2] [--methods none tis icepop kpop equal]
+    python benchmarks/mismatch.py OUT [--seeds 0 1 2] [--rates 5e-4 2e-3] [--methods none tis …]
     python benchmarks/mismatch.py OUT --report [--plots benchmarks/plots]
 
-For each seed one warm-up, shared by all methods; for each method an engine and a trainer as two
-processes, which publish every version as `fp8-experts`; then held-out questions for some of the
+For each seed one warm-up, shared by all runs; for each learning rate and method an engine and a trainer
+as two processes, which publish every version as `fp8-experts`; then held-out questions for some of the
 versions, asked as the engine runs them. `equal` is the control: one set of kernels on both sides, no
 correction. What is finished is not run again, what was killed goes on: the same command resumes. The
 report is of whatever is finished; Markdown on standard output, mismatch.svg into the folder of plots.
@@ -34,8 +34,9 @@ from everstep.engine.rollout import Rollout, SamplingParams
 from everstep.trainer_bridge import euclid
 from everstep.trainer_bridge.euclid_model import write_model
 
-ITERATIONS = 30
-ASKED_EVERY = 6
+ITERATIONS = 20
+ASKED_EVERY = 10
+RATES = (5e-4, 2e-3)
 LOOK_EVERY_S = 0.5
 # half the demo's budget: as many rollouts are under way, so that more of the tokens are old ones
 RECIPE = Recipe(iterations=ITERATIONS, kernels="plain", budget=4096)
@@ -68,11 +69,11 @@ class Seed:
 
 
 class Run:
-    """One method on one seed, in OUT/seed-N/METHOD."""
+    """One method at one learning rate on one seed, in OUT/seed-N/lr-RATE/METHOD."""
 
     def __init__(self, seed: Seed, method: str, lr: float) -> None:
         self.seed, self.method, self.lr = seed, method, lr
-        self.folder = seed.folder / method
+        self.folder = seed.folder / f"lr-{lr:g}" / method
         self.is_equal = method == "equal"
 
     @property
@@ -84,7 +85,7 @@ class Run:
         if self.result.exists():
             return
         began_s, load = time.monotonic(), os.getloadavg()[0]
-        self.folder.mkdir(exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._write_settings()
         trainer = Child("trainer", ["train", "rl.toml"], self.folder, say=say)
         engine = Child("engine", self._engine(), self.folder, say=say)
@@ -103,11 +104,11 @@ class Run:
             load=(load, os.getloadavg()[0]),
         )
         write_whole(self.result, found)
-        last = read_progress(self.folder / "rl").trained[-1]
+        progress = read_progress(self.folder / "rl")
         say(
-            f"seed {self.seed.seed}, {self.method}: held out {asked[0].right:.1%} to "
-            f"{asked[-1].right:.1%}, |Δlp| {last.metrics['log_ratio_abs_mean']:.1e}, "
-            f"masked {last.metrics['mask_fraction']:.3%}, {learned_s:.0f} s"
+            f"seed {self.seed.seed}, lr {self.lr:g}, {self.method}: held out {asked[0].right:.1%} to "
+            f"{asked[-1].right:.1%}, |Δlp| {progress.metric('log_ratio_abs_mean')[-1]:.1e}, "
+            f"masked {progress.metric('mask_fraction')[-1]:.3%}, {learned_s:.0f} s"
         )
 
     def _engine(self) -> list[str]:
@@ -128,6 +129,7 @@ class Run:
             "--reward": common / "reward.toml",
             # what is left of a difference is FP8 and the age of tokens, not KV of older weights
             "--kv": "recompute",
+            "--num-threads": 1,
         }
         return ["rollout", *(str(word) for pair in flags.items() for word in pair)]
 
@@ -170,9 +172,10 @@ class Run:
         with LLM(
             str(folder),
             skip_tokenizer_init=True,
-            max_num_seqs=64,
+            max_num_seqs=len(pairs),
             seed=self.seed.seed,
             numerics=numerics,
+            num_threads=1,
         ) as llm:
             prompts = [euclid.encode(pair.prompt) for pair in pairs]
             rollouts: list[Rollout] = llm.generate(prompts, sampling)
@@ -200,12 +203,15 @@ def say(line: str) -> None:
     print(f"{time.strftime('%H:%M:%S')}  {line}", flush=True)
 
 
-def measure(out: Path, seeds: Sequence[int], methods: Sequence[str], lr: float) -> None:
+def measure(
+    out: Path, seeds: Sequence[int], rates: Sequence[float], methods: Sequence[str]
+) -> None:
     for number in seeds:
         seed = Seed(out, number)
         seed.warm_up()
-        for method in methods:
-            Run(seed, method, lr).run()
+        for lr in rates:
+            for method in methods:
+                Run(seed, method, lr).run()
 
 
 def main() -> None:
@@ -213,14 +219,14 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder of all runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--lr", type=float, default=RECIPE.lr)
+    parser.add_argument("--rates", type=float, nargs="+", default=list(RATES))
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--plots", type=Path, help="folder for mismatch.svg")
     args = parser.parse_args()
     os.environ.update(PATIENCE | dict(os.environ))
     out = args.out.absolute()
     if not args.report:
-        measure(out, args.seeds, args.methods, args.lr)
+        measure(out, args.seeds, args.rates, args.methods)
     mismatch_report.report(out, args.plots)
 
 

@@ -45,8 +45,8 @@ class Bounds:
 # the weights before FP8. Measured over random checkpoints (4 layers, gain 1.5, 8 experts, whose
 # near ties are often decided otherwise), the largest of (max, mean, fingerprint) were
 #     bfloat16 plain    1.1   0.07   0.05       a trainer in float32
-#     fp8               3.1   0.25   0.17       one in bf16, unquantised
-#     w8a8              2.9   0.28   0.26       one in bf16, unquantised
+#     fp8               3.1   0.34   0.35       one in bf16, unquantised; all linear layers in FP8
+#     w8a8              3.2   0.39   0.55       the same
 # and for bf16 weights in which gate and up were exchanged in one expert of the 24: 1.4, 0.12, 0.11;
 # in all experts of one layer: 2.2, 0.39, 0.41; with a transposed matrix: 2.8, 0.74, 0.74. So a single
 # expert is seen for sure by float32, by equal numerics, and by the digests.
@@ -55,9 +55,15 @@ BOUNDS: dict[tuple[torch.dtype, str], Bounds] = {
     (torch.bfloat16, "plain"): Bounds(max_delta=3.0, mean_delta=0.15, fingerprint=0.15),
     (torch.float32, "fp8"): Bounds(max_delta=6.0, mean_delta=0.4, fingerprint=0.4),
     (torch.bfloat16, "fp8"): Bounds(max_delta=6.0, mean_delta=0.4, fingerprint=0.4),
-    (torch.float32, "w8a8"): Bounds(max_delta=8.0, mean_delta=0.5, fingerprint=0.5),
-    (torch.bfloat16, "w8a8"): Bounds(max_delta=8.0, mean_delta=0.5, fingerprint=0.5),
+    (torch.float32, "w8a8"): Bounds(max_delta=8.0, mean_delta=0.7, fingerprint=0.9),
+    (torch.bfloat16, "w8a8"): Bounds(max_delta=8.0, mean_delta=0.7, fingerprint=0.9),
 }
+# Those are for the worst of models: of a trained one (the RL demo's) FP8 moves a fingerprint by 0.05 at
+# most, and gate and up exchanged in a whole layer by 0.27. So a trainer says what FP8 does to its own
+# fingerprints (`Canary.drift`), and the engine's may be so many times as far away, at least so far,
+# and never beyond the table. W8A8 was 3.2 times as far at most, over 12 random models and the demo's.
+DRIFTS = 6.0
+LEAST_DRIFT = 0.1
 # of a trainer with the engine's numerics: logprobs are equal to the bit, fingerprints up to the
 # order in which their products are summed
 EQUAL = Bounds(max_delta=0.0, mean_delta=0.0, fingerprint=1e-4)
@@ -164,6 +170,8 @@ class Comparison:
         self._reached: set[tuple[int, int]] = set()
         self._has_fingerprints = False
         self._worst: list[float] = [0.0] * len(weights.layers)
+        # None: a canary does not say it
+        self._drift: list[float] | None = [0.0] * len(weights.layers)
 
     def check(self, canary: Canary) -> str | None:
         """Why it cannot be scored here, or None."""
@@ -179,6 +187,10 @@ class Comparison:
         self._reached |= score.reached
         self._is_equal &= canary.numerics == self._numerics
         self._has_fingerprints |= canary.fingerprints is not None
+        if canary.drift is None:
+            self._drift = None
+        elif self._drift is not None:
+            self._drift = [max(pair) for pair in zip(self._drift, canary.drift, strict=True)]
         for layer, data in enumerate(canary.fingerprints or ()):
             expected = np.frombuffer(data, dtype="<f4").astype(np.float64)
             scale = max(float(np.sqrt(np.mean(expected**2))), 1e-30)
@@ -190,6 +202,12 @@ class Comparison:
     @property
     def bounds(self) -> Bounds:
         return EQUAL if self._is_equal and self._deltas else self._bounds
+
+    def fingerprint_bound(self, layer: int) -> float:
+        most = self.bounds.fingerprint
+        if self._drift is None or self.bounds is EQUAL:
+            return most
+        return min(most, max(LEAST_DRIFT, DRIFTS * self._drift[layer]))
 
     @property
     def num_tokens(self) -> int:
@@ -214,7 +232,9 @@ class Comparison:
     def judge(self, version: int) -> None:
         """Raise WeightsRefused naming the first layer that differs, where fingerprints tell."""
         bounds = self.bounds
-        first = next((i for i, w in enumerate(self._worst) if not w <= bounds.fingerprint), None)
+        first = next(
+            (i for i, w in enumerate(self._worst) if not w <= self.fingerprint_bound(i)), None
+        )
         is_far = not (self.max_delta <= bounds.max_delta and self.mean_delta <= bounds.mean_delta)
         if first is None and not is_far:
             return
@@ -226,7 +246,7 @@ class Comparison:
         if first is not None:
             raise WeightsRefused(
                 f"{said}; the first layer that differs is layer {first}: its fingerprint is off by "
-                f"{self._worst[first]:.3g} (bound {bounds.fingerprint:g})",
+                f"{self._worst[first]:.3g} (bound {self.fingerprint_bound(first):.3g})",
                 layer=first,
             )
         if self._has_fingerprints:

@@ -30,6 +30,9 @@ class Canary(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     lp            ln p of each of ids[num_prompt:] given those before it; T = 1, no processors
     fingerprints  after each main layer: float32 little-endian, one number per position, the dot
                   product of the residual stream with `signs(hidden)`, over √hidden
+    drift         after each main layer: what it does to the trainer's own fingerprints that weights
+                  are stored in FP8 (mean distance over positions, over their rms). An engine may
+                  be a few times as far away, and no more. None: nothing is known
     numerics      id of the numerics that it was scored under, by a trainer that runs the engine's
                   kernels: an engine of the same id must say the same, to the bit. "": others
     """
@@ -38,6 +41,7 @@ class Canary(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     num_prompt: Annotated[int, Meta(ge=1)]
     lp: list[float]
     fingerprints: list[bytes] | None = None
+    drift: list[Annotated[float, Meta(ge=0)]] | None = None
     numerics: str = ""
 
     def fault(self) -> str | None:
@@ -50,6 +54,8 @@ class Canary(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         sizes = {len(one) for one in self.fingerprints or ()}
         if sizes - {4 * len(self.ids)}:
             return f"a fingerprint is not float32 for each of {len(self.ids)} positions"
+        if self.drift is not None and len(self.drift) != len(self.fingerprints or ()):
+            return f"{len(self.drift)} drifts for {len(self.fingerprints or ())} fingerprints"
         return None
 
 

@@ -105,22 +105,24 @@ def quantize_activations_token(x: Tensor) -> tuple[Tensor, Tensor]:
     return _to_e4m3(wide / scale), scale
 
 
-def dequantize_block(qdata: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def dequantize_block(
+    qdata: Tensor, scale: Tensor, dtype: torch.dtype, offset: tuple[int, int] = (0, 0)
+) -> Tensor:
     """float(qdata) · its block's scale, computed in float32 and rounded once to `dtype`.
 
-    qdata  (out, in) float8_e4m3fn;  scale (ceil(out/128), ceil(in/128)), any float type
+    qdata  (out, in) float8_e4m3fn;  scale (ceil(out/128), ceil(in/128)), any float type; or a part
+           of the whole from `offset` on, and the scales of the blocks that it touches
 
     Raises ValueError if the scale's shape does not fit.
     """
-    rows, columns = qdata.shape
-    expected = (-(-rows // BLOCK), -(-columns // BLOCK))
+    (rows, columns), leads = qdata.shape, [start % BLOCK for start in offset]
+    expected = (-(-(leads[0] + rows) // BLOCK), -(-(leads[1] + columns) // BLOCK))
     if tuple(scale.shape) != expected:
         raise ValueError(f"block scale has shape {tuple(scale.shape)}, expected {expected}")
     wide = qdata.float()
-    for block in range(expected[0]):
+    for row, band in enumerate(_bands(qdata, offset[0])):
         # one band of 128 rows at a time: no expanded copy of the scales
-        row_scale = scale[block].float().repeat_interleave(BLOCK)[:columns]
-        wide[block * BLOCK : (block + 1) * BLOCK] *= row_scale
+        wide[band] *= scale[row].float().repeat_interleave(BLOCK)[leads[1] : leads[1] + columns]
     return wide.to(dtype)
 
 

@@ -122,7 +122,7 @@ class BridgeSource:
     def trained(self, report: Report, groups: Sequence[Group]) -> None:
         trainer = self._trainer
         texts = texts_of(groups, trainer.config.publish.canaries)
-        canaries = make_canaries(trainer.ring, trainer.world, texts)
+        canaries = make_canaries(trainer.ring, trainer.world, texts, self._sender.layout)
         published = self._sender.publish(report.version, canaries)
         self._receiver.trained(report.version - 1, report.version, published.digest, published.path)
 

@@ -5,6 +5,7 @@ has digests of its own. Codes and scales are parts of the file like any other.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from ..engine.expected_tensors import expected_tensors
 from ..engine.fp8_policy import BLOCK, has_power_of_two_scales
 from ..engine.safetensors_writer import Part, layout
 from ..engine.stored_format import StoredFormat
-from ..kernels.quant import block_amax, block_codes, block_scale
+from ..kernels.quant import block_amax, block_codes, block_scale, dequantize_block
 from .block_scales import CutBlocks, corners_of, part_of
 from .reshard import Block, Run, explain, plan, rows_of
 from .sharding import World
@@ -64,6 +65,11 @@ class WeightLayout:
             {name: part.shape for name, part in self.parts.items()}, self._itemsizes, blocks
         )
 
+    @property
+    def is_fp8(self) -> bool:
+        """Whether weights are stored in FP8."""
+        return bool(self._weights)
+
     def explain(self) -> str:
         """Who writes what."""
         said = explain(self.plan, self._itemsizes)
@@ -82,6 +88,22 @@ class WeightLayout:
         rank calls as often as the others, also one that has nothing to write.
         """
         return self._pieces(self._scales())
+
+    @contextmanager
+    def as_stored(self) -> Iterator[None]:
+        """Inside, the model's FP8 weights have the values that a version of it holds. Collective,
+        and for scoring alone: a copy of those weights is kept meanwhile."""
+        kept: list[tuple[Tensor, Tensor]] = []
+        for name, scale in self._scales().items():
+            local, start = _local(self._tensors[name]), self._start(name)
+            kept.append((local, local.clone()))
+            codes = block_codes(local.to(self._stored.dtype), scale, start)
+            local.copy_(dequantize_block(codes, scale, local.dtype, start))
+        try:
+            yield
+        finally:
+            for local, values in kept:
+                local.copy_(values)
 
     def _pieces(self, scales: dict[str, Tensor]) -> Iterator[Piece]:
         shares = self.plan[self._world.rank]

@@ -76,6 +76,9 @@ def test_parts_of_a_weight_that_cut_blocks_give_the_codes_of_the_whole(weight, p
         codes = block_codes(weight[top:bottom, left:right], scale[cells], (top, left))
         expected = qdata[top:bottom, left:right]
         assert torch.equal(codes.view(torch.uint8), expected.view(torch.uint8))
+        back = dequantize_block(codes, scale[cells], torch.float32, (top, left))
+        whole = dequantize_block(qdata, scale, torch.float32)
+        assert torch.equal(back, whole[top:bottom, left:right])
 
 
 @settings(deadline=None, max_examples=30)
