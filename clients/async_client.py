@@ -10,7 +10,7 @@ import httpx
 
 from ..engine.errors import EverstepError
 from ..engine.journal_ops import Budget
-from ..engine.messages import KVPolicy, Staged
+from ..engine.messages import KVPolicy, Priority, Staged
 from ..engine.rollout import Record, Rollout, RolloutState
 from ..engine.trajectory import Trajectory
 from ..server.rollouts_types import (
@@ -231,9 +231,9 @@ class AsyncClient(BaseClient):
         """As `Client.weights`."""
         return await self._run(flows.weights(self._admin_key, self._patience()))
 
-    async def stage_weights(self, path: str) -> Staged:
+    async def stage_weights(self, path: str, *, priority: Priority = "background") -> Staged:
         """As `Client.stage_weights`."""
-        request = StageRequest(path=path)
+        request = StageRequest(path=path, priority=priority)
         return await self._run(flows.stage_weights(request, self._admin_key, self._patience()))
 
     async def flip_weights(self, version: int, *, kv: KVPolicy = "keep") -> Updated:
@@ -243,18 +243,25 @@ class AsyncClient(BaseClient):
             flows.change_weights("flip", request, self._admin_key, self._patience())
         )
 
-    async def update_weights(self, path: str, *, kv: KVPolicy = "keep") -> Updated:
+    async def update_weights(
+        self, path: str, *, kv: KVPolicy = "keep", priority: Priority = "background"
+    ) -> Updated:
         """As `Client.update_weights`."""
-        request = UpdateRequest(path=path, kv=kv)
+        request = UpdateRequest(path=path, kv=kv, priority=priority)
         return await self._run(
             flows.change_weights("update", request, self._admin_key, self._patience())
         )
 
     async def rollback_weights(
-        self, version: int, *, path: str | None = None, kv: KVPolicy = "keep"
+        self,
+        version: int,
+        *,
+        path: str | None = None,
+        kv: KVPolicy = "keep",
+        priority: Priority = "background",
     ) -> Updated:
         """As `Client.rollback_weights`."""
-        request = RollbackRequest(version=version, path=path, kv=kv)
+        request = RollbackRequest(version=version, path=path, kv=kv, priority=priority)
         return await self._run(
             flows.change_weights("rollback", request, self._admin_key, self._patience())
         )

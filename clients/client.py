@@ -23,7 +23,7 @@ import httpx
 
 from ..engine.errors import EverstepError
 from ..engine.journal_ops import Budget
-from ..engine.messages import KVPolicy, Staged
+from ..engine.messages import KVPolicy, Priority, Staged
 from ..engine.rollout import Record, Rollout, RolloutState
 from ..engine.trajectory import Trajectory
 from ..server.rollouts_types import (
@@ -265,12 +265,15 @@ class Client(BaseClient):
         """Which version serves, what is staged, what served before."""
         return self._run(flows.weights(self._admin_key, self._patience()))
 
-    def stage_weights(self, path: str) -> Staged:
+    def stage_weights(self, path: str, *, priority: Priority = "background") -> Staged:
         """Load and check the version in a folder of the server's machine, beside what serves.
+
+        priority  background: a stated share of the time of generation; full: a slice between every
+                  two of its steps
 
         Raises WeightsRefused, StaleVersion, CheckpointError; what serves goes on serving.
         """
-        request = StageRequest(path=path)
+        request = StageRequest(path=path, priority=priority)
         return self._run(flows.stage_weights(request, self._admin_key, self._patience()))
 
     def flip_weights(self, version: int, *, kv: KVPolicy = "keep") -> Updated:
@@ -278,16 +281,23 @@ class Client(BaseClient):
         request = FlipRequest(version=version, kv=kv)
         return self._run(flows.change_weights("flip", request, self._admin_key, self._patience()))
 
-    def update_weights(self, path: str, *, kv: KVPolicy = "keep") -> Updated:
+    def update_weights(
+        self, path: str, *, kv: KVPolicy = "keep", priority: Priority = "background"
+    ) -> Updated:
         """`stage_weights`, then `flip_weights`."""
-        request = UpdateRequest(path=path, kv=kv)
+        request = UpdateRequest(path=path, kv=kv, priority=priority)
         return self._run(flows.change_weights("update", request, self._admin_key, self._patience()))
 
     def rollback_weights(
-        self, version: int, *, path: str | None = None, kv: KVPolicy = "keep"
+        self,
+        version: int,
+        *,
+        path: str | None = None,
+        kv: KVPolicy = "keep",
+        priority: Priority = "background",
     ) -> Updated:
         """Serve a version again; what is published from then on has to name the new `lineage`."""
-        request = RollbackRequest(version=version, path=path, kv=kv)
+        request = RollbackRequest(version=version, path=path, kv=kv, priority=priority)
         return self._run(
             flows.change_weights("rollback", request, self._admin_key, self._patience())
         )

@@ -13,18 +13,26 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..kernels import Pieces, QuerySpan, drain, log_softmax, rms_norm
+from ..kernels import (
+    Pieces,
+    QuerySpan,
+    drain,
+    log_softmax_in_pieces,
+    project_in_pieces,
+    rms_norm,
+)
 from . import model
 from .errors import WeightsRefused
 from .manifest import Canary, signs
 from .model import KernelOperations, KVStore
 from .numerics import numerics_id
+from .pacing import layer_in_pieces, rows_at_once
 from .rotary import rotary_tables
 from .weights import Weights
 
 Floats = npt.NDArray[np.float32]
 BLOCK = 16
-# tokens of one piece: a layer's pass over them, or their logits
+# tokens that go through the layers together
 CHUNK = 64
 
 
@@ -95,8 +103,8 @@ def scoring(
     num_prompt: int,
     tables: tuple[torch.Tensor, torch.Tensor],
 ) -> Pieces[Score]:
-    """Teacher forcing: a layer over at most `CHUNK` tokens in a piece. The bits are those of any
-    other pass (kernels are row-invariant)."""
+    """Teacher forcing, at most `CHUNK` tokens at a time, in pieces of a bounded amount of work
+    (engine/pacing.py). The bits are those of any other pass (kernels are row-invariant)."""
     config = weights.config
     num_blocks = 1 + -(-len(ids) // BLOCK)
     store = KVStore.empty(config, num_blocks * BLOCK, weights.dtype)
@@ -104,40 +112,40 @@ def scoring(
     direction /= math.sqrt(config.hidden_size)
     parts: list[list[Floats]] = [[] for _ in weights.layers]
     score = Score()
-    for start in range(0, len(ids), CHUNK):
+    start = 0
+    while start < len(ids):
         end = min(start + CHUNK, len(ids))
+        end = start + rows_at_once(config, end - start, end)
         span = QuerySpan(0, start, end - start, list(range(1, num_blocks)))
         plan = model.plan_step(config, [span], BLOCK)
         ops = KernelOperations(config, store, plan, tables)
         x = weights.embedding[torch.tensor(ids[start:end])]
         num_moe = 0
         for index, layer in enumerate(weights.layers):
+            x, routes = yield from layer_in_pieces(ops, layer, x, index)
             with torch.inference_mode():
-                x, routes = model.run_layer(ops, layer, x, index)
                 parts[index].append((x.float() @ direction).numpy().astype(np.float32))
             if routes is not None:
                 chosen = set(routes.ids.reshape(-1).tolist())
                 score.reached |= {(num_moe, expert) for expert in chosen}
                 num_moe += 1
-            yield
-        with torch.inference_mode():
-            score.lp += _logprobs(weights, x, ids, max(start, num_prompt - 1), start, end)
-        yield
+        first = max(start, num_prompt - 1)
+        score.lp += yield from _logprobs(weights, x[first - start :], ids[first : end + 1])
+        start = end
     score.fingerprints = [np.concatenate(chunks) for chunks in parts]
     return score
 
 
-def _logprobs(
-    weights: Weights, x: torch.Tensor, ids: Sequence[int], first: int, start: int, end: int
-) -> list[float]:
-    """Of the tokens that positions `first` … end − 1 predict; x is of `start` … end − 1."""
-    end = min(end, len(ids) - 1)
-    if first >= end:
+def _logprobs(weights: Weights, x: torch.Tensor, ids: Sequence[int]) -> Pieces[list[float]]:
+    """Of ids[1:], which the positions of x predict: as many of them, or one less at the end."""
+    targets = torch.tensor(ids[1:], dtype=torch.int64)
+    if not len(targets):
         return []
-    hidden = rms_norm(x[first - start : end - start], weights.norm, weights.config.rms_norm_eps)
-    lp = log_softmax(model.logits(weights, hidden))
-    targets = torch.tensor(ids[first + 1 : end + 1])
-    found: list[float] = lp.gather(1, targets.unsqueeze(1))[:, 0].tolist()
+    with torch.inference_mode():
+        hidden = rms_norm(x[: len(targets)], weights.norm, weights.config.rms_norm_eps)
+    logits = yield from project_in_pieces(hidden, weights.head)
+    lp = yield from log_softmax_in_pieces(logits, targets)
+    found: list[float] = lp.tolist()
     return found
 
 

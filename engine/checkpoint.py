@@ -6,17 +6,20 @@ the shards, so that no more than one tensor is held beyond the page cache.
 """
 
 import hashlib
+import math
+import mmap
 import re
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, cast
 
+import numpy as np
 import torch
 from msgspec.structs import replace
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..kernels import PIECE_BYTES, Pieces, drain
 from ..kernels.quant import dequantize_block, dequantize_channel
 from . import log
 from .errors import CheckpointError, WeightsRefused
@@ -25,11 +28,20 @@ from .hub import Progress, ignore_progress
 from .manifest import combine_digests, tensor_hash
 from .quant_format import QuantFormat, is_ignored
 from .ring_config import RingConfig, read_config
-from .safetensors_header import DTYPE_NAMES, TensorEntry, listed, read_entries
+from .safetensors_header import DTYPE_NAMES, DTYPES, TensorEntry, listed, reading_entries
 
 _FLOATS = ("BF16", "F16", "F32")
 _CHUNK_BYTES = 1 << 24
-_PIECE_BYTES = 1 << 22
+# tensors that are compared with the configuration in a piece
+_PIECE_TENSORS = 256
+# the bits that all are set in what is no finite number, and as which integers they are read
+_NOT_FINITE = {
+    torch.float32: (np.uint32, 0x7F800000),
+    torch.bfloat16: (np.uint16, 0x7F80),
+    torch.float16: (np.uint16, 0x7C00),
+    # e4m3fn has no infinity; NaN is 0x7f with either sign
+    torch.float8_e4m3fn: (np.uint8, 0x7F),
+}
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
@@ -71,7 +83,7 @@ class Checkpoint:
         self.config = config
         self.entries = entries
         self.names = tuple(sorted(entries))
-        self._shards: dict[Path, Any] = {}
+        self._shards: dict[Path, mmap.mmap] = {}
         self._verified: set[str] = set()
 
     @classmethod
@@ -82,16 +94,20 @@ class Checkpoint:
         malformed shard, an index that disagrees with the shards, and any missing, unknown,
         mis-shaped or mis-typed tensor.
         """
+        return drain(cls.opening(folder))
+
+    @classmethod
+    def opening(cls, folder: Path) -> Pieces["Checkpoint"]:
+        """`open`, in pieces: some hundred tensors each."""
         stated = read_config(folder)
-        entries = {
-            name: entry
-            for name, entry in read_entries(folder).items()
-            if not ("rotary_emb.inv_freq" in name or "v_head" in name)
-        }
+        entries = yield from reading_entries(folder)
+        for name in [name for name in entries if "rotary_emb.inv_freq" in name or "v_head" in name]:
+            del entries[name]
         if stated.tie_word_embeddings:
             entries.pop("lm_head.weight", None)
+        yield
         config = _correct(stated, entries, folder)
-        _check_tensors(config, entries, folder)
+        yield from _checking_tensors(config, entries, folder)
         return cls(folder, config, entries)
 
     def tensor(self, name: str) -> Tensor:
@@ -104,20 +120,37 @@ class Checkpoint:
             raise CheckpointError(self._not_finite(name))
         return tensor
 
-    def verifying(self, name: str) -> Generator[None, None, str]:
-        """The tensor's digest, in pieces of a few milliseconds; its values are looked at on the way.
+    def verifying(self, name: str) -> Pieces[str]:
+        """The tensor's digest, in pieces; its values are looked at on the way.
 
         Raises WeightsRefused for one that is not finite; CheckpointError as `tensor`.
         """
         tensor = self._raw(name)
         hashing = _tensor_hash(name, tensor)
-        for chunk in torch.split(tensor.reshape(-1), _PIECE_BYTES // tensor.element_size()):
+        for chunk in torch.split(tensor.reshape(-1), PIECE_BYTES // tensor.element_size()):
             if not _is_finite(chunk):
                 raise WeightsRefused(self._not_finite(name), tensor=name)
             hashing.update(chunk.view(torch.uint8).numpy().data)
             yield
+        yield from self.letting_go(name)
         self._verified.add(name)
         return hashing.hexdigest()
+
+    def letting_go(self, name: str) -> Pieces[None]:
+        """Of the pages of a tensor in the file's map; they are mapped again where they are read.
+
+        Unmapping takes a time for each page that was looked at: a file of gigabytes would hold up a
+        step when its map is closed.
+        """
+        entry, page = self.entries[name], mmap.PAGESIZE
+        shard = self._shards.get(entry.shard)
+        if shard is None or not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        first = entry.start // page * page
+        last = (entry.start + _num_bytes(entry)) // page * page
+        for start in range(first, last, _CHUNK_BYTES):
+            shard.madvise(mmap.MADV_DONTNEED, start, min(_CHUNK_BYTES, last - start))
+            yield
 
     def _not_finite(self, name: str) -> str:
         return f"{self.entries[name].shard}: {name} holds a value that is not finite"
@@ -155,13 +188,25 @@ class Checkpoint:
     def _raw(self, name: str) -> Tensor:
         if name not in self.entries:
             raise CheckpointError(f"{self.folder} has no tensor {name}")
-        path = self.entries[name].shard
+        entry = self.entries[name]
+        dtype, count = DTYPES[entry.dtype], math.prod(entry.shape)
+        if not count:
+            return torch.empty(entry.shape, dtype=dtype)
         try:
-            if path not in self._shards:
-                self._shards[path] = safe_open(path, framework="pt")
-            return cast(Tensor, self._shards[path].get_tensor(name))
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: {name} cannot be read: {error}") from error
+            if entry.shard not in self._shards:
+                with entry.shard.open("rb") as file:
+                    # a private map: nothing is written to the file, whoever writes
+                    self._shards[entry.shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            flat = torch.frombuffer(
+                self._shards[entry.shard], dtype=dtype, count=count, offset=entry.start
+            )
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{entry.shard}: {name} cannot be read: {error}") from error
+        return flat.view(entry.shape)
+
+
+def _num_bytes(entry: TensorEntry) -> int:
+    return math.prod(entry.shape) * DTYPES[entry.dtype].itemsize
 
 
 def tensor_digest(name: str, tensor: Tensor) -> str:
@@ -178,13 +223,12 @@ def _tensor_hash(name: str, tensor: Tensor) -> "hashlib._Hash":
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    if tensor.dtype == torch.float8_e4m3fn:
-        flat = tensor.reshape(-1).view(torch.uint8)
-        # e4m3fn has no infinity; NaN is 0x7f with either sign
-        return not any(bool(((c & 0x7F) == 0x7F).any()) for c in torch.split(flat, _CHUNK_BYTES))
-    # both ends propagate NaN, and no mask of the tensor's size is made
-    low, high = torch.aminmax(tensor)
-    return bool(torch.isfinite(low) and torch.isfinite(high))
+    """On one thread: others may have something better to do than to be waited for."""
+    kind, mask = _NOT_FINITE[tensor.dtype]
+    flat = tensor.reshape(-1).view(torch.uint8).numpy().view(kind)
+    chunks = range(0, flat.size, PIECE_BYTES // flat.itemsize)
+    parts = (flat[start : start + chunks.step] for start in chunks)
+    return all(int(np.bitwise_and(part, mask).max()) != mask for part in parts)
 
 
 def _correct(config: RingConfig, entries: Mapping[str, TensorEntry], folder: Path) -> RingConfig:
@@ -239,11 +283,15 @@ def _count_layers(
     return main, len(mtp)
 
 
-def _check_tensors(config: RingConfig, entries: Mapping[str, TensorEntry], folder: Path) -> None:
+def _checking_tensors(
+    config: RingConfig, entries: Mapping[str, TensorEntry], folder: Path
+) -> Pieces[None]:
     """Compare names, shapes and types with what the configuration calls for."""
     left = dict(entries)
     missing: list[str] = []
-    for spec in expected_tensors(config):
+    for count, spec in enumerate(expected_tensors(config)):
+        if count % _PIECE_TENSORS == 0:
+            yield
         entry = left.pop(spec.name, None)
         if entry is None:
             missing.append(spec.name)

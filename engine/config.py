@@ -142,9 +142,9 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         Meta(
             gt=0,
             le=1,
-            description="time for the next weights, beside generation, as a share of its steps",
+            description="time for the next weights in the background, as a share of that of steps",
         ),
-    ] = 0.1
+    ] = 0.08
     seed: (
         Annotated[int, Meta(description="run seed: rollouts without a seed derive theirs from it")]
         | None

@@ -63,7 +63,7 @@ class Core:
         runner: Runner,
         stager: Stager | None = None,
         *,
-        stage_share: float = 0.1,
+        stage_share: float = 0.08,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.scheduler = scheduler

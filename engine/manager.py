@@ -31,7 +31,7 @@ from .journal_ops import Budget, Query, RequestKey
 from .journal_thread import JournalThread
 from .keeping import Ids, Keeper, Page, ids_of
 from .manifest import Version
-from .messages import Flipped, KVPolicy, Pause, Ready, Staged, Stats
+from .messages import Flipped, KVPolicy, Pause, Priority, Ready, Staged, Stats
 from .metrics import Counter, Gauge, Histogram, Registry
 from .readers import Delta, deltas, until
 from .recovery import bring_back
@@ -512,15 +512,17 @@ class RolloutManager:
         """All that is known of weights: what served, what is staged and how far it is."""
         return self._versions
 
-    async def stage(self, path: str) -> Staged:
+    async def stage(self, path: str, priority: Priority = "background") -> Staged:
         """Load a version's folder beside what serves, and check it; returns once it can be flipped
         to. Another one that is staged, or being staged, is given up.
+
+        priority  beside generation (`messages.Stage`)
 
         Raises WeightsRefused, naming the tensor or the first layer that differs; CheckpointError;
         StaleVersion where its number or lineage is not to come; EngineUnavailable. Whatever is
         raised, what serves goes on serving.
         """
-        return await self._weights.stage(path)
+        return await self._weights.stage(path, priority)
 
     async def flip(self, version: int, kv: KVPolicy = "keep") -> Flipped:
         """Serve the staged version from the next step on; returns once that is journaled.
@@ -531,9 +533,11 @@ class RolloutManager:
         """
         return await self._weights.flip(version, kv)
 
-    async def update_weights(self, path: str, kv: KVPolicy = "keep") -> tuple[Staged, Flipped]:
+    async def update_weights(
+        self, path: str, kv: KVPolicy = "keep", priority: Priority = "background"
+    ) -> tuple[Staged, Flipped]:
         """`stage`, then `flip`."""
-        staged = await self.stage(path)
+        staged = await self.stage(path, priority)
         return staged, await self.flip(staged.version, kv)
 
     async def unstage(self) -> None:
@@ -541,14 +545,19 @@ class RolloutManager:
         await self._weights.unstage()
 
     async def rollback(
-        self, version: int, *, path: str | None = None, kv: KVPolicy = "keep"
+        self,
+        version: int,
+        *,
+        path: str | None = None,
+        kv: KVPolicy = "keep",
+        priority: Priority = "background",
     ) -> Flipped:
         """Serve a version again by its name; a new lineage begins (`self.version.lineage`), and
         versions of the old one are refused from then on.
 
         path  its folder, where it never served here or its files are elsewhere now
         """
-        return await self._weights.roll_back(version, path, kv)
+        return await self._weights.roll_back(version, path, kv, priority)
 
     @property
     def _weights(self) -> Versions:

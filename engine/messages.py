@@ -16,6 +16,7 @@ from .rollout import FinishReason, KVState, SamplingParams
 PROTOCOL_VERSION = 3
 
 KVPolicy = Literal["keep", "recompute", "recompute-prompt"]
+Priority = Literal["background", "full"]
 
 
 class Add(Struct, tag="add", kw_only=True):
@@ -84,8 +85,12 @@ class Shutdown(Struct, tag="shutdown"):
 class Stage(Struct, tag="stage"):
     """Load a version beside the one that serves, check it, and hold it ready.
 
-    path    a checkpoint folder with its manifest
-    digest  what it must be, where the folder has no manifest (the model that was served first)
+    path      a checkpoint folder with its manifest
+    digest    what it must be, where the folder has no manifest (the model that was served first)
+    priority  beside steps of generation
+              background: gets a stated share of the time that they take (engine.stage_share)
+              full: as much between every two of them as may hold up one (`swap.FULL_SLICE_S`)
+              While nothing is generated there is no difference.
 
     Answered with `Staging` now and then, then `Staged` or `Refused`. What was staged before, or is
     being staged, is given up first.
@@ -94,6 +99,7 @@ class Stage(Struct, tag="stage"):
     version: int
     path: str
     digest: str = ""
+    priority: Priority = "background"
 
 
 class Flip(Struct, tag="flip"):
@@ -300,7 +306,7 @@ class Stats(Struct, tag="stats", kw_only=True):
 
 
 class Staging(Struct, tag="staging"):
-    """Progress of a `Stage`: part is one of digests, read, canaries."""
+    """Progress of a `Stage`: part is one of layout, digests, read, canaries."""
 
     version: int
     part: str
@@ -313,7 +319,9 @@ class StageReport(Struct, frozen=True, kw_only=True):
 
     num_bytes        of its tensors as they are stored
     seconds          from the message to ready; busy_seconds: of those, taken from the step loop
-    slices           pieces that this was done in; longest_slice_s: the longest held up a step
+    parts            busy seconds by part: layout, digests, read, canaries
+    slices           between two steps, that this was done in; longest_slice_s: how long one held up
+                     a step
     canary_tokens    scored; 0: the manifest has no canaries
     max_delta, mean_delta  of |lp − the trainer's|; bound: what they had to stay below
     experts_reached  share of all routed experts that a canary was sent to; None: there are none
@@ -324,6 +332,7 @@ class StageReport(Struct, frozen=True, kw_only=True):
     busy_seconds: float
     slices: int
     longest_slice_s: float
+    parts: dict[str, float] = {}
     canary_tokens: int = 0
     max_delta: float = 0.0
     mean_delta: float = 0.0

@@ -1,21 +1,43 @@
 """A journaled rollout run again: is every bit of it what this engine computes?
 
-Each segment that these weights made is generated anew behind the tokens recorded before it, with
-the recorded seed; ids, logprobs and whatever else was recorded are compared as float32 bits.
-Tokens of other weights cannot be replayed here: they are given as they were, and reported.
+Each segment is generated anew under the weights that made it, behind the tokens recorded before
+it, with the recorded seed; ids, logprobs and whatever else was recorded are compared as float32
+bits. Segments that were drawn over KV of older weights are drawn in one go with those: the weights
+are changed between two tokens, as they were then. Tokens of weights that are not here are given as
+they were, and reported.
 """
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import Any
 
 from msgspec import Struct
 
 from .backend import Backend
-from .errors import EngineDied, InvalidTrajectory
-from .messages import Add, Died, Ready, Rejected, RolloutTokens, Tokens
+from .errors import EngineDied, InvalidTrajectory, WeightsRefused
+from .messages import (
+    Add,
+    Cancel,
+    Died,
+    Flip,
+    Flipped,
+    FromCore,
+    KVPolicy,
+    Meter,
+    Ready,
+    Refused,
+    Rejected,
+    RolloutTokens,
+    Stage,
+    Staged,
+    Tokens,
+)
 from .rollout import FinishReason, Rollout, Segment, check_prompt
+from .version_folders import VersionFolder
 
+# whose meter stops a rollout at the token before which the weights changed
+_POOL = "replay"
 _FLOATS = ("lp_sampled", "lp_temp", "kept_mass", "lp_raw", "entropy")
 _OTHERS = ("flags", "kept_ids")
 
@@ -58,18 +80,48 @@ class Computed(Struct):
     finish: FinishReason | None = None
 
 
-def spans_of(rollout: Rollout, ready: Ready, *, to: int | None = None) -> list[Span]:
-    """One per segment that begins before token `to`."""
+def spans_of(
+    rollout: Rollout, versions: Mapping[str, VersionFolder], *, to: int | None = None
+) -> list[Span]:
+    """One per segment that begins before token `to`. versions: those that are here, by digest."""
     num = len(rollout.output_ids) if to is None else min(to, len(rollout.output_ids))
     spans: list[Span] = []
+    chain: list[Segment] = []
     for segment, end in _bounds(rollout.segments, num):
+        if segment.kv == "computed":
+            chain = []
+        chain.append(segment)
+        missing = next((one for one in chain if one.digest not in versions), None)
         obstacle = None
-        if segment.digest != ready.digest:
-            obstacle = f"made by weights {segment.digest[:8]}, loaded are {ready.digest[:8]}"
-        elif segment.kv != "computed":
-            obstacle = f"drawn over KV of other weights (policy {segment.kv})"
+        if segment.digest not in versions:
+            obstacle = f"made by {words(segment)}, which is not here"
+        elif missing is not None:
+            obstacle = f"drawn over KV of {words(missing)}, which is not here"
         spans.append(Span(segment.start, end, segment, obstacle))
     return spans
+
+
+def words(segment: Segment) -> str:
+    """Its version, for messages."""
+    return f"version {segment.version} ({segment.digest[:12]})"
+
+
+def missing_of(rollout: Rollout, versions: Mapping[str, VersionFolder]) -> list[Segment]:
+    """One segment of each version that is not here."""
+    found = {s.digest: s for s in rollout.segments if s.digest not in versions}
+    return list(found.values())
+
+
+def chains_of(spans: Sequence[Span]) -> list[list[Span]]:
+    """What can be replayed, cut where KV was computed from the tokens alone."""
+    chains: list[list[Span]] = []
+    for span in spans:
+        if span.obstacle is not None:
+            continue
+        if span.segment.kv == "computed":
+            chains.append([])
+        chains[-1].append(span)
+    return chains
 
 
 def _bounds(segments: Sequence[Segment], num: int) -> Iterable[tuple[Segment, int]]:
@@ -97,45 +149,109 @@ def check_fits(rollout: Rollout, ready: Ready) -> None:
         )
 
 
-async def replay_span(
-    rollout: Rollout, span: Span, backend: Backend, ready: Ready, eos_ids: Sequence[int]
-) -> Outcome:
-    """Generate a span again and compare. Raises EngineDied."""
-    sampling = rollout.sampling
-    stop_ids = sampling.ending_ids(eos_ids)
-    name = f"replay-{span.start}"
-    backend.send(
-        [
-            Add(
-                rollout_id=name,
-                prompt_ids=rollout.prompt_ids,
-                output_ids=rollout.output_ids[: span.start],
-                sampling=sampling,
-                seed=rollout.seed,
-                max_tokens=span.end,
-                stop_ids=sorted(stop_ids),
-                banned_ids=sorted(stop_ids | set(eos_ids)),
-            )
-        ]
-    )
-    computed = await _collect(backend, name)
-    return Outcome(span, first_difference(rollout, span, computed, ready))
+class Replayer:
+    """Draws tokens again on a core that has started.
 
+    versions  by digest
+    """
 
-async def _collect(backend: Backend, name: str) -> Computed:
-    computed = Computed()
-    while computed.finish is None:
-        for message in await backend.receive():
-            match message:
-                case Tokens():
+    def __init__(
+        self,
+        backend: Backend,
+        ready: Ready,
+        versions: Mapping[str, VersionFolder],
+        eos_ids: Sequence[int],
+    ) -> None:
+        self._backend = backend
+        self._ready = ready
+        self._versions = versions
+        self._eos_ids = eos_ids
+        self._digest = ready.digest
+        self._num_drawn = 0
+        self._backlog: deque[FromCore] = deque()
+
+    async def replay(self, rollout: Rollout, chain: Sequence[Span]) -> AsyncIterator[Outcome]:
+        """Generate the spans of a chain again, one after another, up to the first difference.
+
+        Raises EngineDied; WeightsRefused or CheckpointError for a version that cannot be served.
+        """
+        first, last = chain[0], chain[-1]
+        name = f"replay-{first.start}"
+        await self._serve(first.segment, "recompute")
+        self._backend.send([self._meter(first), self._add(name, rollout, first.start, last.end)])
+        for span in chain:
+            if span is not first:
+                await self._change(span.segment)
+                self._backend.send([self._meter(span)])
+            computed = await self._collect(name, span.end - span.start)
+            self._num_drawn += len(computed.ids)
+            difference = first_difference(rollout, span, computed, self._ready)
+            yield Outcome(span, difference)
+            if difference is not None:
+                break
+        self._backend.send([Cancel([name])])
+
+    def _meter(self, span: Span) -> Meter:
+        return Meter(_POOL, self._num_drawn + span.end - span.start)
+
+    def _add(self, name: str, rollout: Rollout, start: int, end: int) -> Add:
+        stop_ids = rollout.sampling.ending_ids(self._eos_ids)
+        return Add(
+            rollout_id=name,
+            prompt_ids=rollout.prompt_ids,
+            output_ids=rollout.output_ids[:start],
+            sampling=rollout.sampling,
+            seed=rollout.seed,
+            max_tokens=end,
+            stop_ids=sorted(stop_ids),
+            banned_ids=sorted(stop_ids | set(self._eos_ids)),
+            pool=_POOL,
+        )
+
+    async def _change(self, segment: Segment) -> None:
+        """Between two tokens of a rollout, to the weights of a segment that is not `computed`."""
+        if segment.kv == "recompute-prompt":
+            # also where the weights are these already: others may have served in between
+            await self._serve(segment, "recompute-prompt", again=True)
+        else:
+            await self._serve(segment, "keep")
+
+    async def _serve(self, segment: Segment, kv: KVPolicy, *, again: bool = False) -> None:
+        if segment.digest == self._digest and not again:
+            return
+        version = self._versions[segment.digest]
+        number = segment.version if version.number is None else version.number
+        self._backend.send([Stage(number, str(version.folder), segment.digest, "full")])
+        await self._answer(Staged)
+        self._backend.send([Flip(number, segment.digest, kv)])
+        await self._answer(Flipped)
+        self._digest = segment.digest
+
+    async def _answer(self, kind: type[Staged] | type[Flipped]) -> None:
+        while not isinstance(message := await self._next(), kind):
+            if isinstance(message, Refused):
+                raise WeightsRefused(message.message, tensor=message.tensor, layer=message.layer)
+
+    async def _collect(self, name: str, count: int) -> Computed:
+        """So many new tokens of the rollout, or as many as there are before its end."""
+        computed = Computed()
+        while len(computed.ids) < count and computed.finish is None:
+            match await self._next():
+                case Tokens() as message:
                     for tokens in message.each():
                         if tokens.rollout_id == name:
                             _take(computed, tokens)
-                case Rejected() if message.rollout_id == name:
+                case Rejected() as message if message.rollout_id == name:
                     raise InvalidTrajectory(f"this engine cannot run it: {message.message}")
-                case Died():
-                    raise EngineDied(message.message)
-    return computed
+        return computed
+
+    async def _next(self) -> FromCore:
+        while not self._backlog:
+            self._backlog += await self._backend.receive()
+        message = self._backlog.popleft()
+        if isinstance(message, Died):
+            raise EngineDied(message.message)
+        return message
 
 
 def _take(computed: Computed, tokens: RolloutTokens) -> None:

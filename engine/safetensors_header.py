@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..kernels import Pieces, drain
 from .errors import CheckpointError
 from .json_keys import read_json
 
@@ -25,15 +26,21 @@ _MAX_HEADER_BYTES = 100_000_000
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor that a shard's header lists."""
+    """One tensor that a shard's header lists; `start`: of its bytes in the file."""
 
     shard: Path
     dtype: str
     shape: tuple[int, ...]
+    start: int
 
 
 def read_entries(folder: Path) -> dict[str, TensorEntry]:
     """The tensors of all shards by name, checked against the index if there is one."""
+    return drain(reading_entries(folder))
+
+
+def reading_entries(folder: Path) -> Pieces[dict[str, TensorEntry]]:
+    """`read_entries`, a shard at a time."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return read_header(single)
@@ -59,6 +66,7 @@ def read_entries(folder: Path) -> dict[str, TensorEntry]:
                     f"{path} holds {name}, which {index.name} puts in {weight_map.get(name)}"
                 )
             entries[name] = entry
+        yield
     if absent := weight_map.keys() - entries.keys():
         name = min(absent)
         raise CheckpointError(
@@ -92,10 +100,11 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         entries = {}
         end = used = 0
         for name, item in header.items():
-            entries[name] = TensorEntry(path, item["dtype"], tuple(map(int, item["shape"])))
             begin, stop = map(int, item["data_offsets"])
+            shape = tuple(map(int, item["shape"]))
+            entries[name] = TensorEntry(path, item["dtype"], shape, 8 + length + begin)
             if (dtype := DTYPES.get(item["dtype"])) is not None:
-                needed = math.prod(entries[name].shape) * dtype.itemsize
+                needed = math.prod(shape) * dtype.itemsize
                 if stop - begin != needed:
                     raise ValueError(f"{name} has {stop - begin} bytes, its shape needs {needed}")
             end = max(end, stop)

@@ -1,10 +1,12 @@
 """The next weights, made beside those that serve: read, checked and scored a piece at a time.
 
+    layout     manifest and headers: names, types, shapes
     digests    every tensor against the manifest; values that are not finite
     read       into the form that the kernels multiply, as any checkpoint is read
     canaries   the manifest's sequences, scored in what was read
 
-A piece is a few milliseconds of work, so that a step never waits for longer (engine/swap.py).
+What a piece touches is bounded (kernels/pieces.py), so that a step never waits for long
+(engine/swap.py).
 """
 
 from collections.abc import Callable, Generator
@@ -15,7 +17,7 @@ from typing import TypeVar
 
 import torch
 
-from ..kernels import GateUp, Linear, PackedWeight, Pieces
+from ..kernels import PackedWeight, Pieces
 from .canaries import Comparison, scoring
 from .checkpoint import Checkpoint
 from .config import ModelConfig
@@ -25,7 +27,8 @@ from .messages import Stage, StageReport
 from .runner import ModelRunner
 from .step import ForwardPass
 from .swap import Part
-from .weights import Mlp, WeightReader, Weights
+from .weights import Part as WeightPart
+from .weights import WeightReader, Weights
 
 T = TypeVar("T")
 # of the memory that is free: what the estimate leaves to everybody else
@@ -58,15 +61,19 @@ class WeightStager:
         self._runner = runner
         self._config = config
         self._free_bytes = free_bytes
+        self._made: list[WeightPart] = []
+        """What is staged, or was until it was refused."""
 
     def stage(self, order: Stage) -> Generator[Part, None, tuple[Loaded, StageReport]]:
         folder = Path(order.path)
         manifest = self._manifest(order, folder)
-        checkpoint = Checkpoint.open(folder)
+        checkpoint = yield from _told(Checkpoint.opening(folder), lambda: ("layout", 0, 1))
         if manifest is not None:
             found = {name: (e.dtype, e.shape) for name, e in checkpoint.entries.items()}
             check_layout(manifest, found, folder)
         reader = self._reader(checkpoint)
+        self._made = reader.made
+        yield "layout", 1, 1
         num_bytes = self._check_room(checkpoint, reader)
         digest = yield from _digests(checkpoint, manifest)
         if order.digest and digest != order.digest:
@@ -94,9 +101,13 @@ class WeightStager:
         )
 
     def flip(self, prepared: Loaded) -> Generator[None, None, None]:
-        parts = _parts(self._runner.weights)
+        old, self._made = list(self._runner.weights.parts), []
         self._runner.flip(prepared.weights, prepared.forward)
-        return _give_back(parts)
+        return _give_back(old)
+
+    def discard(self) -> Generator[None, None, None]:
+        made, self._made = self._made, []
+        return _give_back(made)
 
     def _manifest(self, order: Stage, folder: Path) -> Manifest | None:
         manifest = read_manifest(folder)
@@ -200,39 +211,9 @@ def _told(pieces: Pieces[T], part: Callable[[], Part]) -> Generator[Part, None, 
         yield part()
 
 
-Parts = list[torch.Tensor | PackedWeight]
-
-
-def _parts(weights: Weights) -> Parts:
-    """What holds the memory of weights."""
-    found: Parts = [weights.embedding]
-
-    def hold(weight: Linear | GateUp) -> None:
-        if isinstance(weight, PackedWeight):
-            found.append(weight)
-
-    def hold_mlp(mlp: Mlp) -> None:
-        hold(mlp.gate_up)
-        hold(mlp.down)
-
-    hold(weights.head)
-    for layer in weights.layers:
-        hold(layer.qkv)
-        hold(layer.dense)
-        if isinstance(layer.ffn, Mlp):
-            hold_mlp(layer.ffn)
-            continue
-        for pair in layer.ffn.experts.gate_ups:
-            hold(pair)
-        for down in layer.ffn.experts.downs:
-            hold(down)
-        if layer.ffn.shared is not None:
-            hold_mlp(layer.ffn.shared)
-    return found
-
-
-def _give_back(parts: Parts) -> Generator[None, None, None]:
-    """To unmap gigabytes at once would hold up a step."""
+def _give_back(parts: list[WeightPart]) -> Generator[None, None, None]:
+    """To unmap gigabytes at once would hold up a step. What was allocated last goes first: a heap
+    gives its upper end back to the system, and else would give back all of it at the last part."""
     freed = 0
     while parts:
         part = parts.pop()

@@ -1,19 +1,31 @@
 """The core's side of a change of weights: staged beside generation, then flipped between two steps.
 
-A stager makes the next weights in pieces of a few milliseconds at most. They are run between steps,
-a slice at a time, and get a share of the time that steps take, so that generation goes on at nearly
-its speed; while there is nothing to generate they are run one after another.
+A stager makes the next weights in pieces of a millisecond or two. They are run between steps, a
+slice at a time. In the background they get a share of the time that steps take, so that generation
+goes on at nearly its speed; at full priority there is a slice between every two steps; while there
+is nothing to generate they are run one after another.
 """
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from itertools import chain
 from typing import Any, Protocol
 
 import msgspec
 
 from . import log
 from .errors import EverstepError, WeightsRefused
-from .messages import Flip, Flipped, FromCore, Refused, Stage, Staged, StageReport, Staging
+from .messages import (
+    Flip,
+    Flipped,
+    FromCore,
+    Priority,
+    Refused,
+    Stage,
+    Staged,
+    StageReport,
+    Staging,
+)
 from .scheduler import Scheduler
 
 Part = tuple[str, int, int]
@@ -21,6 +33,7 @@ Part = tuple[str, int, int]
 PROGRESS_EVERY_S = 0.25
 # how long a step may be held up at once, but for the last piece
 SLICE_S = 0.004
+FULL_SLICE_S = 0.008
 Clock = Callable[[], float]
 
 
@@ -43,11 +56,15 @@ class Stager(Protocol):
         """Serve what was prepared, at once; then give back the old weights, a piece at a time."""
         ...
 
+    def discard(self) -> Generator[None, None, None]:
+        """Give back what was staged, wholly or in part, and not flipped to, a piece at a time."""
+        ...
+
 
 class Swap:
     """At most one version is staged, or being staged. Knows no transport and no tensors.
 
-    share  of the time of steps that pieces of work may take
+    share  of the time of steps that pieces of work take in the background
     """
 
     def __init__(
@@ -63,9 +80,10 @@ class Swap:
         self._share = share
         self._clock = clock
         self._credit_s = 0.0
+        self._priority: Priority = "background"
         self._work: _Work | None = None
         self._staged: tuple[Stage, Prepared] | None = None
-        self._leftovers: Generator[None, None, None] | None = None
+        self._leftovers: Iterator[None] | None = None
         self._flipped: Flipped | None = None
         # of the step loop: when the last step ended, None if there was nothing to do since
         self._idle_since_s: float | None = None
@@ -81,6 +99,7 @@ class Swap:
     def stage(self, order: Stage) -> list[FromCore]:
         answers = self._give_up("another version is staged instead")
         self._work = _Work(order, self._stager.stage(order), self._clock())
+        self._priority = order.priority
         return answers
 
     def unstage(self, version: int) -> list[FromCore]:
@@ -107,10 +126,7 @@ class Swap:
             ]
         started = self._clock()
         self._staged = None
-        if self._leftovers is not None:
-            for _ in self._leftovers:
-                pass
-        self._leftovers = self._stager.flip(prepared)
+        self._give_back(self._stager.flip(prepared))
         counts = self._scheduler.flip(prepared.digest, order.kv)
         self._flipped = Flipped(
             version=order.version,
@@ -126,10 +142,16 @@ class Swap:
 
     def _give_up(self, reason: str) -> list[FromCore]:
         work, self._work, self._staged = self._work, None, None
+        if work is not None:
+            work.pieces.close()
+        self._give_back(self._stager.discard())
         if work is None:
             return []
-        work.pieces.close()
         return [Refused(work.order.version, f"version {work.order.version}: {reason}")]
+
+    def _give_back(self, pieces: Iterator[None]) -> None:
+        """When there is time for it, but before another version is read."""
+        self._leftovers = pieces if self._leftovers is None else chain(self._leftovers, pieces)
 
     # --- around steps ----------------------------------------------------------------------
 
@@ -148,7 +170,9 @@ class Swap:
         self._idle_since_s = ended_s
         seconds = ended_s - started_s
         self._step_s = 0.8 * self._step_s + 0.2 * seconds if self._step_s else seconds
-        if self._work is not None or self._leftovers is not None:
+        if self._priority == "full":
+            self._credit_s = FULL_SLICE_S
+        elif self._work is not None or self._leftovers is not None:
             # a piece may cost more than a step has left; what was overdrawn is waited for
             self._credit_s = min(self._credit_s + self._share * seconds, SLICE_S)
 
@@ -163,22 +187,22 @@ class Swap:
         if self._idle_since_s is None:
             news += self.before_step()
         began = now = self._clock()
-        while self._credit_s > 0 and now - began < SLICE_S:
+        while self._credit_s > 0:
             if self._leftovers is not None:
                 if next(self._leftovers, self) is self:
                     self._leftovers = None
             elif self._work is not None:
-                news += self._advance(self._work, began)
+                news += self._advance(self._work, began, now)
             else:
                 break
             before, now = now, self._clock()
             self._credit_s -= now - before
         if self._work is not None and now > began:
-            self._work.note(now - began)
+            self._work.note_slice(now - began)
         return news
 
-    def _advance(self, work: "_Work", began_s: float) -> list[FromCore]:
-        """A piece of the slice that began then."""
+    def _advance(self, work: "_Work", slice_began_s: float, began_s: float) -> list[FromCore]:
+        """A piece that begins now."""
         order = work.order
         try:
             part = next(work.pieces)
@@ -186,17 +210,21 @@ class Swap:
             self._work = None
             prepared, report = stop.value
             self._staged = order, prepared
-            return [
-                Staged(order.version, prepared.digest, work.timed(report, began_s, self._clock()))
-            ]
+            now = self._clock()
+            work.note_piece(now - began_s)
+            work.note_slice(now - slice_began_s)
+            return [Staged(order.version, prepared.digest, work.timed(report, now))]
         except Exception as error:
             # whatever it is: what serves goes on serving
             self._work = None
+            self._give_back(self._stager.discard())
             return [_refusal(order, error)]
-        now = self._clock()
-        if now - work.told_s < PROGRESS_EVERY_S and part[0] == work.told_part:
+        now, is_new = self._clock(), part[0] != work.part
+        work.part = part[0]
+        work.note_piece(now - began_s)
+        if now - work.told_s < PROGRESS_EVERY_S and not is_new:
             return []
-        work.told_s, work.told_part = now, part[0]
+        work.told_s = now
         return [Staging(order.version, *part)]
 
 
@@ -212,24 +240,30 @@ class _Work:
         self.order = order
         self.pieces = pieces
         self.told_s = 0.0
-        self.told_part = ""
+        self.part = ""
+        """That the last piece was of."""
         self._started_s = started_s
         self._busy_s = self._longest_s = 0.0
         self._slices = 0
+        self._parts: dict[str, float] = {}
 
-    def note(self, seconds: float) -> None:
-        """A slice took so long."""
+    def note_piece(self, seconds: float) -> None:
+        """One of the part that is in hand took so long."""
+        self._parts[self.part] = self._parts.get(self.part, 0.0) + seconds
+
+    def note_slice(self, seconds: float) -> None:
+        """Steps were held up for so long."""
         self._slices += 1
         self._busy_s += seconds
         self._longest_s = max(self._longest_s, seconds)
 
-    def timed(self, report: StageReport, slice_began_s: float, now_s: float) -> StageReport:
-        """The report with the times of all slices, the last included."""
-        self.note(now_s - slice_began_s)
+    def timed(self, report: StageReport, now_s: float) -> StageReport:
+        """The report with the times that were noted."""
         return msgspec.structs.replace(
             report,
             seconds=now_s - self._started_s,
             busy_seconds=self._busy_s,
+            parts=self._parts,
             slices=self._slices,
             longest_slice_s=self._longest_s,
         )

@@ -26,6 +26,7 @@ from .messages import (
     Flip,
     Flipped,
     KVPolicy,
+    Priority,
     Ready,
     Refused,
     Stage,
@@ -70,6 +71,9 @@ class Versions:
         self.staged: Version | None = None
         self.staging: Staging | None = None
         """How far the version that is being staged is."""
+        self.last_staged: Staged | None = None
+        self.last_flip: Flipped | None = None
+        """What the last ones took."""
         self.waiting_for: str | None = None
         """Why all rollouts stand still, if they do: the weights that they go on with are missing."""
         self._base = base
@@ -80,8 +84,17 @@ class Versions:
         self._stage_s = metrics.histogram(
             "everstep:weight_stage_seconds", "from asked for to ready to be flipped to"
         )
+        self._busy_s = metrics.counter(
+            "everstep:weight_stage_busy_seconds_total", "of staging, taken from the step loop"
+        )
+        self._slice_s = metrics.gauge(
+            "everstep:weight_longest_slice_seconds", "how long the last staging held up one step"
+        )
         self._flip_s = metrics.histogram(
             "everstep:weight_flip_seconds", "last step under the old weights to first under the new"
+        )
+        self._steps_lost = metrics.counter(
+            "everstep:weight_flip_steps_lost_total", "the same in steps, as long as those before"
         )
         self._number = metrics.gauge("everstep:weight_version", "number of the version that serves")
         self._refused = metrics.counter(
@@ -155,7 +168,7 @@ class Versions:
 
     # --- what is asked for ---------------------------------------------------------------
 
-    async def stage(self, path: str) -> Staged:
+    async def stage(self, path: str, priority: Priority) -> Staged:
         """Have a folder loaded and checked. Raises CheckpointError, StaleVersion, WeightsRefused,
         EngineUnavailable."""
         manifest = await self._read(path)
@@ -167,7 +180,7 @@ class Versions:
                 return Staged(version.number, version.digest, NOTHING_DONE)
         else:
             self._check_order(version, current)
-        return await self._stage(version)
+        return await self._stage(version, priority)
 
     async def flip(self, number: int, kv: KVPolicy) -> Flipped:
         """Serve what is staged. Raises IllegalState where that is another version or none;
@@ -190,7 +203,9 @@ class Versions:
         for number in numbers:
             self.tell(Unstage(number))
 
-    async def roll_back(self, number: int, path: str | None, kv: KVPolicy) -> Flipped:
+    async def roll_back(
+        self, number: int, path: str | None, kv: KVPolicy, priority: Priority
+    ) -> Flipped:
         """Serve a version again, by its name; a new lineage begins: the one that the folder's
         manifest names, where that is new here, else one of our own.
 
@@ -220,7 +235,7 @@ class Versions:
             if (journaled := self._note(target)) is not None:
                 await asyncio.shield(journaled)
             return _nothing_to_flip(target, kv)
-        await self._stage(target)
+        await self._stage(target, priority)
         return await self._flip(target, kv)
 
     async def _read(self, path: str) -> Manifest:
@@ -244,10 +259,10 @@ class Versions:
                 "run backwards; to go back on purpose, roll back by its name"
             )
 
-    async def _stage(self, version: Version) -> Staged:
+    async def _stage(self, version: Version, priority: Priority) -> Staged:
         self.staged = None
         future: asyncio.Future[Staged] = asyncio.get_running_loop().create_future()
-        self.tell(Stage(version.number, version.folder, version.digest))
+        self.tell(Stage(version.number, version.folder, version.digest, priority))
         self._asked.append(_Asked("stage", version, future))
         return await asyncio.shield(future)
 
@@ -271,8 +286,8 @@ class Versions:
                 self.staging = message
             case Staged():
                 asked, self.staging = self._take_asked("stage"), None
-                self.staged = asked.version
-                self._stage_s.observe(message.report.seconds)
+                self.staged, self.last_staged = asked.version, message
+                self._note_staged(message)
                 self._settle(asked, message)
             case Refused():
                 asked = self._take_asked(message.what)
@@ -282,10 +297,40 @@ class Versions:
                 error = WeightsRefused(message.message, tensor=message.tensor, layer=message.layer)
                 self._settle(asked, error=error)
             case Flipped():
-                asked = self._take_asked("flip")
-                self._flip_s.observe(message.stall_s)
+                asked, self.last_flip = self._take_asked("flip"), message
                 self.waiting_for = None
+                self._note_flipped(message)
                 self._settle(asked, (message, self._note(asked.version)))
+
+    def _note_staged(self, staged: Staged) -> None:
+        report = staged.report
+        self._stage_s.observe(report.seconds)
+        self._busy_s.add(report.busy_seconds)
+        self._slice_s.set(report.longest_slice_s)
+        log.event(
+            "weights.staged",
+            version=staged.version,
+            digest=staged.digest[:12],
+            seconds=round(report.seconds, 3),
+            busy_seconds=round(report.busy_seconds, 3),
+            longest_slice_ms=round(report.longest_slice_s * 1e3, 2),
+            max_delta=report.max_delta,
+            experts_reached=report.experts_reached,
+        )
+
+    def _note_flipped(self, flipped: Flipped) -> None:
+        self._flip_s.observe(flipped.stall_s)
+        self._steps_lost.add(flipped.steps_lost)
+        log.event(
+            "weights.flipped",
+            version=flipped.version,
+            digest=flipped.digest[:12],
+            kv=flipped.kv,
+            stall_ms=round(flipped.stall_s * 1e3, 2),
+            steps_lost=round(flipped.steps_lost, 2),
+            kept_rollouts=flipped.kept_rollouts,
+            dropped_tokens=flipped.dropped_tokens,
+        )
 
     def _take_asked(self, kind: Asked) -> _Asked:
         asked = next(one for one in self._asked if one.kind == kind)

@@ -12,15 +12,16 @@ from typing import TypeVar, overload
 import torch
 
 from ..kernels import (
+    PIECE_BYTES,
     ExpertBank,
     GateUp,
     Linear,
+    PackedWeight,
+    Pair,
     Pieces,
     Weight,
     drain,
-    prepare,
     prepare_experts,
-    prepare_gate_up,
     preparing,
     preparing_gate_up,
     preparing_head,
@@ -31,9 +32,8 @@ from .errors import ConfigError
 from .ring_config import RingConfig
 
 Progress = Callable[[str, int, int], None]
+Part = torch.Tensor | PackedWeight
 Item = TypeVar("Item")
-# of a tensor, copied without coming back
-PIECE_ELEMENTS = 1 << 21
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -82,6 +82,8 @@ class Weights:
     digest: str
     formats: str
     """How linear layers are stored and run: plain, block, channel, with -w8a8-… where it is on."""
+    parts: "tuple[Part, ...]"
+    """What holds the memory, in the order in which it was allocated."""
 
     @property
     def num_moe_layers(self) -> int:
@@ -95,6 +97,9 @@ class WeightReader:
         self.checkpoint = checkpoint
         self.config = checkpoint.config
         self.dtype = compute_dtype(self.config, model)
+        self.made: list[Part] = []
+        """What `reading` has read so far that holds memory."""
+        self._is_reading = False
         self._expand_now = model.dequantize == "load" and model.numerics == "exact"
         quant = self.config.quant
         if model.numerics == "w8a8" and (quant is None or quant.activations == "none"):
@@ -112,25 +117,39 @@ class WeightReader:
         stored = self.checkpoint.tensor(name)
         out = torch.empty(stored.shape, dtype=dtype or self.dtype)
         source, target = stored.reshape(-1), out.view(-1)
-        for start in range(0, max(1, source.numel()), PIECE_ELEMENTS):
-            target[start : start + PIECE_ELEMENTS] = source[start : start + PIECE_ELEMENTS]
+        count = PIECE_BYTES // max(source.element_size(), target.element_size())
+        for start in range(0, source.numel(), count):
+            target[start : start + count] = source[start : start + count]
             yield
+        yield from self.checkpoint.letting_go(name)
         return out
 
     def linear(self, name: str) -> Linear:
         """The linear layer `name` (without `.weight`), in the form that this level multiplies."""
-        return prepare(self._weight(name))
+        return drain(self._linear(name))
+
+    def _linear(self, name: str) -> Pieces[Linear]:
+        linear = yield from preparing(self._weight(name), expands=self._expand_now)
+        self._note(linear)
+        yield from self.checkpoint.letting_go(f"{name}.weight")
+        return linear
+
+    def _note(self, weight: Linear | GateUp) -> None:
+        if not self._is_reading:
+            return
+        if isinstance(weight, Pair):
+            self.made += [weight.gate.data, weight.up.data]
+        else:
+            self.made.append(weight if isinstance(weight, PackedWeight) else weight.data)
 
     def _weight(self, name: str) -> Weight:
-        """The linear layer `name`, every format; it may alias the map (`prepare` copies)."""
+        """The linear layer `name`, every format, as it is stored; it aliases the map (`preparing`
+        copies, and rounds to T)."""
         stored = self.checkpoint.linear(name)
         bias = None if stored.bias is None else stored.bias.to(self.dtype)
         if stored.scale is None:
-            return Weight(stored.weight.to(self.dtype), self.dtype, bias=bias)
-        weight = self._quantised(stored, bias)
-        if self._expand_now:
-            return Weight(weight.expanded().contiguous(), self.dtype, bias=bias)
-        return weight
+            return Weight(stored.weight, self.dtype, bias=bias)
+        return self._quantised(stored, bias)
 
     def _quantised(self, stored: StoredLinear, bias: torch.Tensor | None) -> Weight:
         assert stored.scale is not None
@@ -147,27 +166,38 @@ class WeightReader:
         return drain(self._mlp(prefix))
 
     def _mlp(self, prefix: str) -> Pieces[Mlp]:
-        gate, up = self._weight(f"{prefix}.gate_proj"), self._weight(f"{prefix}.up_proj")
-        gate_up = yield from preparing_gate_up(gate, up)
-        down = yield from preparing(self._weight(f"{prefix}.down_proj"))
+        gate_up = yield from self._gate_up(prefix)
+        down = yield from self._linear(f"{prefix}.down_proj")
         return Mlp(gate_up, down)
 
     def gate_up(self, prefix: str) -> GateUp:
-        gate, up = self._weight(f"{prefix}.gate_proj"), self._weight(f"{prefix}.up_proj")
-        return prepare_gate_up(gate, up)
+        return drain(self._gate_up(prefix))
+
+    def _gate_up(self, prefix: str) -> Pieces[GateUp]:
+        names = [f"{prefix}.gate_proj", f"{prefix}.up_proj"]
+        gate, up = map(self._weight, names)
+        gate_up = yield from preparing_gate_up(gate, up, expands=self._expand_now)
+        self._note(gate_up)
+        for name in names:
+            yield from self.checkpoint.letting_go(f"{name}.weight")
+        return gate_up
 
     def router(self, layer: int) -> tuple[Linear, torch.Tensor]:
         """(E, H) and (E,) in float32; a bias that the checkpoint does not have is zero."""
+        return drain(self._router(layer))
+
+    def _router(self, layer: int) -> Pieces[tuple[Linear, torch.Tensor]]:
         prefix = f"model.layers.{layer}.mlp.gate"
-        gate = self.tensor(f"{prefix}.weight", torch.float32)
-        bias = torch.zeros(gate.shape[0])
+        gate = yield from preparing(
+            Weight(self.checkpoint.tensor(f"{prefix}.weight"), torch.float32)
+        )
         if f"{prefix}.expert_bias" in self.checkpoint.names:
-            bias = self.tensor(f"{prefix}.expert_bias", torch.float32)
-        return prepare(Weight(gate, torch.float32)), bias
+            return gate, self.tensor(f"{prefix}.expert_bias", torch.float32)
+        return gate, torch.zeros(self.config.num_experts)
 
     def _moe(self, layer: int) -> Pieces[Moe]:
         prefix = f"model.layers.{layer}.mlp"
-        gate, bias = self.router(layer)
+        gate, bias = yield from self._router(layer)
         gate_ups: list[GateUp] = []
         downs: list[Linear] = []
         for e in range(self.config.num_experts):
@@ -204,8 +234,8 @@ class WeightReader:
             if self.config.use_qk_norm
             else [None, None]
         )
-        qkv = yield from preparing(self._weight(f"{p}.attention.query_key_value"))
-        dense = yield from preparing(self._weight(f"{p}.attention.dense"))
+        qkv = yield from self._linear(f"{p}.attention.query_key_value")
+        dense = yield from self._linear(f"{p}.attention.dense")
         ffn: Mlp | Moe
         if not self.config.is_moe_layer(index):
             ffn = yield from self._mlp(f"{p}.mlp")
@@ -233,23 +263,27 @@ class WeightReader:
     def _head(self) -> Pieces[Linear]:
         tied = self.config.tie_word_embeddings
         name = "model.word_embeddings.weight" if tied else "lm_head.weight"
-        # no copy: what is prepared is one
-        return (yield from preparing_head(self.checkpoint.tensor(name).to(self.dtype)))
+        head = yield from preparing_head(Weight(self.checkpoint.tensor(name), self.dtype))
+        self._note(head)
+        yield from self.checkpoint.letting_go(name)
+        return head
 
     def reading(
         self, *, version: int, on_layer: Callable[[int], None] = lambda _: None
     ) -> Pieces[Weights]:
-        """Everything but the digest, in pieces of a few milliseconds; `on_layer` is told of the
+        """Everything but the digest, in pieces (kernels/pieces.py); `on_layer` is told of the
         layer that comes next.
 
         Peak memory is the model plus one tensor. Raises CheckpointError naming the tensor that is
         not finite or cannot be read.
         """
+        self._is_reading = True
         layers: list[Layer] = []
         for index in range(self.config.num_hidden_layers):
             on_layer(index)
             layers.append((yield from self._layer(index)))
         embedding = yield from self._copying("model.word_embeddings.weight")
+        self.made.append(embedding)
         head = yield from self._head()
         return Weights(
             config=self.config,
@@ -261,6 +295,7 @@ class WeightReader:
             formats=self.formats,
             version=version,
             digest="",
+            parts=tuple(self.made),
         )
 
     @property

@@ -21,21 +21,33 @@ def replay(
     ],
     journal: Annotated[Path | None, typer.Option(help="The journal that has ID.")] = None,
     to: Annotated[int | None, typer.Option(min=1, help="Only the first TO output tokens.")] = None,
+    weights: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="A version's folder, or one that holds such; repeat for more.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Run a journaled rollout again and compare every token and logprob to the bit.
 
-    Tokens that other weights made are given as they were, and reported. Kernel level and dtype
-    are those that were recorded, where this machine has them.
+    Each segment runs under the version that made it, found in --weights by its digest; where the
+    weights changed in mid-rollout, they change again at the same token. Tokens of versions that are
+    not there are given as they were, and reported. Kernel level and dtype are those that were
+    recorded, where this machine has them.
 
     Exit code 0: identical; 1: the first difference is shown, and why; 2: it could not be run.
 
     [dim]everstep replay ro-5c1f… --journal run.db --model ./Ring-mini-2.0[/dim]
 
     [dim]everstep replay bug.capsule --model ./Ring-mini-2.0 --to 200[/dim]
+
+    [dim]everstep replay ro-5c1f… --journal run.db --weights run/versions[/dim]
     """
     from .replay import run_replay
 
-    raise typer.Exit(run_replay(settings, source, journal, to))
+    raise typer.Exit(run_replay(settings, source, journal, to, weights or []))
 
 
 @app.command()

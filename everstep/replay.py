@@ -20,23 +20,38 @@ if TYPE_CHECKING:
     from .engine.capsule import Capsule
     from .engine.messages import Ready
     from .engine.replay import Outcome, Span
-    from .engine.rollout import Rollout
+    from .engine.rollout import Rollout, Segment
     from .flags import Settings
 
 # settings that may change bits, and hence belong into a capsule
 _MODEL_SETTINGS = ("dtype", "numerics", "dequantize", "rope_tables")
 
 
-def run_replay(settings: "Settings", source: str, journal: Path | None, to: int | None) -> int:
-    """Run it again and say what came of it; returns the exit code."""
+class Replayed(msgspec.Struct):
+    """What came of a replay; missing: a segment of each version that was not here."""
+
+    spans: "list[Span]"
+    outcomes: "list[Outcome]"
+    ready: "Ready"
+    missing: "list[Segment]"
+
+
+def run_replay(
+    settings: "Settings", source: str, journal: Path | None, to: int | None, weights: Sequence[Path]
+) -> int:
+    """Run it again and say what came of it; returns the exit code.
+
+    weights  folders of versions, or folders of such
+    """
     capsule = _open(source, journal)
     rollout = capsule.rollout()
     if not rollout.output_ids:
         raise InvalidTrajectory(f"{rollout.id!a} has no output tokens: nothing can be replayed")
     config = _config(settings, capsule, rollout)
+    names_model = "engine.model.path" in settings.origins
     with _recorded_level(rollout), Stages() as stages:
-        spans, outcomes, ready = asyncio.run(_replay(config, rollout, to, stages))
-    return _say(rollout, spans, outcomes, ready)
+        replayed = asyncio.run(_replay(config, rollout, to, weights, names_model, stages))
+    return _say(rollout, replayed)
 
 
 def run_capsule(
@@ -144,33 +159,44 @@ def _recorded_level(rollout: "Rollout") -> Iterator[None]:
 
 
 async def _replay(
-    config: EngineConfig, rollout: "Rollout", to: int | None, stages: Stages
-) -> tuple[list["Span"], list["Outcome"], "Ready"]:
+    config: EngineConfig,
+    rollout: "Rollout",
+    to: int | None,
+    weights: Sequence[Path],
+    names_model: bool,
+    stages: Stages,
+) -> Replayed:
     from .engine.hub import resolve
     from .engine.native import ThreadBackend
-    from .engine.replay import check_fits, replay_span, spans_of
+    from .engine.replay import Replayer, chains_of, check_fits, missing_of, spans_of
     from .engine.tokenizer import Tokenizer
+    from .engine.version_folders import VersionFolder, find_versions
 
-    folder = resolve(config.model.path, stages)
+    versions = find_versions(weights, stages)
+    known = [segment.digest for segment in rollout.segments if segment.digest in versions]
+    if known and not names_model:
+        folder = versions[known[0]].folder
+    else:
+        folder = resolve(config.model.path, stages)
     model = msgspec.structs.replace(config.model, path=str(folder))
-
     backend = ThreadBackend(
         msgspec.structs.replace(config, model=model), on_loading=stages.on_loading
     )
     try:
         ready = await backend.start()
+        versions.setdefault(ready.digest, VersionFolder(folder, None))
         check_fits(rollout, ready)
         eos_ids: Sequence[int] = ready.eos_ids
         if (folder / "tokenizer.json").is_file():
             eos_ids = Tokenizer.from_folder(folder).eos_ids
-        spans = spans_of(rollout, ready, to=to)
-        outcomes = []
-        for span in spans:
-            if span.obstacle is None:
-                outcomes.append(await replay_span(rollout, span, backend, ready, eos_ids))
-                if outcomes[-1].difference is not None:
-                    break
-        return spans, outcomes, ready
+        spans = spans_of(rollout, versions, to=to)
+        replayer = Replayer(backend, ready, versions, eos_ids)
+        outcomes: list[Outcome] = []
+        for chain in chains_of(spans):
+            outcomes += [outcome async for outcome in replayer.replay(rollout, chain)]
+            if outcomes[-1].difference is not None:
+                break
+        return Replayed(spans, outcomes, ready, missing_of(rollout, versions))
     finally:
         await backend.close()
 
@@ -180,9 +206,10 @@ def _write(line: str) -> None:
     sys.stdout.write("".join(c if c.isprintable() else "?" for c in line) + "\n")
 
 
-def _say(rollout: "Rollout", spans: "list[Span]", outcomes: "list[Outcome]", ready: "Ready") -> int:
-    from .engine.replay import why
+def _say(rollout: "Rollout", replayed: Replayed) -> int:
+    from .engine.replay import why, words
 
+    spans, outcomes, ready = replayed.spans, replayed.outcomes, replayed.ready
     reason = rollout.finish_reason
     ending = rollout.state.value + (f" ({reason.type})" if reason else "")
     _write(
@@ -202,9 +229,10 @@ def _say(rollout: "Rollout", spans: "list[Span]", outcomes: "list[Outcome]", rea
         else:
             result, fault = f"differs at token {outcome.difference.token}", outcome
         segment = span.segment
+        over = "" if segment.kv == "computed" else f", KV {segment.kv}"
         _write(
             f"  tokens {span.start}-{span.end - 1}  version {segment.version}@"
-            f"{segment.digest[:8]}, {segment.numerics}, {segment.core}: {result}"
+            f"{segment.digest[:8]}, {segment.numerics}, {segment.core}{over}: {result}"
         )
     if fault is not None and fault.difference is not None:
         difference = fault.difference
@@ -214,12 +242,13 @@ def _say(rollout: "Rollout", spans: "list[Span]", outcomes: "list[Outcome]", rea
         )
         _write(f"why: {why(fault.span, ready)}")
         return 1
+    lacking = ", ".join(map(words, replayed.missing))
     if not num_equal:
         raise ConfigError(
-            "none of its tokens can be replayed with this model: "
-            f"{ascii(spans[0].obstacle).strip(chr(39))}; name the one that made them with --model"
+            f"none of its tokens can be replayed with this model ({ready.digest[:12]}): they need "
+            f"{ascii(lacking).strip(chr(39))}; name the folder with --weights, or --model"
         )
     num = spans[-1].end
-    others = f"; {num - num_equal} are of other weights" if num_equal < num else ""
+    others = f"; the other {num - num_equal} need {lacking}: --weights" if num_equal < num else ""
     _write(f"replayed {num_equal} of {num} tokens: identical to the bit{others}")
     return 0

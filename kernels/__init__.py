@@ -39,10 +39,20 @@ from .dispatch import (
 )
 from .gemm import Weight
 from .native_step import NativeStep, StepBatch, StepLayer, StepOutput, StepShape
-from .packed import PackedWeight, Pieces, drain
+from .paced import (
+    experts_in_pieces,
+    gate_up_in_pieces,
+    linear_in_pieces,
+    log_softmax_in_pieces,
+    project_in_pieces,
+)
+from .packed import PackedWeight
+from .pieces import PIECE_BYTES, PIECE_PRODUCTS, Pieces, at_once, drain
 from .sampling import Draw, DrawArrays, Rule, top_of
 
 __all__ = [
+    "PIECE_BYTES",
+    "PIECE_PRODUCTS",
     "Draw",
     "DrawArrays",
     "ExpertBank",
@@ -62,16 +72,21 @@ __all__ = [
     "Weight",
     "add",
     "add_rms_norm",
+    "at_once",
     "attention",
     "drain",
     "draw",
     "experts",
+    "experts_in_pieces",
     "explain",
     "gate_up",
+    "gate_up_in_pieces",
     "level_name",
     "library_in_use",
     "linear",
+    "linear_in_pieces",
     "log_softmax",
+    "log_softmax_in_pieces",
     "place_qkv",
     "plan_attention",
     "prepare",
@@ -82,6 +97,7 @@ __all__ = [
     "preparing_gate_up",
     "preparing_head",
     "project",
+    "project_in_pieces",
     "rms_norm",
     "route",
     "sample",

@@ -27,13 +27,12 @@ from .native_ops import Ops, PagedPlan
 from .native_ops import plan_attention as plan_paged
 from .packed import (
     PackedWeight,
-    Pieces,
-    drain,
     packed_gate_up,
     packed_linear,
     packed_linear_float,
     packing,
 )
+from .pieces import Pieces, at_once, drain
 from .sampling import Draw, DrawArrays, Rule
 
 Linear = Weight | PackedWeight
@@ -125,34 +124,34 @@ def prepare_head(head: torch.Tensor) -> Linear:
 
     torch has no bf16 product with float32 output on a CPU, so there the head is held in float32.
     """
-    return drain(preparing_head(head))
+    return drain(preparing_head(Weight(head, head.dtype)))
 
 
-def preparing(weight: Weight) -> Pieces[Linear]:
-    """`prepare`, in pieces of a few milliseconds (by torch: in one)."""
+def preparing(weight: Weight, *, expands: bool = False) -> Pieces[Linear]:
+    """`prepare`, in pieces. expands: FP8 weights are dequantised now, not at each use."""
     ops = _chosen.ops()
     if ops is None or _needs_torch(weight):
-        yield
-        return _copied(weight)
-    return (yield from packing((weight,), ops.library))
+        return (yield from _copying(weight, expands=expands))
+    return (yield from packing((weight,), ops.library, expands=expands))
 
 
-def preparing_gate_up(gate: Weight, up: Weight) -> Pieces[GateUp]:
+def preparing_gate_up(gate: Weight, up: Weight, *, expands: bool = False) -> Pieces[GateUp]:
     """`prepare_gate_up`, in pieces."""
     ops = _chosen.ops()
-    is_mixed = gate.kind != up.kind  # a file may keep one of them unquantised
+    is_mixed = gate.kind != up.kind and not expands  # a file may keep one of them unquantised
     if ops is None or is_mixed or _needs_torch(gate) or _needs_torch(up):
-        yield
-        return Pair(_copied(gate), _copied(up))
-    return (yield from packing((gate, up), ops.library))
+        first = yield from _copying(gate, expands=expands)
+        second = yield from _copying(up, expands=expands)
+        return Pair(first, second)
+    return (yield from packing((gate, up), ops.library, expands=expands))
 
 
-def preparing_head(head: torch.Tensor) -> Pieces[Linear]:
+def preparing_head(head: Weight) -> Pieces[Linear]:
     """`prepare_head`, in pieces."""
-    if _chosen.ops() is None:
-        yield
-        return Weight(head.to(torch.float32, copy=True), torch.float32)
-    return (yield from preparing(Weight(head, head.dtype)))
+    if _chosen.ops() is not None:
+        return (yield from preparing(head))
+    copied = yield from _copying(head, held_in=torch.float32)
+    return replace(copied, dtype=torch.float32)
 
 
 @dataclass(frozen=True)
@@ -174,14 +173,26 @@ def prepare_experts(gate_ups: Sequence[GateUp], downs: Sequence[Linear]) -> Expe
     return ExpertBank(gate_ups, downs)
 
 
-def _copied(weight: Weight) -> Weight:
+def _copying(
+    weight: Weight, *, expands: bool = False, held_in: torch.dtype | None = None
+) -> Pieces[Weight]:
     """In memory of its own, contiguous and aligned: torch may round otherwise on other data."""
+    keeps = weight.scale is not None and not expands
+    n, k = weight.data.shape
+    data = torch.empty((n, k), dtype=weight.data.dtype if keeps else held_in or weight.dtype)
+    # of a dequantised row there is a float32 copy on the way
+    count = at_once(n, k * (1 if keeps else 4), multiple=gemm.GROUP)
+    for start in range(0, n, count):
+        rows = slice(start, min(start + count, n))
+        data[rows] = weight.data[rows] if keeps else weight.rows(rows).expanded()
+        yield
 
     def copy(x: torch.Tensor | None) -> torch.Tensor | None:
         return None if x is None else x.clone(memory_format=torch.contiguous_format)
 
-    data = weight.data.clone(memory_format=torch.contiguous_format)
-    return replace(weight, data=data, scale=copy(weight.scale), bias=copy(weight.bias))
+    if keeps:
+        return replace(weight, data=data, scale=copy(weight.scale), bias=copy(weight.bias))
+    return Weight(data, weight.dtype, bias=copy(weight.bias))
 
 
 def _needs_torch(weight: Weight) -> bool:

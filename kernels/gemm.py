@@ -7,7 +7,7 @@ shape, that a row's bits do not depend on its place in the tile, nor on the tile
 (docs/explain/numerics.md). Where no tile holds, rows are multiplied one at a time.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -32,7 +32,8 @@ Activations = Literal["none", "group", "token"]
 class Weight:
     """One linear layer, as it is multiplied.
 
-    data         (N, K) T, or float8_e4m3fn where `scale` is given
+    data         (N, K) T (any float type before it is prepared), or float8_e4m3fn where `scale`
+                 is given
     scale        float32: (ceil(N/128), ceil(K/128)) for block, (N, 1) for channel
     bias         (N,) T or None, added to the float32 sum before it is rounded
     dtype        T: what `data` is expanded to, once rounded
@@ -50,10 +51,19 @@ class Weight:
     def out_features(self) -> int:
         return self.data.shape[0]
 
+    def rows(self, rows: slice) -> "Weight":
+        """Some outputs, without their bias; for block they begin at a multiple of 128."""
+        scale = self.scale
+        if scale is not None and self.kind == "block":
+            scale = scale[rows.start // GROUP : -(-rows.stop // GROUP)]
+        elif scale is not None:
+            scale = scale[rows]
+        return replace(self, data=self.data[rows], scale=scale, bias=None)
+
     def expanded(self) -> torch.Tensor:
         """(N, K) in T: dequantised and rounded once; plain weights as they are."""
         if self.scale is None:
-            return self.data
+            return self.data.to(self.dtype)
         expand = dequantize_block if self.kind == "block" else dequantize_channel
         return expand(self.data, self.scale, self.dtype)
 

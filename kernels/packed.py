@@ -5,19 +5,16 @@ M rows, N outputs, K inputs, T bf16 or float32.
 """
 
 import ctypes
-from collections.abc import Generator
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 
 from . import native
 from .gemm import Weight
+from .pieces import Pieces, at_once, drain
 
-T = TypeVar("T")
 LANES = 16
-# of a weight, packed without coming back
-PIECE_BYTES = 4 << 20
 # of columns beyond K, and of an AMX tile
 K_MULTIPLE = 32
 BLOCK = 128
@@ -64,6 +61,17 @@ class PackedWeight:
     def num_bytes(self) -> int:
         """What one pass over the weight reads."""
         return sum(t.numel() * t.element_size() for t in self.tensors if t is not None)
+
+    def columns(self, first: int, last: int) -> "PackedWeight":
+        """Outputs [first, last) alone, over the same memory and with the same bits; both are
+        multiples of 16, but for last = n."""
+        tiles = -(-self.n // LANES)
+        starts = [
+            None if t is None else t.data_ptr() + first // LANES * (t.nbytes // tiles)
+            for t in self.tensors
+        ]
+        struct = _Packed(*starts, last - first, self.k, self.struct.format, self.struct.is_pair)
+        return replace(self, n=last - first, address=ctypes.addressof(struct), struct=struct)
 
 
 def pack(weight: Weight, library: ctypes.CDLL | None = None) -> PackedWeight:
@@ -137,30 +145,22 @@ def _linear(x: torch.Tensor, packed: PackedWeight, output: int) -> torch.Tensor:
     return out
 
 
-Pieces = Generator[None, None, T]
-"""Work in pieces of a few milliseconds; the result is its value."""
-
-
-def drain(pieces: Generator[object, None, T]) -> T:
-    """Do all of it now."""
-    while True:
-        try:
-            next(pieces)
-        except StopIteration as stop:
-            result: T = stop.value
-            return result
-
-
 def packing(
-    weights: tuple[Weight, ...], library: ctypes.CDLL | None = None
+    weights: tuple[Weight, ...],
+    library: ctypes.CDLL | None = None,
+    *,
+    expands: bool = False,
 ) -> Pieces[PackedWeight]:
-    """`pack` of one weight, `pack_gate_up` of two, in pieces; the first raises what those raise."""
+    """`pack` of one weight, `pack_gate_up` of two, in pieces; the first raises what those raise.
+
+    expands  FP8 codes are not kept, whatever T is
+    """
     library = library or native.library()
     if library is None:
         raise NotImplementedError("packed weights need the C++ library; this level is torch")
     if any(w.activations != "none" and w.scale is not None for w in weights):
         raise NotImplementedError("W8A8 weights have a product of their own")
-    if len({(w.data.shape, w.dtype, w.kind) for w in weights}) > 1:
+    if len({(w.data.shape, w.dtype, "" if expands else w.kind) for w in weights}) > 1:
         gate, up = weights
         raise ValueError(
             f"gate {tuple(gate.data.shape)} {gate.kind} and up {tuple(up.data.shape)} {up.kind} "
@@ -169,23 +169,23 @@ def packing(
     declare(library)
     first = weights[0]
     n, k = first.data.shape
-    chosen = _format(weights)
-    stored = [w.expanded() if chosen in (FLOAT32, BF16) else w.data for w in weights]
+    chosen = yield from _choosing(weights, expands=expands)
     tiles, width = -(-n // LANES), k if chosen == FLOAT32 else -(-k // K_MULTIPLE) * K_MULTIPLE
     tile_bytes = width * LANES * _BYTES[chosen]
     data = aligned_bytes(len(weights) * tiles * tile_bytes)
-    at_once = max(1, PIECE_BYTES // tile_bytes)
-    for i, tensor in enumerate(stored):
-        tensor = tensor.contiguous()
-        for tile in range(0, tiles, at_once):
-            row = tile * LANES
+    for i, weight in enumerate(weights):
+        keeps = chosen in (FP8_BLOCK, FP8_CHANNEL)
+        # of a dequantised row there is a float32 copy on the way
+        for rows in _bands(weight, k * (1 if keeps else 4)):
+            part = weight.rows(rows)
+            stored = (part.data if keeps else part.expanded()).contiguous()
             library.everstep_pack(
                 chosen,
-                tensor.data_ptr() + row * k * _BYTES[chosen],
-                min(at_once * LANES, n - row),
+                stored.data_ptr(),
+                stored.shape[0],
                 k,
                 k,
-                data.data_ptr() + len(weights) * tile * tile_bytes,
+                data.data_ptr() + len(weights) * (rows.start // LANES) * tile_bytes,
                 len(weights),
                 i,
                 torch.get_num_threads(),
@@ -210,15 +210,29 @@ def packing(
     return PackedWeight(n, k, first.dtype, address, library, struct, (data, scale, bias))
 
 
-def _format(weights: tuple[Weight, ...]) -> int:
+def _bands(weight: Weight, row_bytes: int) -> Iterator[slice]:
+    """Rows of a piece each: whole tiles, and whole blocks of scales."""
+    n = weight.data.shape[0]
+    count = at_once(n, row_bytes, multiple=BLOCK if weight.kind == "block" else LANES)
+    for start in range(0, n, count):
+        yield slice(start, min(start + count, n))
+
+
+def _choosing(weights: tuple[Weight, ...], *, expands: bool) -> Pieces[int]:
+    """The format that these are packed in."""
     first = weights[0]
     if first.dtype == torch.float32:
         return FLOAT32
     if first.dtype != torch.bfloat16:
         raise NotImplementedError(f"no kernels for {first.dtype}; bfloat16 and float32 have them")
-    if all(w.scale is not None and _is_plain(w) for w in weights):
-        return FP8_BLOCK if first.kind == "block" else FP8_CHANNEL
-    return BF16
+    if expands or any(weight.scale is None for weight in weights):
+        return BF16
+    for weight in weights:
+        for rows in _bands(weight, weight.data.shape[1]):
+            if not _is_plain(weight.rows(rows)):
+                return BF16
+            yield
+    return FP8_BLOCK if first.kind == "block" else FP8_CHANNEL
 
 
 def _is_plain(weight: Weight) -> bool:

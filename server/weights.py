@@ -51,7 +51,8 @@ class WeightsFace:
 
     async def stage(self, http: Request) -> Response:
         request = await self._request(http, StageRequest)
-        return answer(http, await unless_disconnected(http, self._manager.stage(request.path)))
+        staging = self._manager.stage(request.path, request.priority)
+        return answer(http, await unless_disconnected(http, staging))
 
     async def unstage(self, http: Request) -> Response:
         await self._request(http, Empty)
@@ -66,14 +67,16 @@ class WeightsFace:
 
     async def update(self, http: Request) -> Response:
         request = await self._request(http, UpdateRequest)
-        updating = self._manager.update_weights(request.path, request.kv)
+        updating = self._manager.update_weights(request.path, request.kv, request.priority)
         staged, flipped = await unless_disconnected(http, updating)
         lineage = self._manager.version.lineage
         return answer(http, Updated(staged=staged, flipped=flipped, lineage=lineage))
 
     async def rollback(self, http: Request) -> Response:
         request = await self._request(http, RollbackRequest)
-        rolling = self._manager.rollback(request.version, path=request.path, kv=request.kv)
+        rolling = self._manager.rollback(
+            request.version, path=request.path, kv=request.kv, priority=request.priority
+        )
         flipped = await unless_disconnected(http, rolling)
         return answer(http, Updated(flipped=flipped, lineage=self._manager.version.lineage))
 
@@ -85,6 +88,8 @@ class WeightsFace:
             staged=versions.staged,
             staging=versions.staging,
             history=versions.history[-_SHOWN:],
+            last_staged=versions.last_staged,
+            last_flip=versions.last_flip,
         )
 
     async def _request(self, http: Request, kind: type[RequestT]) -> RequestT:

@@ -5,7 +5,7 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from ..engine.manifest import Version
-from ..engine.messages import Flipped, KVPolicy, Staged, Staging
+from ..engine.messages import Flipped, KVPolicy, Priority, Staged, Staging
 
 Path = Annotated[str, Meta(min_length=1)]
 Number = Annotated[int, Meta(ge=0, le=2**53)]
@@ -16,6 +16,8 @@ class StageRequest(Struct, kw_only=True, forbid_unknown_fields=True):
 
     path: Path
     """A folder on the server's machine: a checkpoint with its manifest.json."""
+    priority: Priority = "background"
+    """Beside generation: a stated share of its time, or as much as may be between two steps."""
 
 
 class FlipRequest(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -31,6 +33,7 @@ class UpdateRequest(Struct, kw_only=True, forbid_unknown_fields=True):
 
     path: Path
     kv: KVPolicy = "keep"
+    priority: Priority = "background"
 
 
 class RollbackRequest(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -40,6 +43,7 @@ class RollbackRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     path: Path | None = None
     """Where it never served here, or its files are elsewhere now."""
     kv: KVPolicy = "keep"
+    priority: Priority = "background"
 
 
 class WeightsAnswer(Struct, kw_only=True):
@@ -54,6 +58,9 @@ class WeightsAnswer(Struct, kw_only=True):
     """How far the version is that is being staged."""
     history: list[Version]
     """The last that served, in order."""
+    last_staged: Staged | None = None
+    last_flip: Flipped | None = None
+    """What the last ones took, since the server was started."""
 
 
 class Updated(Struct, kw_only=True):

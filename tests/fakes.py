@@ -329,6 +329,9 @@ class FakeStager:
         self.runner.set_version(prepared.version, prepared.digest)
         return self._give_back()
 
+    def discard(self) -> Generator[None, None, None]:
+        return self._give_back()
+
     def _give_back(self) -> Generator[None, None, None]:
         for _ in range(self.num_pieces):
             yield

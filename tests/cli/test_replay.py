@@ -147,8 +147,11 @@ def test_tokens_of_other_weights_are_given_and_the_rest_is_compared(replay, roll
     assert code == 0
     lines = out.splitlines()
     assert "tokens 3-7  version 1@ffffffff" in lines[2]
-    assert "not replayable here: made by weights ffffffff" in lines[2]
-    assert lines[-1] == "replayed 7 of 12 tokens: identical to the bit; 5 are of other weights"
+    assert "not replayable here: made by version 1 (ffffffffffff), which is not here" in lines[2]
+    assert lines[-1] == (
+        "replayed 7 of 12 tokens: identical to the bit; "
+        "the other 5 need version 1 (ffffffffffff): --weights"
+    )
 
 
 def test_a_difference_behind_foreign_tokens_is_found(replay, rollouts) -> None:
@@ -168,7 +171,9 @@ def test_a_name_cannot_write_to_the_terminal(replay, rollouts) -> None:
 def test_a_rollout_of_other_weights_cannot_be_replayed(replay, rollouts) -> None:
     code, _, err = replay(segmented(rollouts[1], (0, "f" * 64)))
     assert code == 2
-    assert err.splitlines()[-1].startswith("error: none of its tokens can be replayed")
+    last = err.splitlines()[-1]
+    assert last.startswith("error: none of its tokens can be replayed with this model")
+    assert "they need version 0 (ffffffffffff); name the folder with --weights" in last
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,19 @@ def core() -> Any:
     return Core
 
 
-KINDS = ("accept", "append", "end", "ack", "pause", "resume")
+def swap() -> Any:
+    from everstep.engine.swap import Swap
+
+    return Swap
+
+
+def stager() -> Any:
+    from everstep.engine.staging import WeightStager
+
+    return WeightStager
+
+
+KINDS = ("accept", "append", "end", "ack", "pause", "resume", "flip")
 POINTS: dict[str, tuple[str, Callable[[str, Fuse], None]]] = {
     **{f"{m}_{kind}": ("server", around_commits) for m in ("before", "after") for kind in KINDS},
     "mid_transaction": ("server", passing(draft, "apply", is_after=True)),
@@ -142,6 +154,10 @@ POINTS: dict[str, tuple[str, Callable[[str, Fuse], None]]] = {
     "before_compaction": ("server", passing(journal, "compact", is_after=False)),
     "mid_compaction": ("server", passing(compaction, "work", is_after=True)),
     "after_compaction": ("server", passing(journal, "compact", is_after=True)),
+    # the piece of work that comes next is of staging; the weights are exchanged
+    "mid_staging": ("core", passing(swap, "_advance", is_after=False)),
+    "mid_flip": ("core", passing(stager, "flip", is_after=True)),
+    "after_core_flip": ("core", passing(swap, "flip", is_after=True)),
     "before_step": ("core", passing(core, "step", is_after=False)),
     "after_step": ("core", passing(core, "step", is_after=True)),
 }

@@ -6,7 +6,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -44,7 +44,8 @@ def wait_until_ready(server: Server) -> None:
         time.sleep(0.01)
 
 
-def strike(server: Server, what: str) -> None:
+def strike(server: Server, what: str, faults: Sequence[str] = ()) -> None:
+    """kill -9; a server is started again, with these faults."""
     victim = server.core() if what == "core" else server.pid
     if victim is None:
         return
@@ -54,7 +55,7 @@ def strike(server: Server, what: str) -> None:
         while server.pid is not None:
             server.look()
             time.sleep(0.001)
-        server.start([])
+        server.start([*faults])
         wait_until_ready(server)
 
 

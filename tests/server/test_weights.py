@@ -12,6 +12,7 @@ from everstep.engine.config import EngineConfig, ModelConfig
 from everstep.engine.errors import ConfigError, StaleVersion, WeightsRefused
 from everstep.engine.intake import Submission
 from everstep.engine.manager import RolloutManager
+from everstep.engine.messages import Stage
 from everstep.engine.rollout import SamplingParams
 from everstep.server.app import create_app
 from everstep.server.config import HttpConfig, ServeConfig
@@ -64,6 +65,35 @@ async def test_a_version_is_staged_and_flipped_to(tmp_path):
         assert (ready["version"], ready["digest"]) == (4, staged.json()["digest"])
 
 
+async def test_what_a_change_took_is_told_afterwards(tmp_path):
+    async with serve() as server:
+        known = (await server.http.get("/weights")).json()
+        assert (known["last_staged"], known["last_flip"]) == (None, None)
+        update = {"path": str(make_version(tmp_path, 4)), "priority": "full"}
+        updated = (await server.http.post("/weights/update", json=update)).json()
+        known = (await server.http.get("/weights")).json()
+        assert known["last_staged"] == updated["staged"]
+        assert known["last_flip"] == updated["flipped"]
+        metrics = (await server.http.get("/metrics")).text
+        for name in ("flip_steps_lost_total", "longest_slice_seconds", "flip_seconds_count"):
+            assert f"everstep:weight_{name}" in metrics
+
+
+@pytest.mark.parametrize("verb", ["stage", "update", "rollback"])
+@pytest.mark.parametrize("priority", [None, "background", "full"])
+async def test_the_priority_of_a_change_reaches_the_core(tmp_path, verb, priority):
+    async with serve() as server:
+        body = {"path": str(make_version(tmp_path, 4))}
+        if verb == "rollback":
+            body["version"] = 4
+        if priority is not None:
+            body["priority"] = priority
+        answer = await server.http.post(f"/weights/{verb}", json=body)
+        assert answer.status_code == 200, answer.text
+        [order] = [message for message in server.backend.sent if isinstance(message, Stage)]
+        assert order.priority == (priority or "background")
+
+
 async def test_what_is_refused_says_why_and_names_the_tensor(tmp_path):
     async with serve() as server:
         (make_version(tmp_path / "4", 4) / "refuse").touch()
@@ -86,6 +116,7 @@ async def test_what_is_refused_says_why_and_names_the_tensor(tmp_path):
         ("stage", {"path": ""}, "path"),
         ("flip", {"version": -1}, "version"),
         ("flip", {"version": 1, "kv": "drop"}, "kv"),
+        ("stage", {"path": "/x", "priority": "low"}, "priority"),
         ("update", {"path": "/x", "kvs": "keep"}, "kvs"),
         ("rollback", {"version": "one"}, "version"),
         ("unstage", {"version": 1}, "version"),
@@ -131,7 +162,8 @@ async def test_the_client_changes_and_rolls_back_weights(tmp_path):
         paths = {n: str(make_version(tmp_path / f"{n}", n)) for n in (2, 3)}
         first = await client.update_weights(paths[2])
         assert (first.staged.version, first.flipped.version, first.lineage) == (2, 2, "")
-        assert (await client.stage_weights(paths[3])).version == 3
+        assert (await client.stage_weights(paths[3], priority="full")).version == 3
+        assert server.backend.sent[-1].priority == "full"
         assert (await client.flip_weights(3, kv="recompute")).flipped.kv == "recompute"
         with pytest.raises(StaleVersion, match="backwards"):
             await client.update_weights(paths[2])

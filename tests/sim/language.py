@@ -98,6 +98,9 @@ class SimStager:
         self._runner.set_version(prepared.version, prepared.digest)
         return self._give_back()
 
+    def discard(self) -> Generator[None, None, None]:
+        return self._give_back()
+
     def _give_back(self) -> Generator[None, None, None]:
         for _ in range(_NUM_PIECES):
             yield
