@@ -16,6 +16,7 @@ from msgspec import Struct
 
 from .backend import Backend
 from .errors import EngineDied, InvalidTrajectory, WeightsRefused
+from .manifest import Version
 from .messages import (
     Add,
     Cancel,
@@ -34,7 +35,6 @@ from .messages import (
     Tokens,
 )
 from .rollout import FinishReason, Rollout, Segment, check_prompt
-from .version_folders import VersionFolder
 
 # whose meter stops a rollout at the token before which the weights changed
 _POOL = "replay"
@@ -81,7 +81,7 @@ class Computed(Struct):
 
 
 def spans_of(
-    rollout: Rollout, versions: Mapping[str, VersionFolder], *, to: int | None = None
+    rollout: Rollout, versions: Mapping[str, Version], *, to: int | None = None
 ) -> list[Span]:
     """One per segment that begins before token `to`. versions: those that are here, by digest."""
     num = len(rollout.output_ids) if to is None else min(to, len(rollout.output_ids))
@@ -106,7 +106,7 @@ def words(segment: Segment) -> str:
     return f"version {segment.version} ({segment.digest[:12]})"
 
 
-def missing_of(rollout: Rollout, versions: Mapping[str, VersionFolder]) -> list[Segment]:
+def missing_of(rollout: Rollout, versions: Mapping[str, Version]) -> list[Segment]:
     """One segment of each version that is not here."""
     found = {s.digest: s for s in rollout.segments if s.digest not in versions}
     return list(found.values())
@@ -159,7 +159,7 @@ class Replayer:
         self,
         backend: Backend,
         ready: Ready,
-        versions: Mapping[str, VersionFolder],
+        versions: Mapping[str, Version],
         eos_ids: Sequence[int],
     ) -> None:
         self._backend = backend
@@ -220,10 +220,9 @@ class Replayer:
         if segment.digest == self._digest and not again:
             return
         version = self._versions[segment.digest]
-        number = segment.version if version.number is None else version.number
-        self._backend.send([Stage(number, str(version.folder), segment.digest, "full")])
+        self._backend.send([Stage(version.number, version.folder, version.digest, "full")])
         await self._answer(Staged)
-        self._backend.send([Flip(number, segment.digest, kv)])
+        self._backend.send([Flip(version.number, version.digest, kv)])
         await self._answer(Flipped)
         self._digest = segment.digest
 

@@ -3,40 +3,32 @@
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from msgspec import Struct
-
 from .checkpoint import Checkpoint
 from .errors import CheckpointError
 from .hub import Progress, ignore_progress
-from .manifest import read_manifest
+from .manifest import Version, read_manifest
 
 CONFIG = "config.json"
 
 
-class VersionFolder(Struct, frozen=True):
-    """number: as its manifest says; None: it has none."""
-
-    folder: Path
-    number: int | None
-
-
 def find_versions(
     roots: Iterable[Path], on_progress: Progress = ignore_progress
-) -> dict[str, VersionFolder]:
-    """Digest → folder. A root is a version's folder, or holds such folders.
+) -> dict[str, Version]:
+    """By digest. A root is a version's folder, or holds such folders.
 
-    A folder without a manifest is hashed; what a manifest says is checked when it is staged.
+    A folder without a manifest is hashed, and is number 0; what a manifest says is checked when it
+    is staged.
     Raises CheckpointError, naming the root that holds no version.
     """
-    found: dict[str, VersionFolder] = {}
+    found: dict[str, Version] = {}
     for root in roots:
         for folder in _folders(root):
             manifest = read_manifest(folder)
             if manifest is not None:
-                found[manifest.digest] = VersionFolder(folder, manifest.version)
+                number, digest = manifest.version, manifest.digest
             else:
-                digest = Checkpoint.open(folder).content_digest(on_progress)
-                found[digest] = VersionFolder(folder, None)
+                number, digest = 0, Checkpoint.open(folder).content_digest(on_progress)
+            found[digest] = Version(number=number, digest=digest, folder=str(folder))
     return found
 
 

@@ -167,15 +167,16 @@ async def _replay(
     stages: Stages,
 ) -> Replayed:
     from .engine.hub import resolve
+    from .engine.manifest import Version
     from .engine.native import ThreadBackend
     from .engine.replay import Replayer, chains_of, check_fits, missing_of, spans_of
     from .engine.tokenizer import Tokenizer
-    from .engine.version_folders import VersionFolder, find_versions
+    from .engine.version_folders import find_versions
 
     versions = find_versions(weights, stages)
     known = [segment.digest for segment in rollout.segments if segment.digest in versions]
     if known and not names_model:
-        folder = versions[known[0]].folder
+        folder = Path(versions[known[0]].folder)
     else:
         folder = resolve(config.model.path, stages)
     model = msgspec.structs.replace(config.model, path=str(folder))
@@ -184,7 +185,8 @@ async def _replay(
     )
     try:
         ready = await backend.start()
-        versions.setdefault(ready.digest, VersionFolder(folder, None))
+        served = Version(number=0, digest=ready.digest, folder=str(folder))
+        versions.setdefault(ready.digest, served)
         check_fits(rollout, ready)
         eos_ids: Sequence[int] = ready.eos_ids
         if (folder / "tokenizer.json").is_file():

@@ -261,10 +261,11 @@ def test_published_leftovers_are_ignored(copy):
         tensors["v_head.weight"] = torch.ones(1, 64)
 
     clean = Checkpoint.open(folder)
+    digest = clean.content_digest()
     edit_tensors(folder, add)
     checkpoint = Checkpoint.open(folder)
     assert checkpoint.names == clean.names
-    assert checkpoint.content_digest() == clean.content_digest()
+    assert checkpoint.content_digest() == digest
 
 
 def test_head_of_a_tied_model_is_ignored(copy):
