@@ -413,7 +413,8 @@ def keys(
 ) -> None:
     """Make the keys with which engine and trainer know each other across machines.
 
-    Both sides get the folder (`bridge.keys`), each without the other's `.key_secret` file.
+    Both sides get the folder (`--keys` of `everstep rollout`, `source.keys` of `everstep train`), each
+    without the other's `.key_secret` file.
 
     [dim]everstep keys ./keys[/dim]
     """

@@ -43,7 +43,7 @@ class Training:
             raise ConfigError(
                 "--bridge needs the engine in this process for now: leave --server out"
             )
-        check_endpoint(self.endpoint, self._keys)
+        check_endpoint(self.endpoint, self._keys, "--bridge")
         if self.weights is not None:
             self.weights.check()
 

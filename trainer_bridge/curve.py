@@ -76,18 +76,21 @@ def read_keys(folder: Path, side: str) -> Keys:
         public, secret = zmq.auth.load_certificate(own)
         peer_public, _ = zmq.auth.load_certificate(peer)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"bridge.keys: {error}; `everstep keys {folder}` makes them") from None
+        raise ConfigError(f"keys: {error}; `everstep keys {folder}` makes them") from None
     if secret is None:
-        raise ConfigError(f"bridge.keys: {own} has no secret key")
+        raise ConfigError(f"keys: {own} has no secret key")
     return Keys(public.decode(), secret.decode(), peer_public.decode())
 
 
-def check_endpoint(endpoint: str, keys: Keys | None, name: str = "bridge.endpoint") -> None:
+def check_endpoint(endpoint: str, keys: Keys | None, name: str) -> None:
     """Raises ConfigError for an address that is none, or that others reach and no key protects.
 
-    name  of the setting
+    name  of the setting, or of the flag
     """
-    parts = urlsplit(endpoint)
+    try:
+        parts = urlsplit(endpoint)
+    except ValueError:
+        parts = urlsplit("")
     if parts.scheme in ("ipc", "inproc"):
         return
     if parts.scheme != "tcp" or not parts.hostname:
@@ -95,7 +98,7 @@ def check_endpoint(endpoint: str, keys: Keys | None, name: str = "bridge.endpoin
     if keys is None and not _is_loopback(parts.hostname):
         raise ConfigError(
             f"{name}: {endpoint!r} can be reached from outside this machine: make keys "
-            "(`everstep keys DIR`) and name them (bridge.keys), or use 127.0.0.1"
+            "(`everstep keys DIR`) and name their folder, or use 127.0.0.1"
         )
 
 

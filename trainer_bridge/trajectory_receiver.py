@@ -105,7 +105,7 @@ class TrajectoryReceiver:
         max_bytes: int = 256 * 2**20,
     ) -> None:
         """Raises ConfigError for an address beyond this machine without keys."""
-        check_endpoint(endpoint, keys)
+        check_endpoint(endpoint, keys, "source.endpoint")
         self.endpoint = endpoint
         self.welcome: Welcome | None = None
         """The engine's last."""

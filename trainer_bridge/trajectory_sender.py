@@ -57,7 +57,7 @@ class TrajectorySender:
         patience_s: float = 30.0,
     ) -> None:
         """Raises ConfigError for an endpoint that is reached from outside without keys."""
-        check_endpoint(endpoint, keys)
+        check_endpoint(endpoint, keys, "--bridge")
         self.dealer = Dealer(run, acked=acked, heartbeat_s=heartbeat_s)
         self.num_refused = 0
         """Messages that were none of this protocol."""
@@ -90,7 +90,7 @@ class TrajectorySender:
             self._socket.bind(self._endpoint)
         except zmq.ZMQError as error:
             await self.close()
-            raise ConfigError(f"bridge.endpoint: {self._endpoint}: {error}") from None
+            raise ConfigError(f"--bridge: {self._endpoint}: {error}") from None
         bound = self._socket.getsockopt(zmq.LAST_ENDPOINT)
         assert isinstance(bound, bytes)
         self._tasks = [asyncio.create_task(self._take()), asyncio.create_task(self._send())]

@@ -224,10 +224,11 @@ async def test_keys(tmp_path: Path) -> None:
 
 
 def test_beyond_this_machine_keys_are_asked_for(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="can be reached from outside this machine"):
+    with pytest.raises(ConfigError, match=r"^--bridge: .* can be reached from outside"):
         TrajectorySender(ListSource([]), run="run", endpoint="tcp://0.0.0.0:5000")
-    with pytest.raises(ConfigError, match="accepted: tcp://HOST:PORT"):
-        receiver_of("http://127.0.0.1:1")
+    for wrong in ("http://127.0.0.1:1", "tcp://[::1", "5600", ""):
+        with pytest.raises(ConfigError, match=r"^source.endpoint: .*; accepted: tcp://HOST:PORT"):
+            receiver_of(wrong)
     with pytest.raises(ConfigError, match="everstep keys"):
         read_keys(tmp_path, "engine")
     make_keys(tmp_path)
