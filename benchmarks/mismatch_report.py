@@ -19,6 +19,8 @@ RESULT = "result.json"
 LAGS = ("lag0", "lag1", "lag2", "lag3+")
 # of the iterations, the last that "at the end" is about
 LAST = 5
+# a share of right answers below which a run has lost what it had
+LOST = 0.3
 
 
 class Asked(Struct, frozen=True):
@@ -46,133 +48,153 @@ class Learned(Struct, frozen=True):
     result: Result
     lines: list[TrainerLine]
 
-    def mean(self, name: str, last: int | None = None) -> float:
-        """Of a metric over the iterations, or the last of them; NaN where no iteration has it."""
-        lines = self.lines if last is None else self.lines[-last:]
-        return mean([line.metrics[name] for line in lines if name in line.metrics])
+    def mean(self, name: str) -> float:
+        """Of a metric, over the tokens of all iterations."""
+        return self._mean(name, "tokens")
 
-    def weighted(self, name: str, suffix: str) -> float:
-        """Of a metric of the tokens of one lag, over all of them."""
+    def mean_of_lag(self, name: str, lag: str) -> float:
+        """The same, of the tokens of one lag."""
+        return self._mean(f"{name}/{lag}", f"tokens/{lag}")
+
+    def largest(self, name: str) -> float:
+        return max(self.series(name), default=math.nan)
+
+    def series(self, name: str) -> list[float]:
+        """By iteration; an iteration in which no group taught anything has 0."""
+        return [line.metrics.get(name, 0.0) for line in self.lines]
+
+    @property
+    def rewards(self) -> list[float]:
+        return [line.reward or 0.0 for line in self.lines]
+
+    @property
+    def reward(self) -> float:
+        """At the end."""
+        return mean(self.rewards[-LAST:])
+
+    @property
+    def final(self) -> float:
+        return self.result.asked[-1].right
+
+    def _mean(self, name: str, weight: str) -> float:
         pairs = [
-            (line.metrics[f"{name}/{suffix}"], line.metrics[f"tokens/{suffix}"])
+            (line.metrics[name], line.metrics[weight])
             for line in self.lines
-            if f"{name}/{suffix}" in line.metrics
+            if name in line.metrics
         ]
         total = sum(count for _, count in pairs)
         return sum(value * count for value, count in pairs) / total if total else math.nan
 
-    @property
-    def reward(self) -> float:
-        return mean([line.reward or 0.0 for line in self.lines[-LAST:]])
-
-    @property
-    def area(self) -> float:
-        """Mean of what was asked after version 0: how fast and how high."""
-        return mean([asked.right for asked in self.result.asked[1:]])
-
 
 Runs = dict[str, list[Learned]]
-"""By method, over the seeds that are finished."""
+"""At one learning rate, by method, over the seeds that are finished."""
 Table = list[list[str]]
 
 
-def read_runs(out: Path) -> Runs:
-    """Everything that is finished."""
-    found: Runs = {method: [] for method in METHODS}
-    for path in sorted(out.glob(f"seed-*/*/{RESULT}")):
+def read_runs(out: Path) -> dict[float, Runs]:
+    """Everything that is finished, by learning rate."""
+    found: dict[float, Runs] = {}
+    for path in sorted(out.glob(f"seed-*/lr-*/*/{RESULT}")):
         result = msgspec.json.decode(path.read_bytes(), type=Result)
-        lines = read_progress(path.parent / "rl").trained
-        found[result.method].append(Learned(result, lines))
-    return {method: runs for method, runs in found.items() if runs}
+        runs = found.setdefault(result.lr, {method: [] for method in METHODS})
+        runs[result.method].append(Learned(result, read_progress(path.parent / "rl").trained))
+    return {
+        lr: {method: runs for method, runs in found[lr].items() if runs} for lr in sorted(found)
+    }
 
 
 def report(out: Path, plots: Path | None) -> None:
-    runs = read_runs(out)
-    if not runs:
-        print("nothing is finished")
-        return
-    each = [learned for found in runs.values() for learned in found]
-    seconds = [one.result.learned_s for one in each]
-    loads = [load for one in each for load in one.result.load]
-    print(
-        f"{len(each)} runs of {len(each[0].lines)} iterations, lr {each[0].result.lr:g}, "
-        f"{min(seconds):.0f} to {max(seconds):.0f} s each, load {min(loads):.1f} to {max(loads):.1f}"
-    )
-    for title, table in (
-        ("What is learned", table_learned(runs)),
-        ("Held out, seed by seed", table_seeds(runs)),
-        ("Engine against trainer", table_mismatch(runs)),
-        ("By age of the token", table_lags(runs)),
-    ):
-        print(f"\n#### {title}\n\n{markdown(table)}")
-    if plots is not None:
-        plot(runs, plots / "mismatch.svg")
+    found = read_runs(out)
+    for lr, runs in found.items():
+        each = [learned for own in runs.values() for learned in own]
+        seconds = [one.result.learned_s for one in each]
+        loads = [load for one in each for load in one.result.load]
+        print(
+            f"\n### Learning rate {lr:g}\n\n{len(each)} runs of {len(each[0].lines)} iterations, "
+            f"{min(seconds):.0f} to {max(seconds):.0f} s each, load {min(loads):.1f} to "
+            f"{max(loads):.1f}"
+        )
+        for title, table in (
+            ("What is learned", table_learned(runs)),
+            ("Held out by version, seed by seed", table_seeds(runs)),
+            ("Engine against trainer", table_mismatch(runs)),
+            ("By age of the token", table_lags(runs)),
+        ):
+            print(f"\n#### {title}\n\n{markdown(table)}")
+    if plots is not None and found:
+        plot(found, plots / "mismatch.svg")
 
 
 def table_learned(runs: Runs) -> Table:
     """Mean over seeds ± their standard deviation."""
-    rows = [["", "seeds", "held out, before", "at the end", "mean on the way", "reward at the end"]]
-    for method, found in runs.items():
+    rows = [["", "seeds", "held out, before", "at the end", "reward at the end", "lost"]]
+    for method, own in runs.items():
         columns: list[Callable[[Learned], float]] = [
             lambda one: one.result.asked[0].right,
-            lambda one: one.result.asked[-1].right,
-            lambda one: one.area,
+            lambda one: one.final,
             lambda one: one.reward,
         ]
-        shown = [spread([column(one) for one in found]) for column in columns]
-        rows.append([method, str(len(found)), *shown])
+        shown = [spread([column(one) for one in own]) for column in columns]
+        lost = sum(one.final < LOST for one in own)
+        rows.append([method, str(len(own)), *shown, f"{lost} of {len(own)}"])
     return rows
 
 
 def table_seeds(runs: Runs) -> Table:
-    seeds = sorted({one.result.seed for found in runs.values() for one in found})
+    seeds = sorted({one.result.seed for own in runs.values() for one in own})
     rows = [["", *(f"seed {seed}" for seed in seeds)]]
-    for method, found in runs.items():
-        by_seed = {one.result.seed: one.result.asked for one in found}
+    for method, own in runs.items():
+        by_seed = {one.result.seed: one.result.asked for one in own}
         cells = [
-            ", ".join(f"{100 * asked.right:.0f}" for asked in by_seed.get(seed, []))
+            ", ".join(f"{100 * asked.right:.1f}" for asked in by_seed.get(seed, [])) + " %"
             for seed in seeds
         ]
-        rows.append([method, *cells])
+        rows.append([method, *(cell if len(cell) > 2 else "–" for cell in cells)])
     return rows
 
 
 def table_mismatch(runs: Runs) -> Table:
-    """Means over iterations and seeds; largest: of all."""
+    """Over the tokens of all iterations, mean over seeds; largest: of all."""
     names = {
-        "mean": "log_ratio_abs_mean",
+        "|Δlp|, mean": "log_ratio_abs_mean",
         "p99": "log_ratio_abs_p99",
-        "KL (k3)": "kl_k3",
-        "k1": "kl_k1",
+        "KL k1": "kl_k1",
+        "k3": "kl_k3",
         "beyond 2×": "ratio_beyond_2",
         "masked": "mask_fraction",
         "ESS": "ess",
         "entropy": "entropy",
         "of masked": "entropy_masked",
-        "max p−q": "prob_diff_max",
     }
-    rows = [["", "|Δlp| " + "mean", "p99", "largest", *list(names)[2:]]]
-    for method, found in runs.items():
-        values = {title: mean([one.mean(name) for one in found]) for title, name in names.items()}
-        largest = max(line.metrics["log_ratio_abs_max"] for one in found for line in one.lines)
-        shown = {title: figure(value) for title, value in values.items()}
-        for title in ("beyond 2×", "masked"):
-            shown[title] = f"{100 * values[title]:.3f} %"
-        cells = list(shown.values())
-        rows.append([method, *cells[:2], figure(largest), *cells[2:]])
+    rows = [["", *names, "largest Δlp", "largest p−q"]]
+    for method, own in runs.items():
+        cells = []
+        for title, name in names.items():
+            value = mean([v for one in own if not math.isnan(v := one.mean(name))])
+            is_share = title in ("beyond 2×", "masked")
+            cells.append(f"{100 * value:.2f} %" if is_share else figure(value))
+        largest = [
+            figure(max(one.largest(name) for one in own))
+            for name in ("log_ratio_abs_max", "prob_diff_max")
+        ]
+        rows.append([method, *cells, *largest])
     return rows
 
 
 def table_lags(runs: Runs) -> Table:
-    rows = [["", *(f"{what}, {lag}" for what in ("|Δlp|", "masked") for lag in LAGS)]]
-    for method, found in runs.items():
-        cells = [
-            figure(mean([v for one in found if not math.isnan(v := one.weighted(name, lag))]))
-            for name in ("log_ratio_abs_mean", "mask_fraction")
-            for lag in LAGS
-        ]
-        rows.append([method, *cells])
+    """|Δlp| and masked share of tokens whose weights were 0, 1, … versions old."""
+    shown = [lag for lag in LAGS if any(not math.isnan(v) for v in _of_lag(runs, "tokens", lag))]
+    rows = [["", *(f"{what}, {lag}" for what in ("|Δlp|", "masked") for lag in shown)]]
+    for method, own in runs.items():
+        gaps = [figure(mean(_of_lag({method: own}, "log_ratio_abs_mean", lag))) for lag in shown]
+        masked = [mean(_of_lag({method: own}, "mask_fraction", lag)) for lag in shown]
+        rows.append([method, *gaps, *(f"{100 * value:.2f} %" for value in masked)])
     return rows
+
+
+def _of_lag(runs: Runs, name: str, lag: str) -> list[float]:
+    values = (one.mean_of_lag(name, lag) for own in runs.values() for one in own)
+    return [value for value in values if not math.isnan(value)]
 
 
 def markdown(table: Table) -> str:
@@ -181,8 +203,16 @@ def markdown(table: Table) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def plot(runs: Runs, path: Path) -> bool:
-    """Six panels, as SVG: mean over seeds, and the band from the least to the most."""
+PANELS = (
+    ("log_ratio_abs_mean", "|Δ logprob|, mean"),
+    ("kl_k3", "KL(engine ‖ trainer), k3, nats a token"),
+    ("mask_fraction", "masked share of tokens"),
+)
+
+
+def plot(found: dict[float, Runs], path: Path) -> bool:
+    """A row of panels for each learning rate, as SVG: mean over seeds, and the band from the least
+    to the most. False without matplotlib."""
     try:
         import matplotlib as mpl
     except ImportError:
@@ -190,37 +220,31 @@ def plot(runs: Runs, path: Path) -> bool:
     mpl.use("svg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(2, 3, figsize=(13, 7.2))
-    (held, reward, masked), (gap, tail, divergence) = panels
-    metrics = (
-        (masked, "mask_fraction", "masked share of tokens"),
-        (gap, "log_ratio_abs_mean", "|Δ logprob|, mean"),
-        (tail, "log_ratio_abs_p99", "|Δ logprob|, 99 of 100 tokens are below"),
-        (divergence, "kl_k3", "KL(engine ‖ trainer), k3, nats a token"),
-    )
-    for index, (method, found) in enumerate(runs.items()):
-        style: dict[str, Any] = {
-            "color": f"C{index}",
-            "linestyle": ":" if method == "equal" else "-",
-        }
-        asked = [[one.right for one in learned.result.asked] for learned in found]
-        steps = [one.version for one in found[0].result.asked]
-        _band(held, steps, asked, method, style)
-        rewards = [[line.reward or 0.0 for line in learned.lines] for learned in found]
-        _band(reward, range(1, len(rewards[0]) + 1), rewards, method, style)
-        for axis, name, _ in metrics:
-            series = [[line.metrics.get(name, 0.0) for line in one.lines] for one in found]
-            _band(axis, range(1, len(series[0]) + 1), series, method, style)
-    held.set(title="held-out questions answered right, T = 1", ylim=(0, 1))
-    reward.set(title="reward in training", ylim=(0, 1))
-    for axis, _, title in metrics:
-        axis.set(title=title)
-        axis.set_yscale("symlog", linthresh=1e-5) if axis is not masked else None
-    for axis in panels.flat:
-        axis.grid(alpha=0.3)
-        axis.set_xlabel("version")
-        axis.set_ylim(bottom=0)
-    held.legend(fontsize="small")
+    figure, rows = plt.subplots(len(found), 4, figsize=(14, 3.6 * len(found)), squeeze=False)
+    for (lr, runs), (reward, *others) in zip(found.items(), rows, strict=True):
+        for method, own in runs.items():
+            color = f"C{METHODS.index(method)}"
+            style: dict[str, Any] = {
+                "color": color,
+                "linestyle": ":" if method == "equal" else "-",
+            }
+            _band(reward, [one.rewards for one in own], style, method)
+            for one in own:
+                asked = one.result.asked[1:]
+                steps = [each.version for each in asked]
+                reward.plot(steps, [each.right for each in asked], "o", color=color, ms=3)
+            for axis, (name, _) in zip(others, PANELS, strict=True):
+                _band(axis, [one.series(name) for one in own], style, method)
+        reward.set(title=f"lr {lr:g}: reward; dots: held out", ylim=(0, 1))
+        reward.legend(fontsize="small", loc="lower left")
+        for axis, (name, title) in zip(others, PANELS, strict=True):
+            axis.set(title=title)
+            if name != "mask_fraction":
+                axis.set_yscale("symlog", linthresh=1e-3)
+            axis.set_ylim(bottom=0)
+        for axis in (reward, *others):
+            axis.grid(alpha=0.3)
+            axis.set_xlabel("iteration")
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
@@ -228,13 +252,10 @@ def plot(runs: Runs, path: Path) -> bool:
 
 
 def _band(
-    axis: "Axes",
-    steps: Sequence[int],
-    series: Sequence[Sequence[float]],
-    label: str,
-    style: dict[str, Any],
+    axis: "Axes", series: Sequence[Sequence[float]], style: dict[str, Any], label: str
 ) -> None:
-    columns = list(zip(*series, strict=True))
+    columns = list(zip(*series, strict=False))
+    steps = range(1, len(columns) + 1)
     axis.plot(steps, [mean(column) for column in columns], label=label, **style)
     low, high = [min(column) for column in columns], [max(column) for column in columns]
     axis.fill_between(steps, low, high, color=style["color"], alpha=0.12, linewidth=0)
