@@ -172,7 +172,7 @@ def table_mismatch(runs: Runs) -> Table:
         for title, name in names.items():
             value = mean([v for one in own if not math.isnan(v := one.mean(name))])
             is_share = title in ("beyond 2×", "masked")
-            cells.append(f"{100 * value:.2f} %" if is_share else figure(value))
+            cells.append(percent(value) if is_share else figure(value))
         largest = [
             figure(max(one.largest(name) for one in own))
             for name in ("log_ratio_abs_max", "prob_diff_max")
@@ -188,7 +188,7 @@ def table_lags(runs: Runs) -> Table:
     for method, own in runs.items():
         gaps = [figure(mean(_of_lag({method: own}, "log_ratio_abs_mean", lag))) for lag in shown]
         masked = [mean(_of_lag({method: own}, "mask_fraction", lag)) for lag in shown]
-        rows.append([method, *gaps, *(f"{100 * value:.2f} %" for value in masked)])
+        rows.append([method, *gaps, *map(percent, masked)])
     return rows
 
 
@@ -275,3 +275,7 @@ def figure(value: float) -> str:
     if math.isnan(value):
         return "–"
     return "0" if value == 0 else f"{value:.2g}" if 0.001 <= abs(value) < 1000 else f"{value:.1e}"
+
+
+def percent(value: float) -> str:
+    return "–" if math.isnan(value) else f"{100 * value:.2f} %"
