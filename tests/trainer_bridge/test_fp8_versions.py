@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from everstep.engine.checkpoint import Checkpoint
+from everstep.engine.checkpoint import Checkpoint, dequantize
 from everstep.engine.errors import CheckpointError
 from everstep.engine.fp8_policy import Fp8Format, has_power_of_two_scales
 from everstep.engine.json_keys import read_json
@@ -17,6 +17,7 @@ from everstep.engine.manifest import read_manifest
 from everstep.engine.quantize import quantize_checkpoint
 from everstep.engine.stored_format import StoredFormat
 from everstep.trainer_bridge.export import export
+from everstep.trainer_bridge.optimiser import local_of
 from everstep.trainer_bridge.sharding import World, join_world, shard
 from everstep.trainer_bridge.trainable import TrainableRing, trainable_config
 from everstep.trainer_bridge.weight_sender import WeightSender
@@ -66,6 +67,10 @@ def publish(rank: int, world: int, port: int, source: Path, root: Path, dtype: t
             assert offsets == sorted(offsets)
             sender.publish(2)
         export(ring, source, root / "exported", dtype, joined)
+        before = {name: local_of(tensor).clone() for name, tensor in ring.tensors()}
+        with torch.no_grad(), senders[0].layout.as_stored():
+            export(ring, source, root / "as-stored", torch.float32, joined)
+        assert all(torch.equal(before[name], local_of(tensor)) for name, tensor in ring.tensors())
         if joined.is_first:
             (root / "explained").write_text(senders[1].layout.explain())
 
@@ -108,6 +113,10 @@ def test_a_version_has_the_bytes_of_the_offline_quantiser(
         assert manifest is not None
         assert (manifest.weights, manifest.digest) == ("block", expected.content_digest())
         assert manifest.digest != manifest.parent
+    served, scored = (Checkpoint.open(tmp_path / name) for name in ("fp8-experts/v2", "as-stored"))
+    for name in (name for name in served.names if ".experts." in name and "scale" not in name):
+        meant = dequantize(served.linear(name.removesuffix(".weight")))
+        assert torch.equal(scored.tensor(name), meant)
     said = (tmp_path / "explained").read_text()
     assert ("blocks of 128×128 are cut by shards" in said) == (world > 1)
 
