@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from c3po_steps import STEPS as STEPS_LENGTH
 from c3po_steps import bound, step_costs
 from msgspec import Struct
 from msgspec.structs import replace
@@ -33,6 +34,7 @@ from everstep.engine.manager import RolloutManager
 from everstep.engine.native import ProcessBackend
 from everstep.engine.rollout import Rollout, SamplingParams, derive_seed
 from everstep.trainer_bridge.c3po_config import C3poConfig
+from everstep.trainer_bridge.comparison import retention_without_purges
 from everstep.trainer_bridge.length_model import CappedLognormal
 from everstep.trainer_bridge.manager_engine import ManagerEngine
 from everstep.trainer_bridge.rollout_driver import Delivered, RolloutDriver
@@ -56,13 +58,11 @@ MODELS: dict[str, tuple[str, tuple[str, ...], Format]] = {
     "weights-f32": ("tiny", _DENSE, "f32"),
 }
 RATIOS = (1, 4, 16)
-# σ: in `sim` the largest that purges nothing at a cap of 16
-RETENTIONS = (9, 3)
 ROUNDS = 3
 # per round; a pipeline that starts empty delivers late, so it is filled first
 STEPS = 3
-ITERATIONS = 8
-WARM_UP = 16
+ITERATIONS = 12
+WARM_UP_PER_RETENTION = 2
 # the core's counters come this often
 STATS_S = 1.5
 PROMPT = [1, 2, 3, 4, 5, 6, 7, 8]
@@ -194,6 +194,8 @@ class Synchronous:
     def __init__(self, manager: RolloutManager, lengths: CappedLognormal, capacity: int) -> None:
         self._manager, self._lengths, self._capacity = manager, lengths, capacity
         self._number = 0
+        self.batches: list[list[int]] = []
+        """Lengths of all that was run."""
 
     async def run(self, steps: int) -> Phase:
         phase = Phase()
@@ -202,6 +204,7 @@ class Synchronous:
             self._number += 1
             samples = range(self._capacity)
             work = [submission(self._lengths, "sync", self._number, i) for i in samples]
+            self.batches.append([one.sampling.max_tokens or 0 for one in work])
             accepted = await self._manager.accept(work)
             rollouts = await asyncio.gather(*map(self._manager.wait, accepted.rollout_ids))
             phase.seconds += time.perf_counter() - began_s
@@ -274,15 +277,21 @@ class StopAtN:
 
 async def compare(
     manager: RolloutManager, folder: Path, lengths: CappedLognormal, args: argparse.Namespace
-) -> tuple[list[str], list[list[Phase]]]:
-    """Names of the ways, and their phases by round; the ways take turns."""
+) -> tuple[list[str], list[list[Phase]], list[list[int]]]:
+    """Names of the ways, and their phases by round; the ways take turns. And the lengths of the
+    synchronous batches."""
+    budget = round(args.capacity * lengths.mean)
+    safe = retention_without_purges(lengths.cap, budget=budget, capacity=args.capacity)
     ways: list[Any] = [
-        C3po(manager, folder, lengths, retention, args.capacity) for retention in args.retentions
+        C3po(manager, folder, lengths, retention, args.capacity)
+        for retention in args.retentions or [safe]
     ]
-    ways += [way(manager, lengths, args.capacity) for way in (Synchronous, StopAtN)]
+    synchronous = Synchronous(manager, lengths, args.capacity)
+    ways += [synchronous, StopAtN(manager, lengths, args.capacity)]
     found: list[list[Phase]] = [[] for _ in ways]
     for way in ways:
-        await way.run(WARM_UP if isinstance(way, C3po) else 1)
+        await way.run(WARM_UP_PER_RETENTION * safe if isinstance(way, C3po) else 1)
+    synchronous.batches.clear()
     for _ in range(args.rounds):
         for way, phases in zip(ways, found, strict=True):
             before = await num_steps(manager)
@@ -291,7 +300,7 @@ async def compare(
             phases.append(phase)
     for way in ways:
         await way.close()
-    return [way.name for way in ways], found
+    return [way.name for way in ways], found, synchronous.batches
 
 
 async def num_steps(manager: RolloutManager) -> int:
@@ -351,15 +360,17 @@ async def measure(args: argparse.Namespace) -> None:
         checkpoint = make_checkpoint(
             folder / "model", shape=resize(shape, sizes), format=kind, seed=1
         )
-        model = ModelConfig(path=str(checkpoint), max_model_len=1024)
+        longest = len(PROMPT) + round(args.median * max(args.ratios))
+        model = ModelConfig(path=str(checkpoint), max_model_len=longest + STEPS_LENGTH)
         engine = EngineConfig(
             model=model,
             batch=BatchConfig(max_num_seqs=args.capacity),
             # nobody's KV is ever dropped: not what this compares
-            kv=KVConfig(num_blocks=16384),
+            kv=KVConfig(num_blocks=4 * args.capacity * (longest + STEPS_LENGTH) // 16),
             num_threads=args.threads,
         )
-        journal = Journal.open(folder / "journal.db", JournalConfig(durability="process"))
+        # as `everstep rollout` has it
+        journal = Journal.open(folder / "journal.db", JournalConfig(durability="power"))
         manager = RolloutManager(ProcessBackend(engine), None, journal=JournalThread(journal))
         await manager.start()
         try:
@@ -368,11 +379,11 @@ async def measure(args: argparse.Namespace) -> None:
             costs = await step_costs(manager, PROMPT, args.capacity)
             bounds = []
             for ratio in args.ratios:
-                lengths = CappedLognormal(median=MEDIAN, ratio=ratio)
-                names, found = await compare(manager, folder, lengths, args)
+                lengths = CappedLognormal(median=args.median, ratio=ratio)
+                names, found, batches = await compare(manager, folder, lengths, args)
                 for cells in rows(ratio, args.capacity, names, found):
                     print("| " + " | ".join(cells) + " |", flush=True)
-                bounds.append(f"{bound(costs, lengths, args.capacity):.2f} × at cap {ratio}")
+                bounds.append(f"{bound(costs, batches, args.capacity):.2f} × at cap {ratio}")
             print(f"\nms of a step by its rollouts: {costs_text(costs)}")
             print(f"so at most × synchronous: {', '.join(bounds)}")
             print(f"load {os.getloadavg()[0]:.1f} at the end; {manager.info.numerics}")
@@ -395,7 +406,10 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--model", choices=MODELS, default="tiny")
     parser.add_argument("--capacity", type=int, default=CAPACITY, help="Ω, the same for all")
     parser.add_argument("--threads", type=int, default=1, help="compute threads of the core")
-    parser.add_argument("--ratios", type=int, nargs="+", default=list(RATIOS))
-    parser.add_argument("--retentions", type=int, nargs="+", default=list(RETENTIONS), help="σ")
+    parser.add_argument("--ratios", type=int, nargs="+", default=list(RATIOS), help="cap / median")
+    parser.add_argument("--median", type=int, default=MEDIAN, help="tokens")
+    parser.add_argument(
+        "--retentions", type=int, nargs="+", help="σ; default: the least that purges nothing"
+    )
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="in which the ways take turns")
     parser.set_defaults(run=run)

@@ -12,12 +12,9 @@ from collections.abc import Mapping, Sequence
 from everstep.engine.intake import Submission
 from everstep.engine.manager import RolloutManager
 from everstep.engine.rollout import SamplingParams
-from everstep.trainer_bridge.length_model import CappedLognormal
 
 STEPS = 48
 ROUNDS = 5
-# of the batches that the bound is computed over
-BATCHES = 2000
 
 
 def row_counts(capacity: int) -> list[int]:
@@ -60,16 +57,18 @@ def cost_of(costs: Mapping[int, float], rows: int) -> float:
     return costs[below] + share * (costs[above] - costs[below])
 
 
-def bound(costs: Mapping[int, float], lengths: CappedLognormal, capacity: int) -> float:
-    """How many times faster than synchronous batches of Ω rollouts an engine is whose every step
-    has Ω, where nothing but steps takes time."""
-    seconds, tokens = 0.0, 0
-    for number in range(BATCHES):
-        ordered = sorted(lengths.draw("bound", number, i) for i in range(capacity))
+def bound(costs: Mapping[int, float], batches: Sequence[Sequence[int]], capacity: int) -> float:
+    """How many times faster than these synchronous batches of Ω rollouts an engine is whose every
+    step has Ω, where nothing but steps takes time.
+
+    batches  their lengths
+    """
+    seconds = 0.0
+    for lengths in batches:
         before = 0
-        for done, length in enumerate(ordered):
+        for done, length in enumerate(sorted(lengths)):
             if length > before:
                 seconds += (length - before) * cost_of(costs, capacity - done)
                 before = length
-        tokens += sum(ordered)
+    tokens = sum(map(sum, batches))
     return (seconds / tokens) / (cost_of(costs, capacity) / capacity)

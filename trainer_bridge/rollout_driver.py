@@ -302,16 +302,23 @@ class RolloutDriver:
         if machine.phase == "open" and machine.config.mode == "generated" and state.left:
             assert any(live.values()), "budget is left, and nobody can take it"
             return False
-        reachable = [p for p in state.places.values() if p.engine in state.engines]
-        if any(place.rollout_id is None for place in reachable):
-            return False
         until_s = self._clock() + SETTLE_S
-        while not await self._read_all([p for p in reachable if p.sample in state.places]):
+        while not await self._read_all(self._reachable()):
+            # of those that are being submitted nobody can be asked, and they may be whose it is
+            if any(place.rollout_id is None for place in self._reachable()):
+                return False
             if self._clock() > until_s:
                 raise LedgerError(self._unexplained())
             await asyncio.sleep(0.05)
+        # whoever is to be cancelled must not go on under the next budget
+        if any(place.is_leaving for place in self._reachable()):
+            return False
         state.settled()
         return True
+
+    def _reachable(self) -> list[Place]:
+        state = self._state
+        return [place for place in state.places.values() if place.engine in state.engines]
 
     def _unexplained(self) -> str:
         words = [f"{e}: {n}" for e, n in self._state.unexplained().items()]
@@ -321,17 +328,17 @@ class RolloutDriver:
         )
 
     async def _read_all(self, places: Sequence[Place]) -> bool:
-        """Tell how long rollouts are; False where budgets count tokens that they do not have."""
+        """Tell how long those are that an engine has; False where budgets count tokens that they
+        do not have."""
         state = self._state
         gate = asyncio.Semaphore(_READ_AT_ONCE)
         lost: list[Sample] = []
 
-        async def read(place: Place) -> tuple[Sample, Rollout] | None:
-            assert place.rollout_id is not None
+        async def read(place: Place, rollout_id: str) -> tuple[Sample, Rollout] | None:
             async with gate:
                 try:
                     engine = self._engines[place.engine]
-                    return place.sample, await engine.read(place.rollout_id)
+                    return place.sample, await engine.read(rollout_id)
                 except UnknownRollout:
                     lost.append(place.sample)
                 except EngineUnavailable as error:
@@ -340,7 +347,7 @@ class RolloutDriver:
 
         order = {sample: number for number, sample in enumerate(state.machine.pool)}
         places = sorted(places, key=lambda place: order.get(place.sample, -1))
-        found = await asyncio.gather(*(read(place) for place in places))
+        found = await asyncio.gather(*(read(p, p.rollout_id) for p in places if p.rollout_id))
         self._saw([pair for pair in found if pair is not None])
         if lost:
             state.lost(lost)

@@ -247,11 +247,9 @@ class RunState:
         self._bad_line(line, message, changes)
 
     def settled(self) -> None:
-        """All that happened under the iteration's leases was told."""
+        """All that happened under the iteration's leases was told, and who was to leave has left."""
+        assert not any(place.is_leaving for place in self.places.values())
         changes = self._file.changes
-        for place in [p for p in self.places.values() if p.is_leaving]:
-            del self.places[place.sample]
-            changes.drop("place", key_of(place.sample))
         self._forget_idle(changes)
         self._apply(words.Settled(), changes)
 

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from everstep.engine.errors import ConfigError, EngineUnavailable
 from everstep.engine.rollout import RolloutState
 from everstep.trainer_bridge.c3po_config import C3poConfig
+from everstep.trainer_bridge.c3po_words import Sample
 from everstep.trainer_bridge.rollout_record import trajectory_of
 from everstep.trainer_bridge.run_state import RunState
+from everstep.trainer_bridge.run_words import KeptPrompt
 
 from .rollout_world import STEP_S, FakeEngine, Killed, World, digest, run, token_of
 
@@ -237,9 +239,6 @@ def test_bad_prompts_are_named_and_good_ones_are_not_lost(folder):
 def test_a_sample_that_fails_is_drawn_anew(folder):
     world = World(folder, config(), [FakeEngine("e", lambda *_: 5)], ["p0", "p1"])
     state = world.open()
-    from everstep.trainer_bridge.c3po_words import Sample
-    from everstep.trainer_bridge.run_words import KeptPrompt
-
     state.prompts["p1@0"] = KeptPrompt("p1@0", 2, 0, b"p1")
     world.engines[0].failing = {state.seed_of(Sample("p1@0", 1), "p1")}
     state.close()
@@ -249,6 +248,33 @@ def test_a_sample_that_fails_is_drawn_anew(folder):
     assert (line.sample.prompt, line.sample.index, line.sample.attempt) == ("p1@0", 1, 1)
     assert [(f.reason, f.tokens) for f in line.earlier] == [("error", 1)]
     assert state.machine.total.regenerated == 1
+
+
+def test_who_is_given_up_in_the_last_step_of_an_iteration_is_cancelled_before_the_next(folder):
+    class Late(FakeEngine):
+        """Whoever waits for an ending hears of it when the iteration is over."""
+
+        async def ended(self, rollout_id):
+            rollout = await super().ended(rollout_id)
+            await asyncio.sleep(0.5)
+            return rollout
+
+    engine = Late("e", lambda *_: 30)
+    world = World(
+        folder,
+        config(budget=2, capacity=2, max_reissues=0),
+        [engine],
+        [f"p{i}" for i in range(3)],
+    )
+    state = world.open()
+    state.prompts["p0@0"] = KeptPrompt("p0@0", 1, 0, b"p0")
+    engine.failing = {state.seed_of(Sample("p0@0", 0), "p0")}
+    state.close()
+    state = run(world.live())
+    check(world, state)
+    nothing_is_left(world)
+    assert set(state.abandoned) == {"p0@0"}
+    assert state.machine.total.cancelled == 2
 
 
 def test_a_server_that_comes_back_goes_on_and_one_that_stays_away_is_booked(folder):
