@@ -10,6 +10,7 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import c3po
 import c3po_engine
 import c3po_sim
+import c3po_steps
 
 
 @pytest.fixture
@@ -63,8 +64,19 @@ def test_steps_and_times_are_compared_by_delivered_token():
     slow = [c3po_engine.Phase(2.0, 100, 100, 50), c3po_engine.Phase(4.0, 100, 100, 50)]
     fast = [c3po_engine.Phase(1.0, 150, 200, 20), c3po_engine.Phase(1.0, 150, 200, 20)]
     names = ["C3PO++, σ = 9", "synchronous"]
-    first, second = c3po_engine.rows(16, names, [fast, slow])
-    assert first[:4] == ["16", "C3PO++, σ = 9", "10.0", "133.3"]
+    first, second = c3po_engine.rows(16, 12, names, [fast, slow])
+    assert first[:5] == ["16", "C3PO++, σ = 9", "10.0", "83 %", "133.3"]
     # 1/2 of a step per token against 2/15; 150 tokens per second against 50 and 25
-    assert first[4:] == ["3.75 ×", "150", "4.50 (3.00–6.00)", "25 %"]
-    assert second[4:] == ["1.00 ×", "38", "1.00 (1.00–1.00)", "0 %"]
+    assert first[5:] == ["3.75 ×", "150", "4.50 (3.00–6.00)", "25 %"]
+    assert second[5:] == ["1.00 ×", "38", "1.00 (1.00–1.00)", "0 %"]
+
+
+def test_the_bound_is_what_steps_cost():
+    assert c3po_steps.row_counts(6) == [1, 2, 4, 6]
+    assert c3po_steps.row_counts(8) == [1, 2, 4, 8]
+    costs = {1: 1.0, 2: 1.5, 4: 2.0}
+    assert [c3po_steps.cost_of(costs, rows) for rows in (1, 2, 3, 4)] == [1.0, 1.5, 1.75, 2.0]
+    # a step of 4, one of 2, two of 1: 5.5 s for 8 tokens, which two full steps have in 4
+    assert c3po_steps.bound(costs, [[1, 2, 4, 1]], 4) == 5.5 / 4.0
+    assert c3po_steps.bound(costs, [[1, 2, 4, 1], [3, 3, 3, 3]], 4) == 11.5 / 10.0
+    assert c3po_steps.bound(costs, [[7, 7, 7, 7]], 4) == 1.0
