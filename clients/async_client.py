@@ -231,10 +231,16 @@ class AsyncClient(BaseClient):
         """As `Client.weights`."""
         return await self._run(flows.weights(self._admin_key, self._patience()))
 
-    async def stage_weights(self, path: str, *, priority: Priority = "background") -> Staged:
+    async def stage_weights(
+        self, path: str, *, priority: Priority = "background", rollback: int | None = None
+    ) -> Staged:
         """As `Client.stage_weights`."""
-        request = StageRequest(path=path, priority=priority)
+        request = StageRequest(path=path, priority=priority, rollback=rollback)
         return await self._run(flows.stage_weights(request, self._admin_key, self._patience()))
+
+    async def unstage_weights(self) -> WeightsAnswer:
+        """As `Client.unstage_weights`."""
+        return await self._run(flows.unstage_weights(self._admin_key, self._patience()))
 
     async def flip_weights(self, version: int, *, kv: KVPolicy = "keep") -> Updated:
         """As `Client.flip_weights`."""

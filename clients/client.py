@@ -265,16 +265,23 @@ class Client(BaseClient):
         """Which version serves, what is staged, what served before."""
         return self._run(flows.weights(self._admin_key, self._patience()))
 
-    def stage_weights(self, path: str, *, priority: Priority = "background") -> Staged:
+    def stage_weights(
+        self, path: str, *, priority: Priority = "background", rollback: int | None = None
+    ) -> Staged:
         """Load and check the version in a folder of the server's machine, beside what serves.
 
         priority  background: a stated share of the time of generation; full: a slice between every
                   two of its steps
+        rollback  its number, where the flip is to be a rollback to it: it need not be newer then
 
         Raises WeightsRefused, StaleVersion, CheckpointError; what serves goes on serving.
         """
-        request = StageRequest(path=path, priority=priority)
+        request = StageRequest(path=path, priority=priority, rollback=rollback)
         return self._run(flows.stage_weights(request, self._admin_key, self._patience()))
+
+    def unstage_weights(self) -> WeightsAnswer:
+        """Give up what is staged or being staged, if anything is; what serves goes on."""
+        return self._run(flows.unstage_weights(self._admin_key, self._patience()))
 
     def flip_weights(self, version: int, *, kv: KVPolicy = "keep") -> Updated:
         """Serve the staged version from the next step on. No rollout ends by it."""

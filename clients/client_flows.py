@@ -32,6 +32,7 @@ from ..server.rollouts_types import (
     BudgetList,
     BudgetRequest,
     Done,
+    Empty,
     ForkRequest,
     RolloutList,
     Selection,
@@ -387,6 +388,11 @@ def weights(key: str | None, patience: Patience) -> Flow[WeightsAnswer]:
 def stage_weights(request: StageRequest, key: str | None, patience: Patience) -> Flow[Staged]:
     response = yield from send(_change("stage", request, key), patience)
     return _read(response, Staged)
+
+
+def unstage_weights(key: str | None, patience: Patience) -> Flow[WeightsAnswer]:
+    response = yield from send(_change("unstage", Empty(), key), patience)
+    return _read(response, WeightsAnswer)
 
 
 def change_weights(

@@ -512,17 +512,20 @@ class RolloutManager:
         """All that is known of weights: what served, what is staged and how far it is."""
         return self._versions
 
-    async def stage(self, path: str, priority: Priority = "background") -> Staged:
+    async def stage(
+        self, path: str, priority: Priority = "background", *, rollback: int | None = None
+    ) -> Staged:
         """Load a version's folder beside what serves, and check it; returns once it can be flipped
         to. Another one that is staged, or being staged, is given up.
 
         priority  beside generation (`messages.Stage`)
+        rollback  the version's number, where the flip is to be a `rollback` to it
 
         Raises WeightsRefused, naming the tensor or the first layer that differs; CheckpointError;
         StaleVersion where its number or lineage is not to come; EngineUnavailable. Whatever is
         raised, what serves goes on serving.
         """
-        return await self._weights.stage(path, priority)
+        return await self._weights.stage(path, priority, rollback=rollback)
 
     async def flip(self, version: int, kv: KVPolicy = "keep") -> Flipped:
         """Serve the staged version from the next step on; returns once that is journaled.

@@ -168,9 +168,12 @@ class Versions:
 
     # --- what is asked for ---------------------------------------------------------------
 
-    async def stage(self, path: str, priority: Priority) -> Staged:
-        """Have a folder loaded and checked. Raises CheckpointError, StaleVersion, WeightsRefused,
+    async def stage(self, path: str, priority: Priority, *, rollback: int | None = None) -> Staged:
+        """Have a folder loaded and checked. rollback: the number of a version to go back to, by the
+        flip that follows. Raises CheckpointError, StaleVersion, WeightsRefused,
         EngineUnavailable."""
+        if rollback is not None:
+            return await self._stage_back(await self._back_to(rollback, path), priority)
         manifest = await self._read(path)
         current = self.current
         assert current is not None
@@ -192,7 +195,7 @@ class Versions:
                 return _nothing_to_flip(current, kv)
             what = "nothing is" if staged is None else f"{staged.words} is"
             raise IllegalState(f"version {number} is not staged, {what}: stage it first")
-        return await self._flip(staged, kv)
+        return await self._flip_to(staged, kv)
 
     async def unstage(self) -> None:
         """Give up what is staged or being staged, if anything is."""
@@ -212,6 +215,12 @@ class Versions:
         path  where it can be read, if not where it was
         Raises as `stage` and `flip`, IllegalState for one that never served.
         """
+        target = await self._back_to(number, path)
+        await self._stage_back(target, priority)
+        return await self._flip_to(target, kv)
+
+    async def _back_to(self, number: int, path: str | None) -> Version:
+        """The version of this number, with a lineage that is new here."""
         if path is not None:
             target = _version_of(await self._read(path), path)
             if target.number != number:
@@ -228,15 +237,22 @@ class Versions:
             target = known[-1]
         if not target.lineage or target.lineage in {one.lineage for one in self.history}:
             target = replace(target, lineage=uuid.uuid4().hex[:12])
+        return target
+
+    async def _stage_back(self, target: Version, priority: Priority) -> Staged:
+        if self._serves(target):
+            # the weights are these already: only what may follow them is another lineage
+            await self.unstage()
+            self.staged = target
+            return Staged(target.number, target.digest, NOTHING_DONE)
+        return await self._stage(target, priority)
+
+    def _serves(self, version: Version) -> bool:
+        """Whether its number and its weights serve, in whatever lineage."""
         current = self.current
         assert current is not None
-        if target.digest == current.digest and self.waiting_for is None:
-            # the weights are these already: only what may follow them is another lineage
-            if (journaled := self._note(target)) is not None:
-                await asyncio.shield(journaled)
-            return _nothing_to_flip(target, kv)
-        await self._stage(target, priority)
-        return await self._flip(target, kv)
+        is_same = (current.number, current.digest) == (version.number, version.digest)
+        return is_same and self.waiting_for is None
 
     async def _read(self, path: str) -> Manifest:
         folder = Path(path)
@@ -265,6 +281,14 @@ class Versions:
         self.tell(Stage(version.number, version.folder, version.digest, priority))
         self._asked.append(_Asked("stage", version, future))
         return await asyncio.shield(future)
+
+    async def _flip_to(self, version: Version, kv: KVPolicy) -> Flipped:
+        if not self._serves(version):
+            return await self._flip(version, kv)
+        self.staged = None
+        if (journaled := self._note(version)) is not None:
+            await asyncio.shield(journaled)
+        return _nothing_to_flip(version, kv)
 
     async def _flip(self, version: Version, kv: KVPolicy) -> Flipped:
         future: asyncio.Future[tuple[Flipped, asyncio.Future[None] | None]]

@@ -8,6 +8,7 @@ import platform
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 from . import __version__
 from .engine.config import EngineConfig, ModelConfig
 from .offline import show_table
-from .progress import Stages
+from .progress import Stages, duration
 
 if TYPE_CHECKING:
     from .engine.messages import Ready
@@ -133,10 +134,25 @@ def _limits() -> list[Row]:
     writable = "" if os.access(parent, os.W_OK) else "  NOT writable: EVERSTEP_CACHE names another"
     free = shutil.disk_usage(parent).free / 2**30
     return [
+        *_left_runs(),
         ("cache", f"{cache}, {free:.1f} GiB free{writable}"),
         ("cached models", ", ".join(_cached(cache)) or "none"),
         ("open files", f"{soft} (at most {hard}){few}"),
     ]
+
+
+def _left_runs() -> list[Row]:
+    """Folders of runs in shared memory: some are left by runs that were killed."""
+    from .trainer_bridge.run_folders import runs_there, sizes_of
+
+    rows = []
+    for folder in runs_there():
+        sizes = sizes_of(folder)
+        age = duration(max(0.0, time.time() - folder.stat().st_mtime))
+        versions = f"{len(sizes)} version{'s' * (len(sizes) != 1)}"
+        size = f"{sum(sizes.values()) / 1e6:.1f} MB"
+        rows.append(("run's weights", f"{folder}: {versions}, {size}, written {age} ago"))
+    return rows
 
 
 def _cached(cache: Path) -> list[str]:

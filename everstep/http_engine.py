@@ -1,4 +1,5 @@
-"""A server as a run of C3PO++ sees it: /rollouts and its token budgets, through `AsyncClient`."""
+"""A server as a run of C3PO++ sees it: /rollouts, its token budgets and its weights, through
+`AsyncClient`."""
 
 import asyncio
 from collections.abc import Sequence
@@ -9,11 +10,21 @@ from msgspec import Struct
 
 from .clients.async_client import AsyncClient
 from .clients.client_flows import FIRST_CONTACT_S
-from .engine.errors import EngineUnavailable, EverstepError
+from .engine.errors import (
+    ConfigError,
+    EngineUnavailable,
+    EverstepError,
+    IllegalState,
+    StaleVersion,
+    WeightsRefused,
+)
 from .engine.journal_ops import Budget as EngineBudget
 from .engine.journal_ops import BudgetState
+from .engine.manifest import Version
+from .engine.messages import Flipped, KVPolicy
 from .engine.rollout import Rollout, RolloutState
 from .server.rollouts_types import RolloutSummary
+from .trainer_bridge.hosts import Prepared
 from .trainer_bridge.rollout_engine import Budget, Facts, Prompt, Seen, Work
 
 UNBOUNDED = 2**53
@@ -22,25 +33,44 @@ PAUSE_S = 0.25
 LOOK_EVERY_S = 2.0
 
 
+# a server that is started again between stage and flip has lost what it staged
+_FLIPS = 5
+
+
 class _Ready(Struct):
+    """As GET /ready says it; with `waits_for` it is there, and its rollouts stand still."""
+
     version: int
     digest: str
     numerics: str
+    ready: bool = True
+    waits_for: str | None = None
 
 
 class HttpEngine:
-    """An `Engine` over one server.
+    """An `Engine` over one server, and a `Host`.
 
-    wait_s    how long it is waited for when it is away
-    is_known  whether the run has rollouts there: then it is waited for at the start too
+    wait_s      how long it is waited for when it is away
+    is_known    whether the run has rollouts there: then it is waited for at the start too
+    admin_key   for its weights; None: that of the environment, if there is one
+    is_trained  whether it is given weights: one whose own are missing will do
     """
 
-    def __init__(self, url: str, *, wait_s: float, is_known: bool) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        wait_s: float,
+        is_known: bool,
+        admin_key: str | None = None,
+        is_trained: bool = False,
+    ) -> None:
         self.name = url
+        self._is_trained = is_trained
         self._wait_s = wait_s
         self._first_s = wait_s if is_known else min(wait_s, FIRST_CONTACT_S)
         self._http = httpx.AsyncClient(limits=httpx.Limits(max_connections=None))
-        self._client = AsyncClient(url, retry_s=wait_s, http=self._http)
+        self._client = AsyncClient(url, admin_key=admin_key, retry_s=wait_s, http=self._http)
         self._looked_s = 0.0
         self._lengths: list[int] = []
 
@@ -65,15 +95,21 @@ class HttpEngine:
         except httpx.TransportError as error:
             words = str(error) or type(error).__name__
             raise EngineUnavailable(f"no answer from {self.name}: {words}") from None
-        if response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
-            raise EngineUnavailable(f"{self.name} is not ready: {response.text[:200]}")
+        is_unready = response.status_code == httpx.codes.SERVICE_UNAVAILABLE
         try:
-            return msgspec.json.decode(response.content, type=_Ready)
+            found = msgspec.json.decode(response.content, type=_Ready)
+            if not is_unready or (self._is_trained and found.waits_for == "weights"):
+                return found
         except msgspec.MsgspecError:
-            raise EverstepError(
-                f"{self.name}/ready answered {response.status_code} and no engine's facts: is it "
-                "an Everstep server?"
-            ) from None
+            if not is_unready:
+                raise self._stranger(response) from None
+        raise EngineUnavailable(f"{self.name} is not ready: {response.text[:200]}")
+
+    def _stranger(self, response: httpx.Response) -> EverstepError:
+        return EverstepError(
+            f"{self.name}/ready answered {response.status_code} and no engine's facts: is it "
+            "an Everstep server?"
+        )
 
     async def prepare(self, prompt: Prompt) -> Prompt:
         """As it is: the server encodes it, and says no when it is submitted."""
@@ -146,6 +182,44 @@ class HttpEngine:
             wanted = set(rollout_ids)
             self._lengths = [one.num_output_tokens for one in found if one.id in wanted]
         return self._lengths
+
+    # as `hosts.Host`
+
+    async def serves(self, version: Version) -> bool:
+        try:
+            found = await self._client.weights()
+        except EverstepError as error:
+            if error.code != "invalid_admin_key":
+                raise
+            raise ConfigError(f"{self.name}: {error}") from None
+        current = found.current
+        return (current.number, current.digest) == (version.number, version.digest) and (
+            found.waiting_for is None
+        )
+
+    async def stage(self, version: Version) -> Prepared:
+        try:
+            staged = await self._client.stage_weights(version.folder)
+        except StaleVersion:
+            staged = await self._client.stage_weights(version.folder, rollback=version.number)
+            return Prepared(staged.report, is_back=True)
+        return Prepared(staged.report, is_back=False)
+
+    async def flip(self, version: Version, kv: KVPolicy) -> Flipped:
+        for left in reversed(range(_FLIPS)):
+            try:
+                flipped = (await self._client.flip_weights(version.number, kv=kv)).flipped
+                if flipped.digest == version.digest:
+                    return flipped
+            except (IllegalState, WeightsRefused):
+                # not staged in this life of it
+                if not left:
+                    raise
+            await self.stage(version)
+        raise IllegalState(f"version {version.number} was never served: others change it too")
+
+    async def unstage(self) -> None:
+        await self._client.unstage_weights()
 
     async def close(self) -> None:
         await self._http.aclose()

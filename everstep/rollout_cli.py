@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from msgspec.structs import replace
 
 from .engine.errors import ConfigError
-from .engine.rollout import SamplingParams
+from .engine.rollout import Record, SamplingParams
 from .engine.settings import load
 from .flags import Settings, with_settings
 from .rollout_what_if import what_if
@@ -15,6 +16,8 @@ from .trainer_bridge.c3po_config import C3poConfig
 
 app = typer.Typer(name="rollout")
 app.command("what-if")(what_if)
+# what a trainer can use beside what every trajectory has
+_RECORDS: tuple[Record, ...] = ("kept_ids", "routing")
 SECTIONS = ("engine", "journal.path", "restart", "skip_tokenizer_init")
 
 
@@ -116,6 +119,16 @@ def rollout(
             "--wait-s", min=0, metavar="S", help="How long a server that is away is waited for."
         ),
     ] = 120.0,
+    admin_key: Annotated[
+        str | None,
+        typer.Option(
+            "--admin-key",
+            metavar="KEY",
+            help="Of the servers, to give them weights; default: http.admin_key of --config, else "
+            "EVERSTEP_ADMIN_KEY.",
+            show_default=False,
+        ),
+    ] = None,
     bridge: Annotated[
         str | None,
         typer.Option(
@@ -133,7 +146,16 @@ def rollout(
         typer.Option(
             "--reward",
             metavar="TOML",
-            help="What samples earn (docs/howto/rewards.md).",
+            help="What samples earn (docs/howto/rewards.md): in the output, and for a trainer.",
+            show_default=False,
+        ),
+    ] = None,
+    record: Annotated[
+        str | None,
+        typer.Option(
+            "--record",
+            metavar="NAME[,NAME]",
+            help="What else to keep of each token, for a trainer: kept_ids, routing.",
             show_default=False,
         ),
     ] = None,
@@ -185,7 +207,8 @@ def rollout(
     attempt.
 
     OUT gets a line per sample, groups whole: tokens, three logprobs, kept mass, versions, segments,
-    seed, attempt, how many tokens were sampled in which iteration, and what earlier attempts cost.
+    seed, attempt, how many tokens were sampled in which iteration, and what earlier attempts cost;
+    with --reward what it earned, so that it can be trained on.
     OUT.run holds the run, OUT.journal (without --server) the rollouts under way.
 
     Exit code 0: every prompt is delivered, or --iterations is reached; 1: there were bad lines, or
@@ -217,6 +240,9 @@ def rollout(
     from .trainer_bridge.weight_folder import default_root
     from .weights_receiving import Job
 
+    # without one a trainer is sent what the default makes of each sample
+    has_reward = reward is not None or bridge is not None
+    rewards = load(RewardConfig, file=reward).config if has_reward else None
     training = weights = None
     if weights_bind is not None:
         if bridge is None:
@@ -227,7 +253,7 @@ def rollout(
         training = Training(
             endpoint=bridge,
             run=run_name,
-            reward=load(RewardConfig, file=reward).config,
+            admin_key=admin_key or settings.config.http.admin_key,
             keys=keys,
             kv=kv.value,
             deadline_s=train_wait_s,
@@ -238,11 +264,21 @@ def rollout(
         config,
         prompts,
         out,
-        sampling=sampling,
+        sampling=replace(sampling, record=_recorded(record)),
         limit=iterations,
         epochs=epochs,
         servers=[] if server is None else server.split(","),
         wait_s=wait_s,
         training=training,
+        reward=rewards,
     )
     raise typer.Exit(run.run())
+
+
+def _recorded(names: str | None) -> tuple[Record, ...]:
+    """Raises ConfigError for a name that nothing is recorded by."""
+    given = [] if names is None else [name.strip() for name in names.split(",")]
+    for name in given:
+        if name not in _RECORDS:
+            raise ConfigError(f"--record is {name!r}; accepted: {', '.join(_RECORDS)}")
+    return tuple(name for name in _RECORDS if name in given)

@@ -7,7 +7,7 @@ and passed over; it stops nothing.
 
 import contextlib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
@@ -16,7 +16,7 @@ from msgspec import Meta, Struct
 
 from .clients.client_flows import sampling_fields
 from .engine.errors import ConfigError, InvalidRequest
-from .engine.rollout import SamplingParams
+from .engine.rollout import Record, SamplingParams
 from .server.batch_lines import parse_line
 from .server.batch_output import IdSet
 from .server.batch_run import MAX_LINE_BYTES, Line, read_lines
@@ -137,7 +137,7 @@ class PromptFile:
             prompt=line.prompt,
             messages=fields.get("messages"),
             options={name: fields[name] for name in _OPTIONS if name in fields},
-            sampling=_sampling(line.sampling, own or {}),
+            sampling=_sampling(line.sampling, own or {}, self._sampling.record),
             metadata=line.metadata,
         )
 
@@ -177,7 +177,9 @@ def _opened(path: Path) -> BinaryIO:
     return open(path, "rb", buffering=1 << 20)
 
 
-def _sampling(sampling: Sampling, given: Mapping[str, Any]) -> SamplingParams:
+def _sampling(
+    sampling: Sampling, given: Mapping[str, Any], record: Sequence[Record]
+) -> SamplingParams:
     """As the engine takes it; raises InvalidRequest for what has no place in training."""
     if given.get("seed") is not None:
         raise InvalidRequest(
@@ -191,7 +193,7 @@ def _sampling(sampling: Sampling, given: Mapping[str, Any]) -> SamplingParams:
         num_top=sampling.top_logprobs or None,
         mode=sampling.logprobs_mode or "raw",
         num_prompt_top=sampling.prompt_logprobs,
-        record=(),
+        record=record,
     )
     return check_temperature(params)
 

@@ -20,12 +20,14 @@ from .rollout_view import RolloutView, books_rows, waste_text
 from .server.config import ServeConfig
 from .trainer_bridge.c3po_config import C3poConfig
 from .trainer_bridge.comparison import retention_without_purges
+from .trainer_bridge.rewards import RewardConfig
 from .trainer_bridge.rollout_driver import Learner, RolloutDriver
 from .trainer_bridge.rollout_engine import Engine
 from .trainer_bridge.rollout_report import Report
 from .trainer_bridge.run_file import RunFile
 from .trainer_bridge.run_state import RunState, run_path
 from .trainer_bridge.run_words import Header
+from .trainer_bridge.scoring import Scorer
 from .weights_receiving import ReceiverChild
 
 _SHOWN_TROUBLES = 20
@@ -47,14 +49,17 @@ class RolloutRun:
         servers: Sequence[str],
         wait_s: float,
         training: Training | None = None,
+        reward: RewardConfig | None = None,
     ) -> None:
         """Raises ConfigError, MissingExtra."""
         config = msgspec.structs.replace(
             config, standby=0 if servers[1:] else config.capacity
         ).check()
         if training is not None:
-            training.check(servers)
-        self._training = training
+            training.check()
+        if reward is not None:
+            reward.check()
+        self._training, self._reward = training, reward
         try:
             self._sampling = check_temperature(sampling)
         except InvalidRequest as error:
@@ -160,17 +165,31 @@ class RolloutRun:
                         view.note(warnings.pop())
                     view(report)
 
-                driver = RolloutDriver(
-                    state,
-                    engines,
-                    self._source,
-                    output,
-                    learner=self._learner(state, engines, view.note),
-                    limit=self._limit,
-                    on_report=show,
-                    on_note=view.note,
-                )
-                await driver.run()
+                async with self._scoring(view.note) as scorer:
+                    driver = RolloutDriver(
+                        state,
+                        engines,
+                        self._source,
+                        output,
+                        learner=self._learner(state, engines, scorer, view.note),
+                        score=None if scorer is None else scorer.score,
+                        limit=self._limit,
+                        on_report=show,
+                        on_note=view.note,
+                    )
+                    await driver.run()
+
+    @contextlib.asynccontextmanager
+    async def _scoring(self, on_note: Callable[[str], None]) -> AsyncIterator[Scorer | None]:
+        if self._reward is None:
+            yield None
+            return
+        scorer = Scorer(self._reward, on_note)
+        await scorer.start()
+        try:
+            yield scorer
+        finally:
+            await scorer.close()
 
     @contextlib.contextmanager
     def _receiver(self) -> Iterator[ReceiverChild | None]:
@@ -182,12 +201,24 @@ class RolloutRun:
             yield receiver
 
     def _learner(
-        self, state: RunState, engines: Sequence[Engine], on_note: Callable[[str], None]
+        self,
+        state: RunState,
+        engines: Sequence[Engine],
+        scorer: Scorer | None,
+        on_note: Callable[[str], None],
     ) -> Learner | None:
         if self._training is None:
             return None
-        spool = self._out.with_name(f"{self._out.name}.spool")
-        return self._training.learner(spool, state.machine.iteration, engines, on_note)
+        assert scorer is not None, "a trainer learns from rewards"
+        return self._training.learner(
+            self._out.with_name(f"{self._out.name}.spool"),
+            state.machine.iteration,
+            engines,
+            scorer,
+            # servers, and a journal that the user named, may start again with what serves
+            outlives=bool(self._servers) or self._settings.config.journal.path is not None,
+            on_note=on_note,
+        )
 
     @contextlib.asynccontextmanager
     async def _engines(self, state: RunState) -> AsyncIterator[Sequence[Engine]]:
@@ -197,8 +228,15 @@ class RolloutRun:
                 from .http_engine import HttpEngine
 
                 is_known = {place.engine for place in state.places.values()}
+                training = self._training
                 engines = [
-                    HttpEngine(url, wait_s=self._wait_s, is_known=url in is_known)
+                    HttpEngine(
+                        url,
+                        wait_s=self._wait_s,
+                        is_known=url in is_known,
+                        admin_key=None if training is None else training.admin_key,
+                        is_trained=training is not None,
+                    )
                     for url in self._servers
                 ]
             else:

@@ -4,14 +4,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .engine.errors import ConfigError
 from .engine.messages import KVPolicy
+from .http_engine import HttpEngine
 from .trainer_bridge.curve import Keys, check_endpoint, read_keys
 from .trainer_bridge.learner import BridgeLearner
 from .trainer_bridge.manager_engine import ManagerEngine
-from .trainer_bridge.reward_workers import RewardPool
-from .trainer_bridge.rewards import RewardConfig
 from .trainer_bridge.rollout_engine import Engine
+from .trainer_bridge.scoring import Scorer
 from .trainer_bridge.spool import Spool
 from .trainer_bridge.trajectory_sender import TrajectorySender
 from .weights_receiving import Job
@@ -26,23 +25,19 @@ class Training:
     keys        folder of CURVE keys; needed beyond this machine
     deadline_s  for an iteration to be trained
     weights     a receiver for a trainer on another host; None: it writes where we can read
+    admin_key   of the servers; None: that of the environment, if there is one
     """
 
     endpoint: str
     run: str
-    reward: RewardConfig
+    admin_key: str | None
     keys: Path | None
     kv: KVPolicy
     deadline_s: float
     weights: Job | None = None
 
-    def check(self, servers: Sequence[str]) -> None:
-        """Raises ConfigError, MissingExtra."""
-        self.reward.check()
-        if servers:
-            raise ConfigError(
-                "--bridge needs the engine in this process for now: leave --server out"
-            )
+    def check(self) -> None:
+        """Raises ConfigError."""
         check_endpoint(self.endpoint, self._keys, "--bridge")
         if self.weights is not None:
             self.weights.check()
@@ -52,9 +47,15 @@ class Training:
         spool: Path,
         iteration: int,
         engines: Sequence[Engine],
+        scorer: Scorer,
+        *,
+        outlives: bool,
         on_note: Callable[[str], None],
     ) -> BridgeLearner:
-        """For a run that stands at this iteration. Raises BridgeError for a spool that is broken."""
+        """For a run that stands at this iteration. outlives: as of `BridgeLearner`.
+
+        Raises BridgeError for a spool that is broken.
+        """
         kept = Spool(spool)
         sender = TrajectorySender(
             kept,
@@ -66,10 +67,12 @@ class Training:
         return BridgeLearner(
             sender,
             kept,
-            RewardPool(self.reward),
-            [engine for engine in engines if isinstance(engine, ManagerEngine)],
+            scorer,
+            [engine for engine in engines if isinstance(engine, ManagerEngine | HttpEngine)],
             kv=self.kv,
             deadline_s=self.deadline_s,
+            outlives=outlives,
+            root=None if self.weights is None else Path(self.weights.root),
             on_note=on_note,
         )
 

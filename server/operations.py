@@ -91,11 +91,12 @@ class Operations:
     async def ready(self, _: Request) -> Response:
         """As /health, with what is served."""
         reason = why_unready(self._manager)
-        if reason is not None:
+        waits_for_weights = self._manager.versions.waiting_for is not None
+        if reason is not None and not waits_for_weights:
             return _status({"ready": False}, reason)
         info = self._manager.info
         body = {
-            "ready": True,
+            "ready": reason is None,
             "model": self._names[0],
             "version": info.version,
             "digest": info.digest,
@@ -103,7 +104,9 @@ class Operations:
             "max_model_len": info.max_model_len,
             "core": info.core_id,
         }
-        return _status(body, None)
+        if waits_for_weights:
+            body["waits_for"] = "weights"
+        return _status(body, reason)
 
     async def metrics(self, _: Request) -> Response:
         return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)

@@ -51,7 +51,7 @@ class WeightsFace:
 
     async def stage(self, http: Request) -> Response:
         request = await self._request(http, StageRequest)
-        staging = self._manager.stage(request.path, request.priority)
+        staging = self._manager.stage(request.path, request.priority, rollback=request.rollback)
         return answer(http, await unless_disconnected(http, staging))
 
     async def unstage(self, http: Request) -> Response:

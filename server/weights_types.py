@@ -18,6 +18,8 @@ class StageRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     """A folder on the server's machine: a checkpoint with its manifest.json."""
     priority: Priority = "background"
     """Beside generation: a stated share of its time, or as much as may be between two steps."""
+    rollback: Number | None = None
+    """Its number, where the flip is to be a rollback to it: it need not be newer then."""
 
 
 class FlipRequest(Struct, kw_only=True, forbid_unknown_fields=True):

@@ -10,14 +10,14 @@ from pathlib import Path
 
 
 class Served:
-    """A server of the tiny checkpoint on a port and a journal of its own."""
+    """A server of a small checkpoint on a port and a journal of its own. more: flags."""
 
-    def __init__(self, checkpoint: Path, folder: Path) -> None:
+    def __init__(self, checkpoint: Path, folder: Path, *more: str) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         flags = ["--port", str(self.port), "--journal", str(folder / "journal.db")]
-        flags += ["--max-model-len", "1024", "--num-threads", "1"]
+        flags += ["--max-model-len", "1024", "--num-threads", "1", *more]
         self._command = [sys.executable, "-m", "everstep", "serve", str(checkpoint), *flags]
         self._log = folder / "log"
         self._process: subprocess.Popen[bytes] | None = None

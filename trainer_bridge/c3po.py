@@ -4,6 +4,7 @@
     grew(…)     tokens count (mode generated); ended(…): a place is filled, the sample is held
     settled()   the budget is spent: what is cut ages, complete groups go to the trainer
     trained(v)  their tokens are delivered, the books close; the next iteration may begin
+    turned(v)   the trainer went back to an earlier version: what was sampled since is older by that
 
 It has no clock, does no I/O and draws nothing, so the same events give the same commands, and
 `snapshot` at any moment, `restore` and the events since give the same machine. An event that
@@ -20,7 +21,19 @@ from ..engine.errors import ConfigError, IllegalState, LedgerError
 from . import c3po_words as words
 from .c3po_config import C3poConfig
 from .c3po_samples import Samples
-from .c3po_words import Command, Ending, Held, Live, Open, Phase, Sample, Stop, Submit, Train
+from .c3po_words import (
+    Command,
+    Ending,
+    Held,
+    Live,
+    Open,
+    Phase,
+    Sample,
+    Span,
+    Stop,
+    Submit,
+    Train,
+)
 from .ledger import Books
 
 
@@ -33,12 +46,13 @@ class C3po:
         self.phase: Phase = "idle"
         self.iteration = 0
         self.version: int | None = None
-        """Of the weights that serve, as `trained` said last."""
+        """Of the weights that serve, as `trained` or `turned` said last."""
         self.counted = 0
         """C: what counts against Φ in this iteration."""
         self.last_books: Books | None = None
         """Of the last iteration that closed."""
         self._is_stream_ended = False
+        self._turned: int | None = None
         self._samples = Samples(group=config.group, max_reissues=config.max_reissues)
 
     # what is known ------------------------------------------------------------------------------
@@ -123,6 +137,8 @@ class C3po:
                 return self.settled()
             case words.Trained(version):
                 return self.trained(version)
+            case words.Turned(version):
+                return self.turned(version)
         assert_never(event)
 
     def extend(self, prompts: Iterable[str]) -> list[Command]:
@@ -169,7 +185,9 @@ class C3po:
                 f"iteration {self.iteration}: {sample} brings the tokens to "
                 f"{self.counted + count}, beyond the budget of {self.config.budget}"
             )
-        self._samples.grow(sample, count, version)
+        span = Span(count, version)
+        # of weights that were undone, and told late
+        self._samples.grow(sample, span if self._turned is None else span.back(self._turned))
         self.counted += count * is_counted
         return self._stop_if_spent()
 
@@ -229,7 +247,7 @@ class C3po:
     def trained(self, version: int) -> list[Command]:
         """The trainer has them and weights of `version` serve: the iteration's books close.
 
-        Raises IllegalState for a version below the last one.
+        Raises IllegalState for a version below the last one, unless that `turned`.
         """
         self._expect("trained", "training")
         if self.version is not None and version < self.version:
@@ -237,10 +255,23 @@ class C3po:
         self._samples.deliver()
         self._samples.check_books(self.iteration)
         self.last_books = self._samples.ledger.close(self.iteration)
-        self.version = version
+        self.version, self._turned = version, None
         self.iteration += 1
         self.phase = "done" if self._is_finished else "idle"
         return [words.Done()] if self._is_finished else []
+
+    def turned(self, version: int) -> list[Command]:
+        """The trainer went back to `version`, by name and in a new lineage: its weights serve.
+
+        Iterations that this undid are trained again and not sampled again: nothing is counted
+        anew. What was sampled under later weights is so much further from those that serve.
+        Raises IllegalState unless it is below the last one.
+        """
+        if self.version is None or version >= self.version:
+            raise IllegalState(f"version {version} after {self.version}: that is not back")
+        self.version = self._turned = version
+        self._samples.turn(version)
+        return []
 
     # at rest ------------------------------------------------------------------------------------
 
@@ -252,6 +283,7 @@ class C3po:
             phase=self.phase,
             iteration=self.iteration,
             version=self.version,
+            turned=self._turned,
             counted=self.counted,
             is_stream_ended=self._is_stream_ended,
             num_accepted=samples.num_accepted,
@@ -285,7 +317,7 @@ class C3po:
         state = _copied(state)
         machine.phase = state.phase
         machine.iteration = state.iteration
-        machine.version = state.version
+        machine.version, machine._turned = state.version, state.turned
         machine.counted = state.counted
         machine.last_books = state.last_books
         machine._is_stream_ended = state.is_stream_ended

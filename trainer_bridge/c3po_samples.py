@@ -25,6 +25,7 @@ from .c3po_words import (
     TrainSample,
     Waiting,
     length_of,
+    oldest_of,
 )
 from .ledger import Account, Ledger
 
@@ -92,24 +93,29 @@ class Samples:
             raise IllegalState(f"{sample} is not in the pool")
         return live
 
-    def grow(self, sample: Sample, count: int, version: int) -> None:
+    def grow(self, sample: Sample, span: Span) -> None:
         """Raises IllegalState for a version below that of its last token."""
         if sample in self.leaving:
-            self.ledger.post(count, Account.SAMPLED, self.leaving[sample])
+            self.ledger.post(span.count, Account.SAMPLED, self.leaving[sample])
             return
         live = self.live(sample)
-        spans = live.spans
-        if spans and version < spans[-1].version:
+        last = live.spans[-1] if live.spans else None
+        if last is not None and span.version < last.version:
             raise IllegalState(
-                f"{sample} grew under version {version} after {spans[-1].version}: "
-                "versions never decrease along a rollout"
+                f"{sample} grew under version {span.version} after {last.version}: "
+                "versions never decrease along a rollout, unless a trainer went back"
             )
-        self.ledger.post(count, Account.SAMPLED, Account.CARRIED)
-        live.length += count
-        if spans and version == spans[-1].version:
-            spans[-1] = Span(spans[-1].count + count, version)
+        self.ledger.post(span.count, Account.SAMPLED, Account.CARRIED)
+        live.length += span.count
+        if last is not None and (last.version, last.undone) == (span.version, span.undone):
+            live.spans[-1] = Span(last.count + span.count, span.version, span.undone)
         else:
-            spans.append(Span(count, version))
+            live.spans.append(span)
+
+    def turn(self, version: int) -> None:
+        """A trainer went back to `version`."""
+        for member in self._members():
+            member.spans = [span.back(version) for span in member.spans]
 
     def finish(self, sample: Sample) -> None:
         """It ended well."""
@@ -174,11 +180,10 @@ class Samples:
     def purge_by_lag(self, oldest_version: int) -> list[Command]:
         """Groups with an older token are sampled anew, all their members that have tokens."""
         oldest: dict[str, int] = {}
-        members: list[Live | Held] = [*self.pool.values()]
-        members += (held for found in self.hold.values() for held in found.values())
-        for member in members:
-            if member.spans:
-                prompt, version = member.sample.prompt, member.spans[0].version
+        for member in self._members():
+            version = oldest_of(member.spans)
+            if version is not None:
+                prompt = member.sample.prompt
                 oldest[prompt] = min(version, oldest.get(prompt, version))
         commands: list[Command] = []
         for prompt, version in oldest.items():
@@ -230,6 +235,11 @@ class Samples:
             carried=sum(length_of(live.spans) for live in self.pool.values()),
             held=sum(held.length for found in self.hold.values() for held in found.values()),
         )
+
+    def _members(self) -> list[Live | Held]:
+        """All that have tokens, or will."""
+        held = (one for members in self.hold.values() for one in members.values())
+        return [*self.pool.values(), *held]
 
     def _train_group(self, prompt: str) -> TrainGroup:
         members = sorted(self.hold[prompt].values(), key=lambda held: held.sample.index)

@@ -1,5 +1,6 @@
 """What the controller of C3PO++ is told, what it answers, and its state at rest."""
 
+from collections.abc import Iterable
 from typing import Literal
 
 from msgspec import Struct
@@ -29,13 +30,33 @@ class Sample(Struct, frozen=True, order=True, array_like=True):
 
 
 class Span(Struct, frozen=True, array_like=True):
-    """A run of tokens sampled under one version of the weights."""
+    """A run of tokens sampled under one version of the weights.
+
+    version  of the weights; where a trainer went back before it, the one that it went back to
+    undone   updates that were undone between that one and the weights that sampled
+    """
 
     count: int
     version: int
+    undone: int = 0
+
+    @property
+    def standing(self) -> int:
+        """The version that is as many updates away from what serves as these weights are."""
+        return self.version - self.undone
+
+    def back(self, version: int) -> "Span":
+        """The same once a trainer has gone back to `version`."""
+        steps = max(0, self.version - version)
+        return Span(self.count, self.version - steps, self.undone + steps)
 
     def __str__(self) -> str:
-        return f"{self.count}@{self.version}"
+        return f"{self.count}@{self.version}" + f"+{self.undone}" * bool(self.undone)
+
+
+def oldest_of(spans: Iterable[Span]) -> int | None:
+    """The least standing; None: there are no tokens."""
+    return min((span.standing for span in spans), default=None)
 
 
 def length_of(spans: list[Span] | tuple[Span, ...]) -> int:
@@ -98,7 +119,16 @@ class Trained(Struct, tag="trained", frozen=True):
     version: int
 
 
-Event = Extend | EndStream | Begin | Grew | Ended | Lost | Reject | Settled | Trained
+class Turned(Struct, tag="turned", frozen=True):
+    """The trainer went back to an earlier checkpoint: this version serves, in a new lineage.
+
+    Told before the first token under it. What later versions sampled may still come after it.
+    """
+
+    version: int
+
+
+Event = Extend | EndStream | Begin | Grew | Ended | Lost | Reject | Settled | Trained | Turned
 
 
 # commands ---------------------------------------------------------------------------------------
@@ -153,8 +183,8 @@ class TrainGroup(Struct, frozen=True):
 
     @property
     def oldest_version(self) -> int | None:
-        """None if no member has a token."""
-        return min((s.version for sample in self.samples for s in sample.spans), default=None)
+        """The least `Span.standing`; None if no member has a token."""
+        return oldest_of(span for sample in self.samples for span in sample.spans)
 
 
 class Train(Struct, tag="train", frozen=True):
@@ -219,6 +249,7 @@ class C3poState(Struct, kw_only=True):
     complete       prompts whose group is complete, in order of completion
     leaving        given up in this iteration: their last tokens are counted where they went
     purges         of this iteration, which a restarted driver may have to carry out again
+    turned         version that a trainer went back to, while nothing was trained since
     """
 
     format: int = STATE_FORMAT
@@ -226,6 +257,7 @@ class C3poState(Struct, kw_only=True):
     phase: Phase
     iteration: int
     version: int | None
+    turned: int | None = None
     counted: int
     is_stream_ended: bool
     num_accepted: int

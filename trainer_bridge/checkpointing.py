@@ -57,6 +57,12 @@ class Checkpoints:
         found = [path for path in self.folder.iterdir() if path.name.isdecimal()]
         return sorted(path for path in found if (path / STABLE).is_file())
 
+    def oldest(self) -> int:
+        """The least version that the run may go on from one day: 0, with which it began, until as
+        many checkpoints as stay are there."""
+        found = self.stable()
+        return int(found[0].name) if len(found) >= self._keep else 0
+
     def save(self, tensors: Mapping[str, torch.Tensor], state: TrainerState, world: World) -> Path:
         """Write one and drop those that are too old; returns its folder. Every rank must call.
 

@@ -64,6 +64,7 @@ class Seat:
     sent_groups: int = 0
     sent_bytes: int = 0
     done_through: int = -1
+    oldest_through: int = -1
     doing: str = ""
 
     @property
@@ -86,7 +87,8 @@ class Dealer:
     """One run's deliveries.
 
     run          its name: ranks of another run are refused
-    acked        the last iteration that the trainer holds durably
+    acked        the last iteration that no checkpoint of the trainer lacks: what it goes back to can
+                 only need later ones
     heartbeat_s  told to ranks
     """
 
@@ -97,6 +99,10 @@ class Dealer:
     world: int = 0
     trained: dict[int, Trained] = field(default_factory=dict)
     """By iteration, from `acked` on."""
+    begun: Trained | None = None
+    """The version that this lineage began with, if it began with a checkpoint's."""
+    done_through: int = -1
+    """The last iteration that the newest checkpoint of this lineage holds."""
     _sizes: dict[int, list[int]] = field(default_factory=dict)
     _shares: dict[int, list[list[int]]] = field(default_factory=dict)
     _seats: dict[int, Seat] = field(default_factory=dict)
@@ -124,7 +130,7 @@ class Dealer:
 
     @property
     def pending(self) -> list[int]:
-        """Announced iterations that no durable checkpoint holds."""
+        """Announced iterations that a trainer may still ask for."""
         return sorted(self._sizes)
 
     # ranks ----------------------------------------------------------------------------------------
@@ -143,7 +149,7 @@ class Dealer:
             case Trained():
                 self._note_trained(message)
             case Durable():
-                self._note_durable(seat, message.done_through)
+                self._note_durable(seat, message)
             case Pong():
                 seat.doing = message.doing
             case Bye():
@@ -165,9 +171,14 @@ class Dealer:
                 found.append(f"rank {rank} of {self.world} is silent for {silence:.0f} s{doing}")
         return found
 
-    def end(self, reason: str) -> list[Outgoing]:
-        """No more is announced: what everybody is told."""
-        return [(seat.peer, RunEnd(reason)) for seat in self._seats.values()]
+    def end(self, reason: str, needs: Sequence[str]) -> list[Outgoing]:
+        """No more is announced: what everybody is told. needs: as in `RunEnd`."""
+        end = RunEnd(reason, list(needs))
+        return [(seat.peer, end) for seat in self._seats.values()]
+
+    def forget(self) -> None:
+        """The run is over: nobody goes back any more from what the newest checkpoint holds."""
+        self._forget(self.done_through)
 
     def pings(self) -> list[Outgoing]:
         """For everybody who is seated."""
@@ -233,7 +244,7 @@ class Dealer:
         self._seats[hello.rank] = seat
         if hello.trained is not None:
             self._note_trained(hello.trained)
-        self._note_durable(seat, hello.done_through)
+        self._note_durable(seat, hello)
         welcome = Welcome(
             protocol=PROTOCOL_VERSION,
             software=SOFTWARE,
@@ -276,6 +287,7 @@ class Dealer:
         # what the old life has trained since its checkpoint is trained anew
         self.trained.clear()
         self.lineage, self.world = hello.lineage, hello.world
+        self.begun, self.done_through = hello.trained, -1
         self._shares = {i: deal(sizes, self.world) for i, sizes in self._sizes.items()}
         return gone
 
@@ -292,12 +304,20 @@ class Dealer:
         if self.acked < trained.iteration <= self._newest:
             self.trained.setdefault(trained.iteration, trained)
 
-    def _note_durable(self, seat: Seat, done_through: int) -> None:
-        """What every rank holds durably is acknowledged, and forgotten here."""
-        seat.done_through = max(seat.done_through, min(done_through, self._newest))
+    def _note_durable(self, seat: Seat, said: Hello | Durable) -> None:
+        """What no rank can come back to is acknowledged, and forgotten here."""
+        done = min(said.done_through, self._newest)
+        oldest = done if said.oldest_through is None else min(said.oldest_through, done)
+        seat.done_through = max(seat.done_through, done)
+        seat.oldest_through = max(seat.oldest_through, oldest)
         if len(self._seats) < self.world:
             return
-        self.acked = max(self.acked, min(s.done_through for s in self._seats.values()))
+        seats = self._seats.values()
+        self.done_through = min(s.done_through for s in seats)
+        self._forget(min(s.oldest_through for s in seats))
+
+    def _forget(self, through: int) -> None:
+        self.acked = max(self.acked, through)
         self._sizes = {i: sizes for i, sizes in self._sizes.items() if i > self.acked}
         self._shares = {i: shares for i, shares in self._shares.items() if i > self.acked}
         # the last one stays: whoever waits for it may not have seen it yet

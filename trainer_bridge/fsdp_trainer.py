@@ -91,10 +91,12 @@ class Run:
             self._save(source)
         export(trainer.ring, trainer.folder, self.output / "final", trainer.dtype, self.world)
         self.say(f"{trainer.version} iterations; the model is in {self.output / 'final'}")
+        if left := source.finish():
+            self.say(left)
 
     def _open(self, checkpoint: Path | None) -> Source:
         if self.config.source.endpoint:
-            return BridgeSource(self.trainer, checkpoint)
+            return BridgeSource(self.trainer, checkpoint, self.checkpoints.oldest())
         return FileSource(self.config, self.world, self.trainer.ring.config)
 
     def _go_on(self) -> Path | None:
@@ -116,7 +118,7 @@ class Run:
         )
         saved = self.checkpoints.save(self.trainer.checkpoint_tensors(), state, self.world)
         self._saved = state.version
-        source.durable(saved, state.version - 1)
+        source.durable(saved, state.version, self.checkpoints.oldest())
 
     def _tell(self, report: Report) -> None:
         alarms = self.alarms.check(report.version, report.metrics)

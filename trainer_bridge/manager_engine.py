@@ -12,8 +12,10 @@ from ..engine.intake import Submission
 from ..engine.journal_ops import Budget as EngineBudget
 from ..engine.journal_ops import BudgetState, Query, RequestKey
 from ..engine.manager import RolloutManager
-from ..engine.messages import KVPolicy
+from ..engine.manifest import Version
+from ..engine.messages import Flipped, KVPolicy
 from ..engine.rollout import Rollout, RolloutState
+from .hosts import Prepared
 from .rollout_engine import Budget, Facts, Prompt, Seen, Work
 
 HOLDER = "rollout"
@@ -113,19 +115,27 @@ class ManagerEngine:
                 found.append(len(rollout.output_ids))
         return found
 
-    async def serve(self, version: int, path: str, kv: KVPolicy) -> str:
-        """As `learner.Host`. A trainer that began a new life, from a checkpoint, names a new lineage:
-        the engine goes to its version by name."""
-        try:
-            staged, flipped = await self._manager.update_weights(path, kv)
-        except StaleVersion:
-            flipped = await self._manager.rollback(version, path=path, kv=kv)
-            return f"version {version} of a new lineage serves"
-        report = staged.report
-        return (
-            f"version {version} serves: staged in {report.seconds:.2f} s, canaries differ by "
-            f"{report.max_delta:.2g} at most, stall {1e3 * flipped.stall_s:.1f} ms"
+    # as `hosts.Host`
+
+    async def serves(self, version: Version) -> bool:
+        current, versions = self._manager.version, self._manager.versions
+        return (current.number, current.digest) == (version.number, version.digest) and (
+            versions.waiting_for is None
         )
+
+    async def stage(self, version: Version) -> Prepared:
+        try:
+            staged = await self._manager.stage(version.folder)
+        except StaleVersion:
+            staged = await self._manager.stage(version.folder, rollback=version.number)
+            return Prepared(staged.report, is_back=True)
+        return Prepared(staged.report, is_back=False)
+
+    async def flip(self, version: Version, kv: KVPolicy) -> Flipped:
+        return await self._manager.flip(version.number, kv)
+
+    async def unstage(self) -> None:
+        await self._manager.unstage()
 
     async def close(self) -> None:
         await self._manager.close()

@@ -71,9 +71,11 @@ class Hello(Struct, tag="hello", kw_only=True, frozen=True):
     lineage       one life of the trainer: another begins whenever it starts from a checkpoint
     checkpoint    the one it started from, "" for none
     done_through  the last iteration whose effect a durable checkpoint holds
+    oldest_through  the last that every checkpoint holds from which it may go on one day; None: it
+                  has no other than the newest
     at, place     it has all iterations before `at`, and `place` groups of its share of that one;
                   at = -1: it has nothing, and takes what the engine has next
-    trained       the last one that it said
+    trained       the last one that it said; of a life that has said none, what its checkpoint holds
     """
 
     protocol: int
@@ -84,6 +86,7 @@ class Hello(Struct, tag="hello", kw_only=True, frozen=True):
     world: Annotated[int, Meta(ge=1, le=2**20)]
     checkpoint: str = ""
     done_through: Iteration = -1
+    oldest_through: Iteration | None = None
     at: Iteration = -1
     place: Count = 0
     trained: Trained | None = None
@@ -101,10 +104,12 @@ class Credit(Struct, tag="credit", frozen=True):
 
 
 class Durable(Struct, tag="durable", frozen=True):
-    """A durable checkpoint holds the effect of every iteration up to `done_through`."""
+    """A durable checkpoint holds the effect of every iteration up to `done_through`, and every one
+    that is kept those up to `oldest_through` (None: the same)."""
 
     checkpoint: Name
     done_through: Iteration
+    oldest_through: Iteration | None = None
 
 
 class Pong(Struct, tag="pong", frozen=True):
@@ -168,9 +173,13 @@ class IterationEnd(Struct, tag="iteration_end", frozen=True):
 
 
 class RunEnd(Struct, tag="run_end", frozen=True):
-    """No more iterations come: the rank saves what it has, and leaves."""
+    """No more iterations come: the rank saves what it has, and leaves.
+
+    needs  folders of versions that an engine serves, or may start with again; None: not known
+    """
 
     reason: str
+    needs: list[str] | None = None
 
 
 class Ping(Struct, tag="ping", frozen=True):

@@ -1,4 +1,4 @@
-"""The driver of C3PO++ without a trainer: engines sample, complete groups go into a file.
+"""The driver of C3PO++: engines sample, complete groups go into a file, and to a trainer.
 
 `RunState` (trainer_bridge/run_state.py) holds the controller and every record of the run, and each
 event is one commit there. This module looks at the records, has done what they ask for, and tells
@@ -6,7 +6,7 @@ what came of it:
 
     a place without a rollout ▸ submitted        a leaving place ▸ cancelled
     budget that is left ▸ leased to engines      all leases over ▸ rollouts read, iteration settled
-    phase training ▸ groups written, then trained(version)
+    phase training ▸ groups written, trained, then trained(version)
 
 It goes in turns: tell what came, decide, commit, and only then have done what was decided. All of
 that may be done twice: keys, ids and the size of the output make the second time harmless. So a
@@ -15,7 +15,7 @@ driver that was killed carries on from the records, and needs no plan of its own
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -42,6 +42,7 @@ T = TypeVar("T")
 
 # how long tokens may take from a budget's count to the rollouts themselves
 SETTLE_S = 10.0
+LOOK_AGAIN_S = 1.0
 _READ_AT_ONCE = 64
 
 
@@ -49,6 +50,7 @@ class Delivered(Struct, frozen=True, kw_only=True):
     """A trajectory of a complete group, and what the run knows of it.
 
     prompt  its line; iteration: in which its group was complete; earlier: attempts that fell
+    reward  None: none is configured, or it could not be scored
     """
 
     sample: Sample
@@ -59,6 +61,7 @@ class Delivered(Struct, frozen=True, kw_only=True):
     spells: list[Spell]
     earlier: list[Fallen]
     rollout: Rollout
+    reward: float | None = None
 
 
 class Source(Protocol):
@@ -89,19 +92,58 @@ class Sink(Protocol):
 Groups = Sequence[Sequence[Delivered]]
 
 
+class Taught(Struct, frozen=True):
+    """What came of an iteration.
+
+    version    that engines serve from now on
+    away       engine → why it could not be given it
+    is_turned  it is of another lineage than the one before, so it may be of a lower number
+    """
+
+    version: int
+    away: Mapping[str, str] = {}
+    is_turned: bool = False
+
+
 class Learner(Protocol):
-    """What complete groups are for, beside being written."""
+    """What complete groups are for, beside being written. Engines are named that can be reached."""
 
-    async def start(self) -> None:
-        """Before the first iteration of this process."""
+    async def start(self, engines: Collection[str]) -> Mapping[str, str]:
+        """Before the first iteration of this process; returns who stays away, and why."""
         ...
 
-    async def train(self, iteration: int, groups: Groups) -> int:
-        """The version that serves then, on every engine. May be asked twice for an iteration."""
+    async def score(self, iteration: int, groups: Groups) -> Groups:
+        """With rewards; the same ones when it is asked twice for an iteration that was trained."""
         ...
 
-    async def finish(self, reason: str) -> None:
-        """No more iterations come from this process."""
+    async def train(self, iteration: int, groups: Groups, engines: Collection[str]) -> Taught:
+        """Have it trained, and the engines serve what came of it. May be asked twice for an
+        iteration."""
+        ...
+
+    def is_behind(self, engine: str) -> bool:
+        """Whether others serve a version that it was not given."""
+        ...
+
+    async def catch_up(self, engine: str) -> None:
+        """Have one that is back serve what the others do. Raises EngineUnavailable."""
+        ...
+
+    async def turned(self) -> None:
+        """Return once there is something to go back to."""
+        ...
+
+    @property
+    def back(self) -> int | None:
+        """The version that the trainer went back to, until the engines serve it."""
+        ...
+
+    async def go_back(self, engines: Collection[str]) -> Mapping[str, str]:
+        """Have them serve it; returns who stays away, and why."""
+        ...
+
+    async def finish(self, reason: str, *, is_over: bool) -> None:
+        """No more iterations come from this process; is_over: nor from another."""
         ...
 
     async def close(self) -> None: ...
@@ -111,6 +153,7 @@ class RolloutDriver:
     """Runs one run to its end, or to `limit` iterations.
 
     learner      gets the groups of every iteration; None: they are written, and that is all
+    score        gives them rewards, where there is no learner
     on_note      said to the user, one line: an engine stays away, or is back
     has_threads  whether commits and the output may be written beside the event loop
     """
@@ -123,6 +166,7 @@ class RolloutDriver:
         sink: Sink,
         *,
         learner: Learner | None = None,
+        score: Callable[[Groups], Awaitable[Groups]] | None = None,
         limit: int | None = None,
         on_report: Callable[[Report], None] = lambda _: None,
         on_note: Callable[[str], None] = lambda _: None,
@@ -134,6 +178,7 @@ class RolloutDriver:
         self._source = source
         self._sink = sink
         self._learner = learner
+        self._score = score
         self._limit = limit
         self._clock = clock
         self._has_threads = has_threads
@@ -147,7 +192,7 @@ class RolloutDriver:
             self._tasks,
             submit=self._submit_now,
             on_note=on_note,
-            is_trained=learner is not None,
+            learner=learner,
         )
         self._began_s = clock()
 
@@ -161,7 +206,8 @@ class RolloutDriver:
             self._sink.cut(self._state.output.size)
             await self._fleet.start()
             if self._learner is not None:
-                await self._learner.start()
+                self._let_go(await self._learner.start(self._state.engines))
+                self._tasks.run("turns", "", partial(self._watch, self._learner))
             self._tasks.run("report", "", self._reporter.run)
             while await self._advance():
                 await self._commit()
@@ -172,9 +218,8 @@ class RolloutDriver:
             if is_done:
                 await self._fleet.finish()
             if self._learner is not None:
-                await self._learner.finish(
-                    "every prompt is done" if is_done else "its limit is reached"
-                )
+                reason = "every prompt is done" if is_done else "its limit is reached"
+                await self._learner.finish(reason, is_over=is_done)
         finally:
             if self._writing is not None and not self._writing.done():
                 # the file is the caller's to close
@@ -202,6 +247,8 @@ class RolloutDriver:
         """Decide all that can be decided by now; False: the run is over."""
         machine = self._state.machine
         while True:
+            await self._go_back()
+            await self._fleet.join()
             await self._extend()
             self._lease_out()
             match machine.phase:
@@ -256,20 +303,53 @@ class RolloutDriver:
         """Write the complete groups, and have them trained."""
         state, machine = self._state, self._state.machine
         train = next(c for c in machine.outstanding() if isinstance(c, Train))
-        groups = [self._delivered(group, train.iteration) for group in train.groups]
+        groups = await self._scored(train)
         size = state.output.size
         if groups:
             size = await self._write(partial(self._sink.write, groups))
         if self._learner is not None:
             # what a trainer is given is what the records say, whatever happens next
             await self._commit()
-            self._fleet.version = await self._learner.train(train.iteration, groups)
+            taught = await self._learner.train(train.iteration, groups, self._state.engines)
+            self._fleet.version = taught.version
+            if taught.is_turned and taught.version < (machine.version or 0):
+                state.turned(taught.version)
+            self._let_go(taught.away)
         now_s = self._clock()
         state.trained(train, self._fleet.version, OutputMark(size), now_s - self._began_s)
         self._began_s = now_s
         for group in train.groups:
             self._errands.forget(group.prompt)
         self._reporter.note_iteration()
+
+    async def _scored(self, train: Train) -> Groups:
+        groups: Groups = [self._delivered(group, train.iteration) for group in train.groups]
+        if self._learner is not None:
+            return await self._learner.score(train.iteration, groups)
+        return groups if self._score is None else await self._score(groups)
+
+    async def _go_back(self) -> None:
+        """To the version that a trainer went back to, if nothing newer of it comes at once."""
+        learner, state = self._learner, self._state
+        if learner is None or learner.back is None or state.machine.phase == "training":
+            return
+        if learner.back < (state.machine.version or 0):
+            # told before the first token under it can be
+            state.turned(learner.back)
+            await self._commit()
+        self._let_go(await learner.go_back(state.engines))
+
+    async def _watch(self, learner: Learner) -> None:
+        """Wake up the driver whenever there is something to go back to."""
+        while True:
+            await learner.turned()
+            await self._tasks.told()
+            # until it is done: an iteration that is being trained comes first
+            await asyncio.sleep(LOOK_AGAIN_S)
+
+    def _let_go(self, away: Mapping[str, str]) -> None:
+        for name, reason in away.items():
+            self._leave(name, reason)
 
     def _delivered(self, group: TrainGroup, iteration: int) -> list[Delivered]:
         state = self._state
@@ -332,7 +412,7 @@ class RolloutDriver:
         do not have."""
         state = self._state
         gate = asyncio.Semaphore(_READ_AT_ONCE)
-        lost: list[Sample] = []
+        lost: list[tuple[Sample, str]] = []
 
         async def read(place: Place, rollout_id: str) -> tuple[Sample, Rollout] | None:
             async with gate:
@@ -340,7 +420,7 @@ class RolloutDriver:
                     engine = self._engines[place.engine]
                     return place.sample, await engine.read(rollout_id)
                 except UnknownRollout:
-                    lost.append(place.sample)
+                    lost.append((place.sample, rollout_id))
                 except EngineUnavailable as error:
                     self._tasks.put(partial(self._leave, place.engine, str(error)))
             return None

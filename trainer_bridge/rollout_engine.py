@@ -48,7 +48,9 @@ class Work(Struct, frozen=True, kw_only=True):
     @property
     def sampling(self) -> SamplingParams:
         """The line's, with what is this sample's own."""
-        return msgspec.structs.replace(self.prompt.sampling, seed=self.seed, record=RECORD)
+        sampling = self.prompt.sampling
+        record = tuple(dict.fromkeys((*RECORD, *sampling.record)))
+        return msgspec.structs.replace(sampling, seed=self.seed, record=record)
 
 
 class Facts(Struct, frozen=True):

@@ -139,7 +139,7 @@ class Errands:
         try:
             rollout = await engine.ended(rollout_id)
         except UnknownRollout:
-            self._tasks.put(partial(self._state.lost, [place.sample]))
+            self._tasks.put(partial(self._state.lost, [(place.sample, rollout_id)]))
         else:
             self._tasks.put(Ended(place.sample, rollout))
 

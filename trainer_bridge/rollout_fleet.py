@@ -8,6 +8,7 @@ revive  it is asked now and then, and enters again
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
+from typing import Protocol
 
 from ..engine.errors import ConfigError, EngineUnavailable
 from .rollout_engine import Engine, Facts
@@ -19,11 +20,19 @@ REVIVE_EVERY_S = 5.0
 _METER_TOKENS = 1
 
 
+class Weights(Protocol):
+    """Whoever gives engines new weights (rollout_driver.Learner)."""
+
+    def is_behind(self, engine: str) -> bool: ...
+
+    async def catch_up(self, engine: str) -> None: ...
+
+
 class Fleet:
     """Reaches engines, and lets go of those that stay away.
 
-    submit      has a place submitted, and tells what came of it
-    is_trained  whether weights change while the run goes on: then numerics alone must stay
+    submit   has a place submitted, and tells what came of it
+    learner  changes the weights while the run goes on: then numerics alone must stay
     """
 
     def __init__(
@@ -34,17 +43,19 @@ class Fleet:
         *,
         submit: Callable[[Engine, Place], Awaitable[None]],
         on_note: Callable[[str], None],
-        is_trained: bool,
+        learner: Weights | None = None,
     ) -> None:
         self.version = 0
         """The newest that an engine said it serves, or that a token was sampled under."""
-        self._is_trained = is_trained
+        self._learner = learner
         self._state = state
         self._engines = engines
         self._tasks = tasks
         self._submit = submit
         self._note = on_note
         self._away: set[str] = set()
+        self._joining: dict[str, Facts] = {}
+        """Engines that are back, and were given another version than the rest."""
 
     async def start(self) -> None:
         """Reach them. One that is away is borne where the run has begun and another is there.
@@ -91,6 +102,17 @@ class Fleet:
         self._book_lost(name, reason)
         self._tasks.run(("revive", name), "", partial(self._revive, name))
 
+    async def join(self) -> None:
+        """Let in those that are back, with what the others serve; no version may be given meanwhile."""
+        while self._joining and self._learner is not None:
+            name, facts = self._joining.popitem()
+            try:
+                await self._learner.catch_up(name)
+            except EngineUnavailable:
+                self._tasks.run(("revive", name), "", partial(self._revive, name))
+            else:
+                self._return(name, facts)
+
     async def finish(self) -> None:
         """Nothing of the run is left in an engine."""
         for name in self._state.engines:
@@ -109,14 +131,18 @@ class Fleet:
         )
 
     def _check_weights(self, found: Mapping[str, Facts]) -> None:
-        (first, facts), *others = found.items()
-        for name, other in others:
-            if other.weights != facts.weights:
+        # what was trained before is given to those that have it not
+        is_trained = self._learner is not None
+        is_changing = is_trained and self._state.machine.version is not None
+        said = {name: f.numerics if is_changing else f.weights for name, f in found.items()}
+        (first, facts), *_ = found.items()
+        for name, other in said.items():
+            if other != said[first]:
                 raise ConfigError(
-                    f"{first} serves {facts.weights}, {name} serves {other.weights}: a run needs "
-                    "engines with the same weights and numerics"
+                    f"{first} serves {said[first]}, {name} serves {other}: a run needs engines "
+                    f"with the same {'' if is_changing else 'weights and '}numerics"
                 )
-        self._state.serve(facts.numerics if self._is_trained else facts.weights)
+        self._state.serve(facts.numerics if is_trained else facts.weights)
         self.version = max(self.version, *(f.version for f in found.values()))
 
     async def _enter(self, name: str) -> None:
@@ -154,12 +180,18 @@ class Fleet:
             try:
                 facts = await self._engines[name].start()
                 await self._enter(name)
+                if self._learner is not None:
+                    await self._learner.catch_up(name)
             except EngineUnavailable:
                 continue
             self._tasks.put(partial(self._return, name, facts))
             return
 
     def _return(self, name: str, facts: Facts) -> None:
+        if self._learner is not None and self._learner.is_behind(name):
+            # the others were given another version meanwhile
+            self._joining[name] = facts
+            return
         self._check_weights({name: facts})
         self._away.discard(name)
         order = list(self._engines)

@@ -56,10 +56,16 @@ class Trajectory(Struct, frozen=True, kw_only=True):
     kept_mass: list[float]
     flags: list[int]
     """1 sampled, 2 forced, 4 truncated support, added up."""
+    kept_ids: list[list[int]]
+    """With --record kept_ids: what top-k, top-p or min-p left; empty where they cut nothing."""
     versions: Runs
     """Run-length: [version, number of tokens]."""
     segments: list[Segment]
     """Runs of tokens made under the same weights, KV policy, numerics and core."""
+    temperature: float
+    """That it was sampled at."""
+    reward: float | None
+    """What it earned; none without --reward, or where it could not be scored."""
     metadata: Any
     rollout_id: str
     engine: str
@@ -96,8 +102,11 @@ def trajectory_of(delivered: Delivered) -> Trajectory:
         lp_raw=rollout.lp_raw,
         kept_mass=rollout.kept_mass,
         flags=rollout.flags,
+        kept_ids=rollout.kept_ids,
         versions=[(version, len(list(run))) for version, run in groupby(rollout.versions)],
         segments=rollout.segments,
+        temperature=rollout.sampling.temperature,
+        reward=delivered.reward,
         metadata=rollout.metadata,
         rollout_id=rollout.id,
         engine=delivered.engine,

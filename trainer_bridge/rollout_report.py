@@ -11,6 +11,7 @@ from msgspec import Struct
 
 from ..engine.errors import EverstepError
 from ..engine.rollout import Rollout
+from .c3po_words import Held, Live, oldest_of
 from .ledger import Books
 from .rollout_engine import Engine
 from .run_state import RunState
@@ -195,10 +196,10 @@ class Reporter:
 
     def _staleness(self) -> int:
         machine = self._state.machine
-        oldest = [live.spans[0].version for live in machine.pool.values() if live.spans]
-        for members in machine.hold.values():
-            oldest += [held.spans[0].version for held in members.values() if held.spans]
-        return max(0, (machine.version or 0) - min(oldest)) if oldest else 0
+        members: list[Live | Held] = [*machine.pool.values()]
+        members += (held for found in machine.hold.values() for held in found.values())
+        oldest = oldest_of(span for member in members for span in member.spans)
+        return 0 if oldest is None else max(0, (machine.version or 0) - oldest)
 
     def _engine(self, name: str) -> EngineReport:
         state = self._state

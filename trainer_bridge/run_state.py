@@ -173,11 +173,14 @@ class RunState:
             if place is not None and place.rollout_id == rollout.id:
                 self._saw(place, rollout, changes)
 
-    def lost(self, samples: Sequence[Sample]) -> None:
-        """Their engine knows nothing of them: they are sampled again."""
+    def lost(self, rollouts: Sequence[tuple[Sample, str]]) -> None:
+        """Their engine knows nothing of these rollouts: they are sampled again. It may be told
+        twice, when the sample is placed anew by then."""
         changes = self._file.changes
-        for sample in samples:
-            self._lose(sample, changes)
+        for sample, rollout_id in rollouts:
+            place = self.places.get(sample)
+            if place is not None and place.rollout_id == rollout_id:
+                self._lose(sample, changes)
 
     def leave(self, engine: str) -> tuple[int, int]:
         """An engine stays away: its samples are sampled again, what it holds of the budget is
@@ -268,6 +271,11 @@ class RunState:
         self.books.append(books)
         changes.put("books", books.iteration, books)
         self._controller.write()
+
+    def turned(self, version: int) -> None:
+        """The trainer went back to this version; engines serve it from now on."""
+        changes = self._file.changes
+        self._apply(words.Turned(version), changes)
 
     # --- leases --------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 A single process is a world of one rank: the same path, without a network.
 """
 
+import contextlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,8 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from ..engine.errors import ConfigError
+from ..engine.errors import ConfigError, PeerMissing
+from .rank_beats import Beats
 from .trainable import TrainableRing
 
 
@@ -61,7 +63,8 @@ class World:
 def join_world(device: str = "auto", timeout_s: float = 600.0) -> Iterator[World]:
     """The world that torchrun made (RANK, WORLD_SIZE, MASTER_ADDR …), else one of one rank.
 
-    Raises ConfigError where CUDA is asked for and there is none.
+    Raises ConfigError where CUDA is asked for and there is none. Where a call of all ranks fails
+    because some are gone, PeerMissing naming them takes the place of what torch says.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("numerics.device is 'cuda', and torch sees no CUDA device here")
@@ -70,16 +73,33 @@ def join_world(device: str = "auto", timeout_s: float = 600.0) -> Iterator[World
     timeout = timedelta(seconds=timeout_s)
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    beats = None
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
+        rank, size = dist.get_rank(), dist.get_world_size()
+        beats = Beats(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), rank, size)
     else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     try:
         size = dist.get_world_size()
         where = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else "cpu"
         yield World(dist.get_rank(), size, torch.device(where), init_device_mesh(kind, (size,)))
+    except RuntimeError as error:
+        gone = [] if beats is None else beats.missing()
+        if not gone:
+            raise
+        names = " and ".join(f"rank {rank}" for rank in gone)
+        first_line = str(error).partition("\n")[0]
+        raise PeerMissing(
+            f"{names} of {size} {'is' if len(gone) == 1 else 'are'} gone ({first_line}); start all "
+            "ranks again: they go on from the newest checkpoint"
+        ) from None
     finally:
-        dist.destroy_process_group()
+        if beats is not None:
+            beats.close()
+        # it may be broken, and is given up either way
+        with contextlib.suppress(RuntimeError):
+            dist.destroy_process_group()
 
 
 def shard(ring: TrainableRing, world: World, dtype: torch.dtype) -> None:

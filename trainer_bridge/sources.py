@@ -3,17 +3,18 @@
 from collections.abc import Sequence
 from pathlib import Path
 from secrets import token_hex
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import torch
 
-from ..engine.errors import BridgeError, InvalidTrajectory
+from ..engine.errors import BridgeError, ConfigError, InvalidTrajectory
 from ..engine.ring_config import RingConfig
 from ..engine.stored_format import StoredFormat
 from ..engine.trajectory import unpack
 from .config import TrainConfig
 from .curve import read_keys
-from .protocol import TrajectoryGroup
+from .protocol import Trained, TrajectoryGroup
+from .run_folders import hold, remove_versions, sizes_of
 from .samples import Group, Sample, sample_of
 from .sharding import World
 from .trainable import TrainableRing
@@ -35,8 +36,12 @@ class Source(Protocol):
     def trained(self, report: Report, groups: Sequence[Group]) -> None:
         """These groups were trained, and `report.version` is in the weights."""
 
-    def durable(self, checkpoint: Path, iteration: int) -> None:
-        """A checkpoint holds the effect of everything up to this iteration."""
+    def durable(self, checkpoint: Path, version: int, oldest: int) -> None:
+        """A checkpoint holds this version; the run may go back to `oldest`, and not further."""
+
+    def finish(self) -> str:
+        """Everything is trained: what nobody needs any more is removed. Returns a line about what
+        is left, or nothing."""
 
     def close(self) -> None: ...
 
@@ -56,8 +61,11 @@ class FileSource:
     def trained(self, report: Report, groups: Sequence[Group]) -> None:
         """Files need not know."""
 
-    def durable(self, checkpoint: Path, iteration: int) -> None:
+    def durable(self, checkpoint: Path, version: int, oldest: int) -> None:
         """Files stay."""
+
+    def finish(self) -> str:
+        return ""
 
     def close(self) -> None:
         """Nothing is open."""
@@ -67,15 +75,18 @@ class BridgeSource:
     """Groups that an engine deals to the ranks (protocol.py), once each; versions for it.
 
     checkpoint  that the trainer goes on from, None for the model that the run began with
+    oldest      version that it may go back to one day, and not further
 
     A lineage is one life of the trainer: what the checkpoint does not hold is dealt anew.
     Raises PeerMissing, PeerRefused and ConfigError, in one line each.
     """
 
-    def __init__(self, trainer: Trainer, checkpoint: Path | None) -> None:
+    def __init__(self, trainer: Trainer, checkpoint: Path | None, oldest: int) -> None:
         self._trainer, config = trainer, trainer.config
         world, source = trainer.world, config.source
         lineage = world.same(token_hex(8))
+        self._root = None if config.publish.endpoints else _root(config).resolve()
+        self._held = None if self._root is None else _hold(self._root, world)
         self._sender = WeightSender(
             trainer.ring,
             world,
@@ -84,9 +95,11 @@ class BridgeSource:
             stored=stored_as(config, trainer.ring, trainer.dtype),
             lineage=lineage,
         )
+        begun = None
         if checkpoint is not None:
             # the engine may be ahead of it, and goes back to these weights
-            self._sender.publish(trainer.version)
+            first = self._sender.publish(trainer.version)
+            begun = Trained(trainer.version - 1, trainer.version, first.digest, first.path)
         self._receiver = TrajectoryReceiver(
             source.endpoint,
             run=source.run,
@@ -95,6 +108,8 @@ class BridgeSource:
             world=world.size,
             checkpoint="" if checkpoint is None else checkpoint.name,
             done_through=trainer.version - 1,
+            oldest_through=oldest - 1,
+            begun=begun,
             keys=read_keys(Path(source.keys), "trainer") if source.keys else None,
         )
         try:
@@ -126,12 +141,30 @@ class BridgeSource:
         published = self._sender.publish(report.version, canaries)
         self._receiver.trained(report.version - 1, report.version, published.digest, published.path)
 
-    def durable(self, checkpoint: Path, iteration: int) -> None:
-        self._receiver.durable(checkpoint.name, iteration)
+    def durable(self, checkpoint: Path, version: int, oldest: int) -> None:
+        self._receiver.durable(checkpoint.name, version - 1, oldest - 1)
+
+    def finish(self) -> str:
+        """Versions that an engine serves, or may start with again, stay; where that is not known,
+        all do."""
+        if self._root is None or not self._trainer.world.is_first:
+            return ""
+        ended = self._receiver.ended
+        if ended is not None and ended.needs is not None:
+            remove_versions(self._root, ended.needs)
+        found = sizes_of(self._root)
+        if not found:
+            return ""
+        return (
+            f"{', '.join(sorted(found))} of the weights stay in {self._root} "
+            f"({sum(found.values()) / 1e6:.1f} MB): an engine may start with them again"
+        )
 
     def close(self) -> None:
         self._receiver.close()
         self._sender.close()
+        if self._held is not None:
+            self._held.close()
 
     def _group(self, group: TrajectoryGroup) -> Group:
         """Responses of no tokens count in the group's baseline, and have nothing to train."""
@@ -188,3 +221,16 @@ def where(config: TrainConfig) -> str:
 def _root(config: TrainConfig) -> Path:
     root = config.publish.root
     return Path(root) if root else default_root(config.source.run)
+
+
+def _hold(root: Path, world: World) -> BinaryIO | None:
+    """By the first rank, for all of them; all raise what it raises."""
+    held, why = None, ""
+    if world.is_first:
+        try:
+            held = hold(root)
+        except ConfigError as error:
+            why = str(error)
+    if why := world.same(why):
+        raise ConfigError(why)
+    return held

@@ -2,8 +2,11 @@
 
 A file per iteration, written whole and synced before it has its name: a kill leaves an iteration
 that is there or one that is not. Groups are read when they are sent; memory holds where they are.
+Beside them stands which version the engines of the run serve: for those that come back with another.
 """
 
+import asyncio
+import contextlib
 import os
 import re
 import struct
@@ -30,16 +33,27 @@ class _Index(Struct, frozen=True):
 
 
 _index_decoder = msgspec.msgpack.Decoder(_Index)
+_SERVING = "serving.json"
+
+
+class Serving(Struct, frozen=True):
+    """The version that all engines of the run are to serve. lineage: of the trainer that made it."""
+
+    version: int
+    digest: str
+    path: str
+    lineage: str
 
 
 class Spool:
-    """The iterations of one run that are not acknowledged."""
+    """The iterations of one run that a trainer may still ask for, and what its engines serve."""
 
     def __init__(self, folder: Path) -> None:
         """Opens what is there. Raises BridgeError naming a file that is not what was written."""
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._indexes: dict[int, tuple[_Index, int]] = {}
+        self.serving = _read_serving(folder / _SERVING)
         for file in sorted(folder.iterdir()):
             found = _NAME.fullmatch(file.name)
             if found:
@@ -59,22 +73,19 @@ class Spool:
         frames = [encode(group) for group in groups]
         index = _Index([group.num_tokens for group in groups], list(map(len, frames)))
         head = encode(index)
-        file = self._file(iteration)
-        partial = file.with_suffix(".partial")
-        with partial.open("wb") as written:
-            written.write(_LENGTH.pack(len(head)) + head)
-            written.writelines(frames)
-            written.flush()
-            os.fsync(written.fileno())
-        partial.replace(file)
-        sync_folder(file)
+        _write(self._file(iteration), [_LENGTH.pack(len(head)) + head, *frames])
         self._indexes[iteration] = index, _LENGTH.size + len(head)
+
+    def serve(self, serving: Serving) -> None:
+        """Note what the engines serve from now on; durable on return."""
+        _write(self._folder / _SERVING, [msgspec.json.encode(serving)])
+        self.serving = serving
 
     def sizes(self, iteration: int) -> Sequence[int]:
         return self._indexes[iteration][0].tokens
 
     async def load(self, iteration: int, index: int) -> TrajectoryGroup:
-        return self.read(iteration, index)
+        return await asyncio.to_thread(self.read, iteration, index)
 
     def read(self, iteration: int, index: int) -> TrajectoryGroup:
         """One group. Raises BridgeError where the file is not what was written."""
@@ -88,12 +99,44 @@ class Spool:
             raise BridgeError(f"{self._file(iteration)}: group {index}: {error}") from None
 
     async def release(self, through: int) -> None:
-        for iteration in [i for i in self._indexes if i <= through]:
-            self._file(iteration).unlink(missing_ok=True)
+        gone = [i for i in self._indexes if i <= through]
+        for iteration in gone:
             del self._indexes[iteration]
+        await asyncio.to_thread(self._unlink, gone)
+
+    def remove(self) -> None:
+        """The run is over: nothing of it is kept, unless something was not released."""
+        if not self._indexes:
+            (self._folder / _SERVING).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self._folder.rmdir()
+
+    def _unlink(self, iterations: Sequence[int]) -> None:
+        for iteration in iterations:
+            self._file(iteration).unlink(missing_ok=True)
 
     def _file(self, iteration: int) -> Path:
         return self._folder / f"iteration-{iteration:08}.groups"
+
+
+def _write(file: Path, parts: Sequence[bytes]) -> None:
+    """Whole and durable, or not at all."""
+    partial = file.with_suffix(".partial")
+    with partial.open("wb") as written:
+        written.writelines(parts)
+        written.flush()
+        os.fsync(written.fileno())
+    partial.replace(file)
+    sync_folder(file)
+
+
+def _read_serving(file: Path) -> Serving | None:
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=Serving)
+    except FileNotFoundError:
+        return None
+    except msgspec.MsgspecError as error:
+        raise BridgeError(f"{file}: {error}") from None
 
 
 def _read_index(file: Path) -> tuple[_Index, int]:

@@ -86,7 +86,8 @@ class TrajectoryReceiver:
     """Takes groups from an engine, once each.
 
     lineage       of this life of the trainer, the same on every rank
-    checkpoint    what it was started from; done_through: the last iteration that it holds
+    checkpoint    what it was started from; done_through: the last iteration that it holds;
+                  oldest_through: as in `Hello`; begun: the version that it is
     max_groups    delivered and not yet taken, at most; max_bytes likewise, give or take a group
     """
 
@@ -100,6 +101,8 @@ class TrajectoryReceiver:
         world: int = 1,
         checkpoint: str = "",
         done_through: int = -1,
+        oldest_through: int | None = None,
+        begun: Trained | None = None,
         keys: Keys | None = None,
         max_groups: int = 64,
         max_bytes: int = 256 * 2**20,
@@ -111,10 +114,11 @@ class TrajectoryReceiver:
         """The engine's last."""
         self.doing = ""
         """Said to whoever waits for this rank."""
-        self.ended_because = ""
+        self.ended: RunEnd | None = None
         """What the engine said when its run ended."""
         self._run, self._lineage, self._rank, self._world = run, lineage, rank, world
         self._checkpoint, self._done_through = checkpoint, done_through
+        self._oldest_through = oldest_through
         self._max_groups, self._max_bytes = max_groups, max_bytes
         self._keys = keys
         # written by the thread alone
@@ -128,7 +132,7 @@ class TrajectoryReceiver:
         self._credited = Credit(0, 0, 0)
         # written by the caller alone
         self._taken = _Amount()
-        self._last_trained: Trained | None = None
+        self._last_trained = begun
         self._inbox: queue.SimpleQueue[tuple[News, int]] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
         self._is_welcome = threading.Event()
@@ -170,7 +174,7 @@ class TrajectoryReceiver:
         """
         first, size = self._get(deadline_s)
         if isinstance(first, RunEnd):
-            self.ended_because = first.reason
+            self.ended = first
             return None
         return Iteration(first.iteration, self._share(first, size, deadline_s))
 
@@ -179,10 +183,13 @@ class TrajectoryReceiver:
         self._last_trained = Trained(iteration, version, digest, path)
         self._say(self._last_trained)
 
-    def durable(self, checkpoint: str, done_through: int) -> None:
-        """A durable checkpoint holds the effect of everything up to this iteration."""
-        self._done_through = done_through
-        self._say(Durable(checkpoint, done_through))
+    def durable(
+        self, checkpoint: str, done_through: int, oldest_through: int | None = None
+    ) -> None:
+        """A durable checkpoint holds the effect of everything up to this iteration; every one that
+        is kept, of everything up to `oldest_through`."""
+        self._done_through, self._oldest_through = done_through, oldest_through
+        self._say(Durable(checkpoint, done_through, oldest_through))
 
     def close(self, reason: str = "") -> None:
         """Say goodbye and end the thread."""
@@ -333,6 +340,7 @@ class TrajectoryReceiver:
             world=self._world,
             checkpoint=self._checkpoint,
             done_through=self._done_through,
+            oldest_through=self._oldest_through,
             at=self._at,
             place=self._place,
             trained=self._last_trained,

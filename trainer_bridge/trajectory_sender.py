@@ -41,7 +41,7 @@ class GroupSource(Protocol):
 class TrajectorySender:
     """Delivers iterations to the ranks of a trainer, until durably acknowledged.
 
-    acked       the last iteration that was acknowledged in an earlier life of this process
+    acked       the last iteration that an earlier life of this process released
     patience_s  silence after which a rank counts as missing
     """
 
@@ -98,17 +98,30 @@ class TrajectorySender:
             task.add_done_callback(self._on_end)
         return bound.rstrip(b"\0").decode()
 
-    async def finish(self, reason: str, patience_s: float = 5.0) -> None:
+    async def finish(
+        self,
+        reason: str,
+        patience_s: float = 5.0,
+        *,
+        needs: Sequence[str] = (),
+        is_over: bool = False,
+    ) -> None:
         """Tell the ranks that no more iterations come, and wait until they have left, or so long.
+
+        needs    folders of versions that engines may start with again
+        is_over  nothing of the run is ever asked for again
 
         They acknowledge what they save until then.
         """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(patience_s):
                 await self._until(lambda: self.dealer.is_delivered)
-                for out in self.dealer.end(reason):
+                for out in self.dealer.end(reason, needs):
                     await self._out(out)
                 await self._until(lambda: not self.dealer.num_seated)
+        if is_over:
+            self.dealer.forget()
+            await self._release()
 
     async def close(self) -> None:
         for task in self._tasks:
@@ -136,6 +149,11 @@ class TrajectorySender:
             waited = f"iteration {iteration} was not trained within {deadline_s:.0f} s"
             raise PeerMissing(f"{waited}: {self._who_is_missing()}") from None
         return self.dealer.trained[iteration]
+
+    async def changed(self, is_so: Callable[[], bool]) -> None:
+        """Return once what the ranks have said makes it so. Raises BridgeError where the bridge
+        has failed."""
+        await self._until(is_so)
 
     async def all_there(self, deadline_s: float) -> None:
         """Return once every rank has said hello. Raises PeerMissing naming who has not."""
@@ -181,11 +199,14 @@ class TrajectorySender:
                 continue
             for answer in self.dealer.take(peer, message, time.monotonic()):
                 await self._out(answer)
-            if self.dealer.acked > self._released:
-                await self._source.release(self.dealer.acked)
-                self._released = self.dealer.acked
+            await self._release()
             self._news.set()
             await self._tell()
+
+    async def _release(self) -> None:
+        if self.dealer.acked > self._released:
+            self._released = self.dealer.acked
+            await self._source.release(self._released)
 
     async def _send(self) -> None:
         """Groups and ends of shares, as credit allows, and a ping now and then."""

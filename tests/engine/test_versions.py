@@ -6,6 +6,7 @@ import contextlib
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from everstep.engine.errors import (
     CheckpointError,
@@ -19,6 +20,7 @@ from everstep.engine.intake import Submission
 from everstep.engine.journal_memory import MemoryJournal
 from everstep.engine.journal_thread import JournalThread
 from everstep.engine.manager import RolloutManager
+from everstep.engine.manifest import read_manifest, write_manifest
 from everstep.engine.messages import Resume
 from everstep.engine.rollout import RolloutState, SamplingParams
 from tests.engine.inline_backend import InlineBackend
@@ -133,6 +135,67 @@ def test_a_rollback_names_its_version_and_begins_a_lineage(tmp_path):
             assert (manager.version.number, manager.version.lineage) == (3, lineage)
             numbers = [version.number for version in manager.versions.history]
             assert numbers == [1, 2, 3, 2, 3]
+
+    run(body())
+
+
+def test_a_rollback_can_be_staged_and_flipped_to_later(tmp_path):
+    """So that several servers go back together, or none of them does."""
+
+    async def body():
+        async with managed() as (manager, backend):
+            for number in (2, 3):
+                folder = make_version(tmp_path / f"{number}", number, lineage="old")
+                await manager.update_weights(str(folder))
+            again = make_version(tmp_path / "again", 2, lineage="new", content="again")
+            with pytest.raises(StaleVersion, match="of lineage new"):
+                await manager.stage(str(again))
+            with pytest.raises(StaleVersion, match="holds version 2, the rollback names 7"):
+                await manager.stage(str(again), rollback=7)
+            staged = await manager.stage(str(again), rollback=2)
+            assert (manager.version.number, manager.version.lineage) == (3, "old")
+            flipped = await manager.flip(2)
+            assert flipped.digest == staged.digest == manager.version.digest
+            assert (manager.version.number, manager.version.lineage) == (2, "new")
+            assert backend.core.runner.version == 2
+
+    run(body())
+
+
+def test_the_same_weights_under_a_new_number_are_flipped_to(tmp_path):
+    """An update whose gradient is 0: tokens have to say the number that serves."""
+
+    async def body():
+        async with managed() as (manager, backend):
+            digests = set()
+            for number in (2, 3):
+                folder = make_version(tmp_path / f"{number}", 2)
+                write_manifest(folder, replace(read_manifest(folder), version=number))
+                await manager.update_weights(str(folder))
+                digests.add(manager.version.digest)
+                [rollout] = manager.submit(ask(max_tokens=3))
+                assert (await manager.wait(rollout.id)).versions == [number] * 3
+            assert len(digests) == 1
+            flipped = await manager.rollback(2)
+            assert (flipped.version, backend.core.runner.version) == (2, 2)
+
+    run(body())
+
+
+def test_a_rollback_to_the_weights_that_serve_changes_their_lineage_alone(tmp_path):
+    async def body():
+        async with managed() as (manager, _):
+            await manager.update_weights(str(make_version(tmp_path / "2", 2, lineage="old")))
+            digest = manager.version.digest
+            await manager.stage(str(make_version(tmp_path / "3", 3, lineage="old")))
+            again = make_version(tmp_path / "again", 2, lineage="new")
+            assert (await manager.stage(str(again), rollback=2)).report.seconds == 0.0
+            assert manager.version.lineage == "old"
+            flipped = await manager.flip(2)
+            assert (flipped.stall_s, flipped.digest) == (0.0, digest)
+            assert (manager.version.lineage, manager.version.digest) == ("new", digest)
+            await manager.update_weights(str(make_version(tmp_path / "4", 4, lineage="new")))
+            assert manager.version.number == 4
 
     run(body())
 

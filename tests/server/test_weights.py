@@ -167,6 +167,8 @@ async def test_the_client_changes_and_rolls_back_weights(tmp_path):
         assert (await client.flip_weights(3, kv="recompute")).flipped.kv == "recompute"
         with pytest.raises(StaleVersion, match="backwards"):
             await client.update_weights(paths[2])
+        assert (await client.stage_weights(paths[2], rollback=2)).version == 2
+        assert (await client.unstage_weights()).staged is None
         back = await client.rollback_weights(2)
         assert back.lineage
         assert (await client.weights()).current.lineage == back.lineage
@@ -188,4 +190,6 @@ async def test_while_weights_are_missing_the_server_says_so_and_is_not_ready(tmp
         ready = await server.http.get("/ready")
         assert ready.status_code == 503
         assert "waiting for the weights of version 4" in ready.json()["reason"]
+        # it is there, for whoever has weights for it
+        assert (ready.json()["ready"], ready.json()["waits_for"]) == (False, "weights")
         assert "version 4" in (await server.http.get("/weights")).json()["waiting_for"]

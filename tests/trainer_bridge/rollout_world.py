@@ -9,11 +9,11 @@ import asyncio
 import copy
 import hashlib
 import selectors
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from everstep.engine.errors import EngineUnavailable, InvalidRequest, UnknownRollout
 from everstep.engine.rollout import (
@@ -24,7 +24,7 @@ from everstep.engine.rollout import (
     Segment,
 )
 from everstep.trainer_bridge.c3po_config import C3poConfig
-from everstep.trainer_bridge.rollout_driver import Delivered, RolloutDriver
+from everstep.trainer_bridge.rollout_driver import Delivered, Groups, RolloutDriver, Taught
 from everstep.trainer_bridge.rollout_engine import Budget, Facts, Prompt, Seen, Work
 from everstep.trainer_bridge.run_file import RunFile
 from everstep.trainer_bridge.run_state import RunState
@@ -379,6 +379,79 @@ class FakeSink:
         return len(self.lines)
 
 
+class FakeLearner:
+    """A trainer, and whoever gives engines what it makes; it outlives the run's process.
+
+    seconds  that an iteration takes
+    """
+
+    def __init__(self, engines: Sequence[FakeEngine], *, seconds: float = 0.05) -> None:
+        self.engines = {engine.name: engine for engine in engines}
+        self.seconds = seconds
+        self.version = 0
+        self.trained: dict[int, list[str]] = {}
+        """Iteration → the groups that were trained, once each."""
+        self.given: dict[str, int] = {}
+        self.num_given = 0
+        self.back: int | None = None
+        self.num_backs = 0
+        self.is_over = False
+
+    def go_back_to(self, version: int) -> None:
+        """The trainer was killed, and has begun again from this version."""
+        self.back = version
+        self.num_backs += 1
+
+    async def start(self, engines: Collection[str]) -> dict[str, str]:
+        return self._give(engines)
+
+    async def score(self, iteration: int, groups: Groups) -> Groups:
+        return [[structs.replace(one, reward=1.0) for one in group] for group in groups]
+
+    async def train(self, iteration: int, groups: Groups, engines: Collection[str]) -> Taught:
+        await asyncio.sleep(self.seconds)
+        names = [group[0].sample.prompt for group in groups]
+        assert self.trained.setdefault(iteration, names) == names
+        self.version, self.back = iteration + 1, None
+        self.num_given += 1
+        return Taught(self.version, self._give(engines))
+
+    def is_behind(self, engine: str) -> bool:
+        return self.given.get(engine, 0) != self.num_given
+
+    async def catch_up(self, engine: str) -> None:
+        for reason in self._give([engine]).values():
+            raise EngineUnavailable(reason)
+
+    async def turned(self) -> None:
+        while self.back is None:
+            await asyncio.sleep(0.05)
+
+    async def go_back(self, engines: Collection[str]) -> dict[str, str]:
+        # an iteration that was being trained when it was killed is trained again by now
+        assert self.back is not None
+        await asyncio.sleep(self.seconds)
+        self.version, self.back = self.back, None
+        self.num_given += 1
+        return self._give(engines)
+
+    async def finish(self, reason: str, *, is_over: bool) -> None:
+        self.is_over = is_over
+
+    async def close(self) -> None:
+        return None
+
+    def _give(self, engines: Collection[str]) -> dict[str, str]:
+        away = {}
+        for name in engines:
+            if self.engines[name].is_down or self.engines[name].is_cut_off:
+                away[name] = f"no answer from {name}"
+            else:
+                self.engines[name].version = self.version
+                self.given[name] = self.num_given
+        return away
+
+
 class Killed(Exception):
     """The process is gone, between one statement and the next."""
 
@@ -416,6 +489,7 @@ class World:
         self.epochs, self.seed = epochs, seed
         self.sink = FakeSink()
         self.notes: list[str] = []
+        self.learner: FakeLearner | None = None
         self.crash: tuple[int, bool] | None = None
         """At which commit of the next process, and whether behind it."""
 
@@ -449,6 +523,7 @@ class World:
             self.engines,
             source,
             self.sink,
+            learner=self.learner,
             limit=limit,
             on_note=self.notes.append,
             clock=loop.time,

@@ -269,6 +269,73 @@ def test_a_run_cannot_change_in_the_middle_what_it_stands_on(name):
         C3po.restore(machine.snapshot(), config)
 
 
+def test_a_trainer_that_goes_back_takes_the_version_with_it():
+    machine = make("a", "b", group=1, capacity=2)
+    machine.begin()
+    machine.grew(A, 3, 0)
+    turn(machine, 4)
+    machine.grew(A, 2, 4)
+    turn(machine, 5)
+    machine.grew(A, 1, 5)
+    with pytest.raises(IllegalState, match="version 5 after 5: that is not back"):
+        machine.turned(5)
+    machine.turned(2)
+    assert machine.version == 2
+    assert machine.pool[A].spans == [Span(3, 0), Span(2, 2, 2), Span(1, 2, 3)]
+    # a token that version 5 sampled before it was gone back from is told late
+    machine.grew(A, 1, 5)
+    machine.grew(A, 4, 2)
+    assert str(machine.pool[A].spans[-1]) == "4@2"
+    assert str(machine.pool[A].spans[-2]) == "2@2+3"
+    with pytest.raises(IllegalState, match="unless a trainer went back"):
+        machine.grew(A, 1, 1)
+    assert machine.books.sampled == 6
+    machine.settled()
+    # what was undone is trained again: the iteration's own version is the next that comes
+    machine.trained(6)
+    machine.begin()
+    machine.settled()
+    with pytest.raises(IllegalState, match="versions never decrease"):
+        machine.trained(5)
+
+
+def test_lag_counts_the_updates_there_and_back():
+    """Undone weights are as far away as the way back to where they parted, and on from there."""
+    for back, is_purged in ((4, False), (3, True)):
+        machine = make("a", "b", max_lag=1, capacity=1)
+        machine.begin()
+        turn(machine, 5)
+        machine.grew(A, 3, 5)
+        machine.turned(back)
+        commands = turn(machine, back)
+        assert (Purge(A, "lag") in commands) == is_purged
+
+
+def test_going_back_twice_adds_up_and_outlives_the_process():
+    machine = make("a")
+    machine.begin()
+    turn(machine, 9)
+    machine.grew(A, 1, 9)
+    machine.turned(6)
+    machine = C3po.restore(machine.snapshot())
+    machine.grew(A, 1, 9)
+    machine.turned(2)
+    assert machine.pool[A].spans == [Span(2, 2, 7)]
+    assert machine.pool[A].spans[0].standing == -5
+
+
+def test_admission_counts_iterations_which_never_go_back():
+    machine = make(*"abcd", max_staleness=0, consumer_batch=1, capacity=4)
+    machine.begin()
+    assert list(machine.pool) == [A]
+    turn(machine, 7)
+    machine.turned(1)
+    # nothing has ended, so one more iteration lets one more in
+    assert list(machine.pool) == [A, B]
+    turn(machine, 8)
+    assert list(machine.pool) == [A, B, C]
+
+
 def test_between_iterations_the_budget_may_change():
     machine = make("a", "b")
     machine.begin()

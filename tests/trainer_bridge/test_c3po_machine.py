@@ -45,11 +45,38 @@ configs = st.builds(
 
 @dataclass
 class Tokens:
-    """All tokens of one incarnation of a sample, in the order of sampling."""
+    """All tokens of one incarnation of a sample, in the order of sampling: which weights each is of."""
 
-    versions: list[int] = field(default_factory=list)
+    weights: list[int] = field(default_factory=list)
     account: str = "carried"
     cuts: int = 0
+
+
+class Tree:
+    """All weights that ever were: each but the first comes from another, by one update."""
+
+    def __init__(self) -> None:
+        self.parents: list[int] = [-1]
+        self.now = 0
+
+    def train(self) -> None:
+        self.parents.append(self.now)
+        self.now = len(self.parents) - 1
+
+    def line(self, node: int) -> list[int]:
+        """It and all that it comes from."""
+        found = []
+        while node >= 0:
+            found.append(node)
+            node = self.parents[node]
+        return found
+
+    def number(self, node: int) -> int:
+        return len(self.line(node)) - 1
+
+    def distance(self, one: int, other: int) -> int:
+        """Updates on the way from one to the other."""
+        return len(set(self.line(one)) ^ set(self.line(other)))
 
 
 class Referee:
@@ -72,7 +99,7 @@ class Referee:
     def counts(self) -> dict[str, int]:
         found = Counter()
         for tokens in self.all:
-            found[tokens.account] += len(tokens.versions)
+            found[tokens.account] += len(tokens.weights)
         return {account: found[account] for account in ACCOUNTS}
 
 
@@ -89,7 +116,10 @@ class C3poMachine(RuleBasedStateMachine):
         self.sampled = 0  # in this iteration
         self.finished = 0  # tokens of those that ended well in this iteration
         self.last_ended = 0
-        self.version = 0
+        self.tree = Tree()
+        self.late: int | None = None  # weights that were gone back from, since the last training
+        self.may_be_late: set[Sample] = set()
+        self.has_turned = False  # in this iteration
         self.num_prompts = 0
         self.is_stream_ended = False
         self.extended: set[str] = set()
@@ -130,7 +160,7 @@ class C3poMachine(RuleBasedStateMachine):
                 if sample in self.engine:
                     self.engine.discard(sample)
                     self.ghosts |= {sample} if self.is_open else set()
-                    assert reason != "lag" or self.referee.current[sample].versions
+                    assert reason != "lag" or self.referee.current[sample].weights
                 if reason == "age":
                     assert self.reissued(sample)
             case words.Stop():
@@ -165,10 +195,19 @@ class C3poMachine(RuleBasedStateMachine):
             for member in group.samples:
                 tokens = self.referee.current[member.sample]
                 assert tokens.account == "held"
-                spelled = [span.version for span in member.spans for _ in range(span.count)]
-                assert spelled == tokens.versions
-                if self.config.max_lag is not None and spelled:
-                    assert self.version - min(spelled) <= self.config.max_lag
+                assert self.lags(member.spans) == self.distances(tokens)
+                if self.config.max_lag is not None and not self.has_turned:
+                    assert max(self.distances(tokens), default=0) <= self.config.max_lag
+
+    @property
+    def version(self) -> int:
+        return self.tree.number(self.tree.now)
+
+    def lags(self, spans) -> list[int]:
+        return [self.version - span.standing for span in spans for _ in range(span.count)]
+
+    def distances(self, tokens: Tokens) -> list[int]:
+        return [self.tree.distance(node, self.tree.now) for node in tokens.weights]
 
     # what happens -------------------------------------------------------------------------------
 
@@ -203,7 +242,7 @@ class C3poMachine(RuleBasedStateMachine):
             # in mode completed the engine draws on for a while after the stop; so it may here
             if alive and count:
                 sample = alive[pick % len(alive)]
-                self.grow(sample, count)
+                self.grow(sample, count, late=count > 2)
                 if not ends and sample in self.engine:
                     self.end(sample, "length" if pick % 2 else "stop")
 
@@ -213,15 +252,21 @@ class C3poMachine(RuleBasedStateMachine):
         """Many grow, few end."""
         self.work([(pick, count, pick > 1) for pick, count in steps])
 
-    def grow(self, sample, count):
-        self.referee.current[sample].versions += [self.version] * count
+    def grow(self, sample, count, *, late):
+        """late: sampled before the trainer went back, and told after it."""
+        node = self.tree.now
+        if late and sample in self.may_be_late:
+            node = self.late
+        else:
+            self.may_be_late.discard(sample)
+        self.referee.current[sample].weights += [node] * count
         self.sampled += count
-        self.tell(words.Grew(sample, count, self.version))
+        self.tell(words.Grew(sample, count, self.tree.number(node)))
 
     def end(self, sample, reason):
         self.engine.discard(sample)
         self.referee.move(sample, "held")
-        self.last_ended = len(self.referee.current[sample].versions)
+        self.last_ended = len(self.referee.current[sample].weights)
         self.finished += self.last_ended
         self.tell(words.Ended(sample, reason, self.last_ended))
 
@@ -257,7 +302,7 @@ class C3poMachine(RuleBasedStateMachine):
 
     def fail(self, sample, reason):
         tokens = self.referee.current[sample]
-        commands = self.tell(words.Ended(sample, reason, len(tokens.versions)))
+        commands = self.tell(words.Ended(sample, reason, len(tokens.weights)))
         is_abandoned = any(isinstance(command, words.Abandoned) for command in commands)
         is_regenerated = reason == "error" and not is_abandoned
         self.referee.move(sample, "regenerated" if is_regenerated else "cancelled")
@@ -266,6 +311,7 @@ class C3poMachine(RuleBasedStateMachine):
         # it may be submitted again in the same breath
         tokens = self.referee.current.pop(sample)
         tokens.account = "regenerated"
+        self.may_be_late.discard(sample)
         commands = self.tell(words.Lost(sample))
         if any(isinstance(command, words.Abandoned) for command in commands):
             tokens.account = "cancelled"
@@ -275,7 +321,7 @@ class C3poMachine(RuleBasedStateMachine):
     def ghost_ends(self, data):
         sample = data.draw(st.sampled_from(sorted(self.ghosts)))
         self.ghosts.discard(sample)
-        self.tell(words.Ended(sample, "abort", len(self.referee.current[sample].versions)))
+        self.tell(words.Ended(sample, "abort", len(self.referee.current[sample].weights)))
 
     @precondition(lambda self: self.machine.phase in ("idle", "stopping", "training"))
     @rule(step=st.sampled_from([0, 1, 1, 1]))
@@ -293,10 +339,26 @@ class C3poMachine(RuleBasedStateMachine):
         if self.machine.phase in ("idle", "stopping", "training"):
             self.go_on(1)
 
+    @precondition(lambda self: self.machine.version)
+    @rule(data=st.data())
+    def turn(self, data):
+        """The trainer goes back to a version that led to the one that serves."""
+        _, *line = self.tree.line(self.tree.now)
+        self.late, self.may_be_late = self.tree.now, self.engine | self.ghosts
+        self.tree.now = data.draw(st.sampled_from(line))
+        self.has_turned = True
+        self.tell(words.Turned(self.version))
+
     def begin(self):
+        self.has_turned = False
         self.tell(words.Begin())
         for live in self.machine.pool.values():
             assert live.retention <= self.config.retention
+        if self.config.max_lag is not None:
+            members = [*self.machine.pool.values()]
+            members += (one for held in self.machine.hold.values() for one in held.values())
+            for member in members:
+                assert max(self.lags(member.spans), default=0) <= self.config.max_lag
 
     def settle(self):
         ran_out = not self.machine.pool
@@ -316,7 +378,7 @@ class C3poMachine(RuleBasedStateMachine):
         self.is_open = False
         self.ghosts.clear()
         for sample in self.engine:
-            self.referee.current[sample].cuts += bool(self.referee.current[sample].versions)
+            self.referee.current[sample].cuts += bool(self.referee.current[sample].weights)
         self.tell(words.Settled())
         assert not self.machine.snapshot().leaving
 
@@ -326,7 +388,9 @@ class C3poMachine(RuleBasedStateMachine):
             for member in group.samples:
                 self.referee.move(member.sample, "delivered")
         self.batch = None
-        self.version += step
+        if step:
+            self.tree.train()
+        self.late, self.may_be_late = None, set()
         self.tell(words.Trained(self.version))
         row = self.machine.last_books
         row.check()
@@ -364,6 +428,7 @@ class C3poMachine(RuleBasedStateMachine):
             words.Lost(stranger),
             words.Reject(stranger, "unknown"),
             words.Extend(("new", "new")),
+            words.Turned(self.version if self.machine.version is None else self.machine.version),
         ]
         events += [words.Extend(("new", prompt)) for prompt in prompts[:1]]
         for sample, live in list(self.machine.pool.items())[:2]:
@@ -401,7 +466,7 @@ class C3poMachine(RuleBasedStateMachine):
     def every_token_is_in_one_account(self):
         total = self.machine.total
         assert {account: getattr(total, account) for account in ACCOUNTS} == self.referee.counts()
-        assert total.sampled == sum(len(tokens.versions) for tokens in self.referee.all)
+        assert total.sampled == sum(len(tokens.weights) for tokens in self.referee.all)
         self.machine.books.check()
 
     @invariant()
@@ -418,8 +483,7 @@ class C3poMachine(RuleBasedStateMachine):
         assert set(self.machine.pool) == self.engine
         assert len(self.machine.pool) <= self.config.capacity + self.config.standby
         for sample, live in self.machine.pool.items():
-            versions = [span.version for span in live.spans for _ in range(span.count)]
-            assert versions == self.referee.current[sample].versions
+            assert self.lags(live.spans) == self.distances(self.referee.current[sample])
             assert live.retention == self.referee.current[sample].cuts
 
     @invariant()

@@ -136,6 +136,38 @@ def test_it_is_acknowledged_when_every_rank_holds_it() -> None:
     assert dealer.pending == []
 
 
+def test_what_an_older_checkpoint_lacks_is_kept_until_nobody_can_come_back_to_it() -> None:
+    dealer = Dealer("run")
+    for iteration in range(6):
+        dealer.announce(iteration, [1])
+    dealer.take(b"0", hello(oldest_through=-1), 0.0)
+    dealer.take(b"0", Durable("2", 1, -1), 0.0)
+    assert dealer.pending == [0, 1, 2, 3, 4, 5]
+    dealer.take(b"0", Durable("4", 3, 1), 0.0)
+    assert (dealer.pending, dealer.done_through, dealer.acked) == ([2, 3, 4, 5], 3, 1)
+    # the newest is lost
+    first = Trained(1, 2, "digest", "/v2")
+    back = hello(lineage="b", checkpoint="2", done_through=1, oldest_through=-1, trained=first)
+    [_, (_, welcome)] = dealer.take(b"1", back, 0.0)
+    assert isinstance(welcome, Welcome)
+    assert (welcome.at, dealer.begun, dealer.done_through) == (2, first, 1)
+    dealer.take(b"1", Durable("4", 3, 1), 0.0)
+    dealer.take(b"1", Durable("6", 5, 3), 0.0)
+    assert dealer.pending == [4, 5]
+    dealer.take(b"1", Bye(), 0.0)
+    dealer.forget()
+    assert (dealer.pending, dealer.acked) == ([], 5)
+
+
+def test_a_version_that_was_trained_and_never_said_is_said_by_the_next_life() -> None:
+    dealer = Dealer("run")
+    dealer.announce(0, [1])
+    dealer.take(b"0", hello(), 0.0)
+    said = Trained(0, 1, "digest", "/v1")
+    dealer.take(b"1", hello(lineage="b", done_through=0, trained=said), 0.0)
+    assert dealer.trained == {0: said}
+
+
 class Rank:
     """A rank as docs/reference/bridge.md describes it: what it has got, in order."""
 

@@ -1,150 +1,56 @@
 """Engine and trainer as a user runs them: two commands, and what becomes of kills."""
 
-import json
 import os
 import random
+import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from everstep.engine.make_checkpoint import make_checkpoint
-from everstep.trainer_bridge.curve import make_keys
-
-from .training_runs import free_port
-
-ITERATIONS = 5
-WAIT_S = 120.0
-
-
-class Loop:
-    """A run in a folder: prompts, settings, and the two commands."""
-
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        kv: str,
-        old_policy: str,
-        dtype: str = "float32",
-        elsewhere: bool = False,
-    ) -> None:
-        """elsewhere: the trainer is on another host, as far as it knows."""
-        self.folder = folder
-        bridge, publish = f"ipc://{folder}/bridge", f'root = "{folder}/versions"'
-        remote: list[str] = []
-        if elsewhere:
-            make_keys(folder / "keys")
-            bridge, weights = (f"tcp://127.0.0.1:{free_port()}" for _ in range(2))
-            publish = f'endpoints = ["{weights}"]'
-            remote = ["--keys", f"{folder}/keys", "--weights-bind", weights]
-            remote += ["--weights-root", f"{folder}/versions"]
-        make_checkpoint(folder / "model", format="bf16" if dtype == "bfloat16" else "f32", seed=1)
-        with (folder / "prompts.jsonl").open("w") as file:
-            for number in range(400):
-                file.write(json.dumps({"id": f"q{number}", "prompt": f"{number} and"}) + "\n")
-        (folder / "reward.toml").write_text('name = "regex"\n[regex]\npattern = "z"\n')
-        (folder / "train.toml").write_text(
-            f"""
-model = "{folder}/model"
-output = "{folder}/trained"
-hold_versions = 16
-[source]
-endpoint = "{bridge}"
-keys = "{folder / "keys" if elsewhere else ""}"
-run = "loop"
-deadline_s = 60
-[publish]
-{publish}
-keep = 4
-[numerics]
-kernels = "exact"
-dtype = "{dtype}"
-[optim]
-lr = 1e-3
-[loss]
-old_policy = "{old_policy}"
-[checkpoint]
-every = 2
-"""
-        )
-        self.rollout = [
-            *("rollout", "--model", f"{folder}/model", "--prompts", f"{folder}/prompts.jsonl"),
-            *("--out", f"{folder}/out.jsonl", "--budget", "600", "--group", "4"),
-            *("--capacity", "16", "--max-tokens", "60", "--iterations", str(ITERATIONS)),
-            *("--bridge", bridge, "--run-name", "loop", "--kv", kv),
-            *("--reward", f"{folder}/reward.toml", "--dtype", dtype),
-            *remote,
-        ]
-        self.train = ["train", f"{folder}/train.toml"]
-
-    def start(self, command: list[str]) -> subprocess.Popen[bytes]:
-        with (self.folder / f"{command[0]}.log").open("ab") as log:
-            return subprocess.Popen(
-                [sys.executable, "-m", "everstep", *command], stdout=log, stderr=log
-            )
-
-    def log(self) -> str:
-        return "".join(path.read_text() for path in sorted(self.folder.glob("*.log")))
-
-    @property
-    def metrics(self) -> list[dict]:
-        return [
-            json.loads(line)
-            for line in (self.folder / "trained" / "metrics.jsonl").read_text().splitlines()
-        ]
-
-    @property
-    def lines(self) -> list[dict]:
-        return [json.loads(line) for line in (self.folder / "out.jsonl").read_text().splitlines()]
-
-    def check(self) -> None:
-        """Every iteration was trained once, every group is there once and whole."""
-        assert [report["version"] for report in self.metrics] == list(range(1, ITERATIONS + 1))
-        lines = self.lines
-        counts = Counter(line["group_id"] for line in lines)
-        assert set(counts.values()) == {4}
-        assert sum(report["samples"] for report in self.metrics) == len(lines)
-        assert not list((self.folder / "out.jsonl.spool").iterdir())
-        versions = {version for line in lines for version, _ in line["versions"]}
-        assert max(versions) >= ITERATIONS - 2
-        assert any(len(line["versions"]) > 1 for line in lines)
+from .training_loop import WAIT_S, Loop
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_mismatch_is_zero_at_every_token(tmp_path: Path, dtype: str) -> None:
     """KV is computed again at a flip, and old tokens are compared with their own weights."""
     loop = Loop(tmp_path, kv="recompute", old_policy="exact", dtype=dtype)
-    processes = [loop.start(loop.rollout), loop.start(loop.train)]
-    for process in processes:
-        assert process.wait(WAIT_S) == 0, loop.log()
+    loop.end(loop.start(loop.embedded), loop.start(loop.train))
     loop.check()
-    trained = [report for report in loop.metrics if report["trained_groups"]]
-    assert sum(report["trained_groups"] for report in trained) >= 4
-    assert all(report["grad_norm"][0] > 0 for report in trained)
-    assert all(report["metrics"]["log_ratio_abs_max"] == 0 for report in trained)
-    assert all(report["metrics"]["mask_fraction"] == 0 for report in trained)
+    loop.check_bits()
+    # a larger --iterations may go on: what an older checkpoint lacks is kept, and what serves
+    kept = {path.name for path in (tmp_path / "out.jsonl.spool").iterdir()}
+    assert kept == {"iteration-00000004.groups", "serving.json"}
+    assert [path.name for path in (tmp_path / "versions").glob("v*")] == ["v5"]
+    assert "v5 of the weights stay in" in loop.log()
+
+
+def test_a_run_that_is_over_leaves_its_results_alone(tmp_path: Path) -> None:
+    loop = Loop(tmp_path, kv="keep", old_policy="proximal", num_prompts=12, iterations=None)
+    loop.end(loop.start(loop.embedded), loop.start(loop.train))
+    loop.check()
+    assert len(loop.lines) == 48
+    for name in ("versions", "out.jsonl.spool", "out.jsonl.journal"):
+        assert not (tmp_path / name).exists(), name
+    assert (tmp_path / "trained" / "final" / "config.json").exists()
 
 
 def test_a_trainer_elsewhere_and_its_receiver_killed(tmp_path: Path) -> None:
     """Groups and weights over TCP with keys; the process that takes the weights is killed once."""
     loop = Loop(tmp_path, kv="recompute", old_policy="exact", elsewhere=True)
-    processes = [loop.start(loop.rollout), loop.start(loop.train)]
+    processes = [loop.start(loop.embedded), loop.start(loop.train)]
     end_s = time.monotonic() + WAIT_S
     while not (tmp_path / "versions" / "v1").exists():
         assert time.monotonic() < end_s, loop.log()
         time.sleep(0.05)
     os.kill(receiver_of(processes[0].pid), signal.SIGKILL)
-    for process in processes:
-        assert process.wait(WAIT_S) == 0, loop.log()
+    loop.end(*processes)
     loop.check()
+    loop.check_bits()
     assert "weights.receiver_died" in loop.log()
-    trained = [report for report in loop.metrics if report["trained_groups"]]
-    assert all(report["metrics"]["log_ratio_abs_max"] == 0 for report in trained)
+    # the engine may go on with what serves, and with nothing else
+    assert [path.name for path in (tmp_path / "versions").glob("v*")] == ["v5"]
 
 
 def receiver_of(parent: int) -> int:
@@ -159,7 +65,7 @@ def receiver_of(parent: int) -> int:
 def test_kills_of_both_sides_lose_nothing(tmp_path: Path) -> None:
     loop = Loop(tmp_path, kv="keep", old_policy="proximal")
     draw = random.Random(4)
-    commands = [loop.rollout, loop.train]
+    commands = [loop.embedded, loop.train]
     running = [loop.start(command) for command in commands]
     end_s, num_kills = time.monotonic() + WAIT_S, 0
     while any(process.poll() != 0 for process in running):
@@ -175,3 +81,32 @@ def test_kills_of_both_sides_lose_nothing(tmp_path: Path) -> None:
                 running[number] = loop.start(commands[number])
     assert num_kills >= 2, loop.log()
     loop.check()
+
+
+def test_a_trainer_that_lost_its_newest_checkpoint_goes_on_from_the_one_before(
+    tmp_path: Path,
+) -> None:
+    """Its undone iterations are dealt anew, and the engine goes back with it."""
+    loop = Loop(tmp_path, kv="recompute", old_policy="exact", iterations=8)
+    engine, trainer = loop.start(loop.embedded), loop.start(loop.train)
+    checkpoints = tmp_path / "trained" / "checkpoints"
+    end_s = time.monotonic() + WAIT_S
+    while not (checkpoints / "00000004" / "STABLE").exists():
+        assert time.monotonic() < end_s, loop.log()
+        assert engine.poll() is trainer.poll() is None, loop.log()
+        time.sleep(0.02)
+    trainer.send_signal(signal.SIGKILL)
+    trainer.wait()
+    undone = loop.metrics
+    for folder in checkpoints.iterdir():
+        if int(folder.name.rpartition("-")[2]) > 2:
+            shutil.rmtree(folder)
+    loop.end(loop.start(loop.train), engine)
+    loop.check()
+    loop.check_bits()
+    log = loop.log()
+    assert "2 iterations were trained" in log
+    assert "of a new lineage serves" in log
+    # the same groups under the same weights make the same versions
+    for before, after in zip(undone, loop.metrics, strict=False):
+        assert (before["loss"], before["samples"]) == (after["loss"], after["samples"])

@@ -70,12 +70,14 @@ def test_iterations_are_trained_acknowledged_and_dealt_anew_after_a_restart(fold
         # three more are trained in another life of the trainer
         several = config_of(folder, "online", endpoint, max_steps=4, checkpoint={"every": 1})
         train(several, lambda line: None)
-        assert source.released == 3
+        # a checkpoint that is kept lacks the last
+        assert source.released == 2
+        assert sender.dealer.done_through == 3
         assert sender.dealer.trained[3].version == 4
         final = Checkpoint.open(folder / "online" / "final")
         assert sender.dealer.trained[3].digest == final.content_digest()
     versions = folder / "online-versions"
-    assert sorted(path.name for path in versions.iterdir()) == ["v3", "v4"]
+    assert sorted(path.name for path in versions.glob("v*")) == ["v3", "v4"]
     manifest = read_manifest(versions / "v4")
     assert (manifest.version, manifest.digest) == (4, final.content_digest())
     assert manifest.parent == read_manifest(versions / "v3").digest

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from everstep.engine.errors import BridgeError
-from everstep.trainer_bridge.spool import Spool
+from everstep.trainer_bridge.spool import Serving, Spool
 
 from .bridge_groups import group
 
@@ -50,3 +50,27 @@ def test_half_a_write_is_forgotten(tmp_path: Path) -> None:
     (tmp_path / "iteration-00000003.partial").write_bytes(b"half")
     assert Spool(tmp_path).iterations == []
     assert not list(tmp_path.iterdir())
+
+
+def test_what_serves_is_there_in_another_life(tmp_path: Path) -> None:
+    folder = tmp_path / "spool"
+    assert Spool(folder).serving is None
+    for version in (3, 4):
+        serving = Serving(version, "d" * 64, f"/versions/v{version}", "lineage")
+        Spool(folder).serve(serving)
+        assert Spool(folder).serving == serving
+    (folder / "serving.json").write_text("{")
+    with pytest.raises(BridgeError, match=r"serving\.json"):
+        Spool(folder)
+
+
+def test_a_run_that_is_over_leaves_no_folder(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "spool")
+    spool.serve(Serving(1, "d", "/v1", "a"))
+    spool.add(0, [group("a", [2])])
+    # something that nobody has released is not thrown away
+    spool.remove()
+    assert Spool(tmp_path / "spool").iterations == [0]
+    asyncio.run(spool.release(0))
+    spool.remove()
+    assert not (tmp_path / "spool").exists()

@@ -343,11 +343,12 @@ async def test_the_end_of_a_run_is_said() -> None:
                 names_of(receiver, 1)
                 assert receiver.next_iteration(WAIT_S) is None
                 receiver.durable("last", 0)
-                return receiver.ended_because
+                assert receiver.ended is not None
+                return f"{receiver.ended.reason}: {receiver.ended.needs}"
 
         task = asyncio.create_task(on_threads(rank))
         await sender.all_there(WAIT_S)
-        await sender.finish("the prompts are done", WAIT_S)
-        assert await task == ["the prompts are done"]
+        await sender.finish("the prompts are done", WAIT_S, needs=["/v1"])
+        assert await task == ["the prompts are done: ['/v1']"]
         assert source.released == 0
         assert sender.dealer.num_seated == 0

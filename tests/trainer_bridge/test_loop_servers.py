@@ -1,0 +1,101 @@
+"""The loop with servers: `everstep rollout --server` and a trainer, and the kill of a server."""
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.serving import Served
+
+from .training_loop import WAIT_S, Loop
+
+KEY = "admin-of-the-test"
+
+
+@pytest.fixture
+def loop(tmp_path: Path) -> Loop:
+    return Loop(tmp_path, kv="recompute", old_policy="exact")
+
+
+@pytest.fixture
+def servers(loop: Loop) -> Iterator[list[Served]]:
+    found = []
+    for name in "ab":
+        folder = loop.folder / name
+        folder.mkdir()
+        found.append(Served(loop.folder / "model", folder, "--admin-key", KEY))
+    starts = [threading.Thread(target=server.start) for server in found]
+    for start in starts:
+        start.start()
+    for start in starts:
+        start.join()
+    try:
+        yield found
+    finally:
+        for server in found:
+            server.end()
+
+
+def weights_of(server: Served) -> dict:
+    headers = {"authorization": f"Bearer {KEY}"}
+    return httpx.get(f"{server.url}/weights", headers=headers).json()
+
+
+def test_two_servers_are_given_every_version_through_the_kill_of_one(
+    loop: Loop, servers: list[Served]
+) -> None:
+    urls = ",".join(server.url for server in servers)
+    command = [*loop.rollout, "--server", urls, "--admin-key", KEY]
+    driver, trainer = loop.start(command), loop.start(loop.train)
+    end_s = time.monotonic() + WAIT_S
+    while weights_of(servers[1])["current"]["number"] < 2:
+        assert time.monotonic() < end_s, loop.log()
+        assert driver.poll() is None, loop.log()
+        time.sleep(0.02)
+    servers[1].kill()
+    # beyond the next flip, it may be
+    time.sleep(0.5)
+    servers[1].start()
+    loop.end(driver, trainer)
+    loop.check()
+    loop.check_bits()
+    assert "version 1 serves on 2 of 2 engines: staged in" in loop.log()
+    assert {line["engine"] for line in loop.lines} == {server.url for server in servers}
+    # both serve the last one, whose folder is there for their next start
+    for server in servers:
+        current = weights_of(server)["current"]
+        assert (current["number"], Path(current["folder"]).is_dir()) == (5, True)
+    assert [path.name for path in (loop.folder / "versions").glob("v*")] == ["v5"]
+
+
+def test_a_server_that_comes_back_with_an_old_version_catches_up(
+    loop: Loop, servers: list[Served]
+) -> None:
+    """Its journal is gone: it serves the model that it was started with."""
+    urls = ",".join(server.url for server in servers)
+    more = ["--server", urls, "--admin-key", KEY, "--wait-s", "60"]
+    loop.end(loop.start([*loop.rollout, *more]), loop.start(loop.train))
+    servers[1].kill()
+    for path in (loop.folder / "b").glob("journal.db*"):
+        path.unlink()
+    servers[1].start()
+    assert weights_of(servers[1])["current"]["number"] == 0
+    again = [*loop.rollout, *more, "--iterations", "7"]
+    driver, trainer = loop.start(again), loop.start(loop.train)
+    loop.iterations = 7
+    loop.end(driver, trainer)
+    loop.check()
+    loop.check_bits()
+    assert "version 5 serves on 1 of 2 engines" in loop.log()
+
+
+def test_a_wrong_admin_key_is_said_before_anything_is_sampled(
+    loop: Loop, servers: list[Served]
+) -> None:
+    driver = loop.start([*loop.rollout, "--server", servers[0].url, "--admin-key", "wrong"])
+    assert driver.wait(WAIT_S) == 2
+    assert "a valid admin key is required" in loop.log()
+    assert not (loop.folder / "out.jsonl").exists()

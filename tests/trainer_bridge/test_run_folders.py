@@ -1,0 +1,66 @@
+"""Folders of versions: what may go at the end of a run, and what is left."""
+
+from pathlib import Path
+
+import pytest
+
+from everstep.engine.errors import ConfigError
+from everstep.trainer_bridge.run_folders import (
+    hold,
+    remove_versions,
+    runs_there,
+    sizes_of,
+)
+from everstep.trainer_bridge.weight_folder import default_root
+
+
+def fill(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).mkdir(parents=True)
+        (root / name / "model.safetensors").write_bytes(b"x" * 100)
+        (root / name / "config.json").write_text("{}")
+
+
+def test_what_an_engine_needs_stays(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    fill(root, "v3", "v4", ".partial-v5")
+    assert sizes_of(root) == {".partial-v5": 102, "v3": 102, "v4": 102}
+    remove_versions(root, [str(root / "v4")])
+    assert sizes_of(root) == {"v4": 102}
+    remove_versions(root, [])
+    assert not root.exists()
+    remove_versions(root, [])
+    assert sizes_of(root) == {}
+
+
+def test_nothing_but_versions_is_taken_away(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    fill(root, "v3", "vault", "notes")
+    remove_versions(root, [])
+    assert sorted(path.name for path in root.iterdir()) == ["notes", "vault"]
+
+
+def test_runs_with_versions_are_found(tmp_path: Path) -> None:
+    fill(tmp_path / "everstep-b", "v1")
+    fill(tmp_path / "everstep-a", ".partial-v1")
+    (tmp_path / "everstep-empty").mkdir()
+    fill(tmp_path / "other", "v1")
+    found = runs_there(tmp_path)
+    assert [path.name for path in found] == ["everstep-a", "everstep-b"]
+    assert default_root("a").name == found[0].name
+    assert runs_there(tmp_path / "nowhere") == []
+
+
+def test_a_second_trainer_is_refused_until_the_first_has_ended(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    held = hold(root)
+    with pytest.raises(ConfigError, match=r"run holds the versions of a trainer that runs now"):
+        hold(root)
+    held.close()
+    hold(root).close()
+    fill(root, "v1")
+    remove_versions(root, [])
+    assert not root.exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file/run cannot be written"):
+        hold(tmp_path / "file" / "run")
