@@ -11,6 +11,7 @@ socket over loopback from one process to another. A figure is the median of the 
 """
 
 import argparse
+import math
 import os
 import shutil
 import socket
@@ -26,32 +27,50 @@ from secrets import token_hex
 
 import numpy as np
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
+from everstep.engine.expected_tensors import expected_tensors
 from everstep.engine.make_checkpoint import make_checkpoint
 from everstep.engine.manifest import tensor_hash
+from everstep.engine.stored_format import StoredFormat
 from everstep.kernels.checksum import crc32
 from everstep.trainer_bridge.curve import make_keys, read_keys
 from everstep.trainer_bridge.sharding import World, join_world
+from everstep.trainer_bridge.trainable import trainable_config
 from everstep.trainer_bridge.weight_chunks import CHUNK_BYTES, chunks, new_buffer
 from everstep.trainer_bridge.weight_folder import SHARED_MEMORY
 from everstep.trainer_bridge.weight_sender import Published, WeightSender
 from everstep.trainer_bridge.weight_targets import Elsewhere, Here, Target
 from everstep.weights_receiving import Job, ReceiverChild
 
-TENSOR_BYTES = 32 * 2**20
+WIDTH = 1024
 WAYS = ("shared memory", "ipc", "tcp", "ipc, CURVE", "tcp, CURVE")
 BASES = ("memcpy", "new file", "raw socket")
 
 
 class Masters:
-    """Stands for a model: float32 tensors of some gigabytes as bf16."""
+    """Stands for a model in training: the float32 tensors of one with experts of 2 MiB in bf16."""
 
-    def __init__(self, num_bytes: int) -> None:
-        count = max(1, num_bytes // TENSOR_BYTES)
-        shape = (num_bytes // count // 2 // 1024, 1024)
-        first = torch.randn(shape)
-        self._tensors = {f"layers.{n}.weight": first.clone() for n in range(count)}
+    def __init__(self, source: Path, gigabytes: float) -> None:
+        experts = max(16, round(gigabytes * 1e9 / (3 * 2 * WIDTH * WIDTH)))
+        layers = max(1, experts // 64)
+        self.config = replace(
+            trainable_config(source),
+            hidden_size=WIDTH,
+            moe_intermediate_size=WIDTH,
+            moe_shared_expert_intermediate_size=WIDTH,
+            num_hidden_layers=layers + 1,
+            first_k_dense_replace=1,
+            num_experts=experts // layers,
+        )
+        values = torch.randn(WIDTH * WIDTH)
+        self._tensors = {
+            spec.name: values.repeat(-(-math.prod(spec.shape) // len(values)))[
+                : math.prod(spec.shape)
+            ].view(spec.shape)
+            for spec in expected_tensors(self.config)
+        }
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """As `TrainableRing.tensors`."""
@@ -152,14 +171,13 @@ def targets(world: World, folder: Path, ways: Sequence[str]) -> Iterator[dict[st
 
 def measure(gigabytes: float, rounds: int, ways: Sequence[str]) -> None:
     """One size: a table."""
-    num_bytes = int(gigabytes * 1e9) // TENSOR_BYTES * TENSOR_BYTES or TENSOR_BYTES
     folder = Path(tempfile.mkdtemp(prefix="everstep-bench-", dir=SHARED_MEMORY))
     seconds: dict[str, list[float]] = {name: [] for name in (*BASES, *ways)}
     published: dict[str, list[Published]] = {way: [] for way in ways}
     parts: list[dict[str, float]] = []
     try:
         source = make_checkpoint(folder / "source", shape="tiny")
-        masters = Masters(num_bytes)
+        masters = Masters(source, gigabytes)
         with join_world("cpu") as world, targets(world, folder, ways) as found:
             senders = {
                 way: WeightSender(
@@ -167,11 +185,12 @@ def measure(gigabytes: float, rounds: int, ways: Sequence[str]) -> None:
                     world,
                     target,
                     source=source,
-                    dtype=torch.bfloat16,
+                    stored=StoredFormat(masters.config, torch.bfloat16),
                     lineage="bench",
                 )
                 for way, target in found.items()
             }
+            num_bytes = senders[ways[0]].layout.num_bytes
             bases: dict[str, Callable[[], float]] = {
                 "memcpy": lambda: memcpy_s(num_bytes),
                 "new file": lambda: new_file_s(num_bytes, folder),
