@@ -4,9 +4,11 @@ import bisect
 import os
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -21,9 +23,25 @@ from .weight_protocol import Offer, Piece
 HASH_NICENESS = 10
 
 
-def hash_threads(count: int) -> ThreadPoolExecutor:
-    """Threads that give way to those that move bytes."""
-    return ThreadPoolExecutor(count, "hash", initializer=_give_way)
+class Workers:
+    """Threads of a receiver: some put bytes in their places, others hash, and give way to those."""
+
+    def __init__(self) -> None:
+        cores = os.cpu_count() or 1
+        self.writing = ThreadPoolExecutor(max(1, min(4, cores // 2)), "write")
+        self.hashing = ThreadPoolExecutor(cores, "hash", initializer=_give_way)
+
+    def close(self) -> None:
+        self.writing.shutdown()
+        self.hashing.shutdown()
+
+
+class _Write(NamedTuple):
+    """A piece that is being put in its places."""
+
+    rank: int
+    spans: list[Span]
+    done: Future[None]
 
 
 def _give_way() -> None:
@@ -35,8 +53,9 @@ def _give_way() -> None:
 class Arrival:
     """One attempt at a version. Raises CheckpointError for an offer that cannot be taken.
 
-    have      pieces of each rank that are in their places
-    on_hash   called on another thread whenever a tensor has been hashed
+    taken    pieces of each rank that have come
+    have     and those that are in their places, as far as `settle` has looked
+    on_done  called on another thread when bytes are in their places, and when a tensor is hashed
     """
 
     def __init__(
@@ -44,10 +63,11 @@ class Arrival:
         root: Path,
         offer: Offer,
         world: int,
-        hashing: ThreadPoolExecutor,
-        on_hash: Callable[[], None],
+        workers: Workers,
+        on_done: Callable[[], None],
     ) -> None:
         self.offer = offer
+        self.taken = [0] * world
         self.have = [0] * world
         self.num_bytes = len(offer.head)
         """Of the file, that are there."""
@@ -56,7 +76,8 @@ class Arrival:
         self._ends = [tensor.span.end for tensor in self._tensors]
         self._spans: list[list[Span]] = [[] for _ in self._tensors]
         self._lacks = [tensor.span.size for tensor in self._tensors]
-        self._hashing, self._on_hash = hashing, on_hash
+        self._workers, self._on_done = workers, on_done
+        self._writes: deque[_Write] = deque()
         self._digests: dict[str, Future[str]] = {}
         self.folder = VersionFolder(root, offer.version)
         self.folder.begin(offer.head, offer.num_bytes, offer.files)
@@ -82,8 +103,8 @@ class Arrival:
         )
 
     def take(self, rank: int, piece: Piece, data: memoryview) -> None:
-        """The rank's next piece. Raises WeightsRefused naming the tensor of one that is not what
-        was sent, CheckpointError for one that belongs nowhere."""
+        """The rank's next piece, on its way to its places. Raises CheckpointError for one that
+        belongs nowhere."""
         flat = piece.spans
         if len(flat) % 2 or not flat or sum(flat[1::2]) != len(data):
             raise CheckpointError(f"a piece of rank {rank} has {len(data)} bytes for {flat[1::2]}")
@@ -91,18 +112,26 @@ class Arrival:
         for span in spans:
             if span.offset < len(self.offer.head) or span.end > self.offer.num_bytes:
                 raise CheckpointError(f"a piece of rank {rank} belongs outside of {FILE}: {span}")
-        found = piece_crc(flat, data)
-        if found != piece.crc:
-            name = self._tensors[self._index(spans[0].offset)].name
-            raise WeightsRefused(
-                f"a piece of rank {rank} with {name} has the checksum {found:08x}, it was sent "
-                f"with {piece.crc:08x}",
-                tensor=name,
-            )
-        self.folder.write(spans, data)
-        for span in spans:
-            self._note(rank, span)
-        self.have[rank] += 1
+        self.taken[rank] += 1
+        done = self._workers.writing.submit(self._place, rank, piece, spans, data)
+        self._writes.append(_Write(rank, spans, done))
+        done.add_done_callback(lambda _: self._on_done())
+
+    def settle(self) -> set[int]:
+        """Ranks of which more is in its places than the last time.
+
+        Raises WeightsRefused naming the tensor of a piece that is not what was sent, or came twice;
+        CheckpointError where it could not be written.
+        """
+        found: set[int] = set()
+        while self._writes and self._writes[0].done.done():
+            rank, spans, done = self._writes.popleft()
+            done.result()
+            for span in spans:
+                self._note(rank, span)
+            self.have[rank] += 1
+            found.add(rank)
+        return found
 
     def digests(self) -> dict[str, str] | None:
         """Of every tensor; None while there are some to come. Raises WeightsRefused for bytes that
@@ -139,8 +168,10 @@ class Arrival:
 
     def discard(self) -> None:
         """Nothing is left of it."""
-        for digest in self._digests.values():
-            digest.cancel()
+        for future in (*self._digests.values(), *(write.done for write in self._writes)):
+            future.cancel()
+        # whoever is still writing has the file open
+        wait([write.done for write in self._writes])
         self.folder.discard()
 
     def _check(self) -> None:
@@ -152,6 +183,18 @@ class Arrival:
             is_plain = Path(name).name == name and not name.startswith(".") and "\0" not in name
             if not is_plain or name in (FILE, MANIFEST):
                 raise CheckpointError(f"{name!r} cannot be a file of a version")
+
+    def _place(self, rank: int, piece: Piece, spans: list[Span], data: memoryview) -> None:
+        """On a thread of its own."""
+        found = piece_crc(piece.spans, data)
+        if found != piece.crc:
+            name = self._tensors[self._index(spans[0].offset)].name
+            raise WeightsRefused(
+                f"a piece of rank {rank} with {name} has the checksum {found:08x}, it was sent "
+                f"with {piece.crc:08x}",
+                tensor=name,
+            )
+        self.folder.write(spans, data)
 
     def _index(self, offset: int) -> int:
         """Of the tensor with this byte."""
@@ -186,6 +229,6 @@ class Arrival:
 
     def _hash(self, index: int) -> None:
         tensor: StoredTensor = self._tensors[index]
-        digest = self._hashing.submit(self.folder.digest, tensor)
+        digest = self._workers.hashing.submit(self.folder.digest, tensor)
         self._digests[tensor.name] = digest
-        digest.add_done_callback(lambda _: self._on_hash())
+        digest.add_done_callback(lambda _: self._on_done())

@@ -6,7 +6,6 @@ or not at all.
 """
 
 import contextlib
-import os
 import secrets
 import socket
 import threading
@@ -24,7 +23,7 @@ from . import weight_checksum
 from .curve import Gate, Keys, check_endpoint
 from .dealing import SOFTWARE
 from .protocol import PROTOCOL_VERSION, check_version, encode
-from .weight_arrival import Arrival, hash_threads
+from .weight_arrival import Arrival, Workers
 from .weight_folder import clean
 from .weight_protocol import (
     MAX_MESSAGE_BYTES,
@@ -49,19 +48,16 @@ from .weight_protocol import (
 HEARTBEAT_S = 2.0
 PATIENCE_S = 60.0
 MAX_BYTES = 64 * 2**20
-# a piece is acknowledged when so much has come since the last one that was
-_GOT_EVERY_BYTES = 4 * 2**20
 _LEAST_WINDOW = 2 * 2**20
-_MAX_BURST = 64
+_MAX_BURST = 8
 
 
 @dataclass
 class _Seat:
-    """A rank of the lineage that is served. `got`: bytes since it was told how far it is."""
+    """A rank of the lineage that is served."""
 
     peer: bytes
     heard_s: float
-    got: int = 0
 
 
 class WeightReceiver:
@@ -103,7 +99,7 @@ class WeightReceiver:
         self._offered_s = self._heard_s = self._beat_s = 0.0
         self._is_told = False
         self._is_stopping = False
-        self._hashing = hash_threads(os.cpu_count() or 1)
+        self._workers = Workers()
         self._context = zmq.Context()
         self._gate: ThreadAuthenticator | None = None
         self._socket: zmq.Socket[bytes] | None = None
@@ -164,7 +160,7 @@ class WeightReceiver:
     def close(self) -> None:
         """After `run`. What was not finished goes."""
         self._give_up()
-        self._hashing.shutdown()
+        self._workers.close()
         if self._gate is not None:
             self._gate.stop()
         if self._socket is not None:
@@ -206,9 +202,7 @@ class WeightReceiver:
         try:
             self._take(rank, message, frames[-1])
         except (CheckpointError, WeightsRefused) as error:
-            # bytes that were spoilt on their way may be sent again
-            is_final = not (isinstance(error, WeightsRefused) and isinstance(message, Piece))
-            self._fail(message, str(error), is_final=is_final)
+            self._fail(message, str(error))
 
     def _take(self, rank: int, message: ToReceiver, data: memoryview) -> None:
         """Raises CheckpointError, WeightsRefused."""
@@ -249,7 +243,7 @@ class WeightReceiver:
                 heartbeat_s=self._heartbeat_s,
                 version=-1 if arrival is None else arrival.offer.version,
                 attempt=0 if arrival is None else arrival.offer.attempt,
-                have=0 if arrival is None else arrival.have[hello.rank],
+                have=0 if arrival is None else arrival.taken[hello.rank],
             ),
         )
         if hello.rank == 0:
@@ -288,20 +282,16 @@ class WeightReceiver:
             self._give_up()
             self._offered_s = time.monotonic()
             self._is_told = False
-            self._arrival = Arrival(self._root, offer, self._world, self._hashing, self._ring)
+            self._arrival = Arrival(self._root, offer, self._world, self._workers, self._ring)
             log.event("weights.offered", version=offer.version, bytes=offer.num_bytes)
         self._say(self._seats[rank].peer, Begun(offer.version, offer.attempt))
 
     def _piece(self, rank: int, piece: Piece, data: memoryview) -> None:
         """One that is not the rank's next was here before, or comes again after one that was lost."""
-        arrival, seat = self._arrival, self._seats[rank]
+        arrival = self._arrival
         assert arrival is not None
-        if piece.number != arrival.have[rank]:
-            return
-        arrival.take(rank, piece, data)
-        seat.got += len(data)
-        if seat.got >= _GOT_EVERY_BYTES:
-            self._acknowledge(rank)
+        if piece.number == arrival.taken[rank]:
+            arrival.take(rank, piece, data)
 
     def _publish(self, message: Publish) -> None:
         arrival = self._arrival
@@ -321,27 +311,25 @@ class WeightReceiver:
         arrival, now = self._arrival, time.monotonic()
         if arrival is None:
             return
-        for rank in self._seats:
-            self._acknowledge(rank)
-        if not self._is_told:
-            self._tell_digests(arrival)
+        try:
+            settled = arrival.settle()
+            found = None if self._is_told else arrival.digests()
+        except (CheckpointError, WeightsRefused) as error:
+            # bytes that were spoilt on their way may be sent again
+            self._fail(arrival.offer, str(error), is_final=not isinstance(error, WeightsRefused))
+            return
+        number = (arrival.offer.version, arrival.offer.attempt)
+        for rank in settled & self._seats.keys():
+            self._say(self._seats[rank].peer, Got(*number, arrival.have[rank]))
+        if found is not None and 0 in self._seats:
+            self._is_told, self._heard_s = True, now
+            self._say(self._seats[0].peer, Digests(*number, found))
         if now - self._beat_s > self._heartbeat_s:
             self._beat_s = now
             self._say_all(Alive(arrival.doing))
         is_waiting = not arrival.is_complete or self._is_told
         if is_waiting and now - self._heard_s > self._patience_s:
             self._fail(arrival.offer, f"{self._who_is_missing(now)}; it {arrival.doing}")
-
-    def _tell_digests(self, arrival: Arrival) -> None:
-        offer = arrival.offer
-        try:
-            found = arrival.digests()
-        except CheckpointError as error:
-            self._fail(offer, str(error))
-            return
-        if found is not None and 0 in self._seats:
-            self._is_told, self._heard_s = True, time.monotonic()
-            self._say(self._seats[0].peer, Digests(offer.version, offer.attempt, found))
 
     def _who_is_missing(self, now: float) -> str:
         words = []
@@ -354,13 +342,6 @@ class WeightReceiver:
             )
             words.append(f"rank {rank} of {self._world} {silence}")
         return ", ".join(words)
-
-    def _acknowledge(self, rank: int) -> None:
-        seat, arrival = self._seats[rank], self._arrival
-        if arrival is not None and seat.got:
-            seat.got = 0
-            offer = arrival.offer
-            self._say(seat.peer, Got(offer.version, offer.attempt, arrival.have[rank]))
 
     # inside ---------------------------------------------------------------------------------------
 

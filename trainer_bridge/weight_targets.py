@@ -22,7 +22,7 @@ from .weight_layout import Piece
 from .weight_link import WeightLink
 from .weight_protocol import Offer, Publish
 
-MAX_WINDOW_BYTES = 32 * 2**20
+MAX_WINDOW_BYTES = 16 * 2**20
 
 
 class Target(Protocol):

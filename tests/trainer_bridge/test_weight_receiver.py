@@ -45,7 +45,6 @@ def small(monkeypatch: pytest.MonkeyPatch) -> int:
     for module in (weight_chunks, weight_targets):
         monkeypatch.setattr(module, "CHUNK_BYTES", size)
     monkeypatch.setattr(weight_receiver, "_LEAST_WINDOW", 4 * size)
-    monkeypatch.setattr(weight_receiver, "_GOT_EVERY_BYTES", size)
     return size
 
 
