@@ -1,18 +1,25 @@
 """Versions of the weights from a trainer to an engine: how fast they travel, and what serving costs.
 
-    python benchmarks/weights.py [--gb 0.1 0.5 1] [--rounds 3] [--engine] [--only NAME …]
+    python benchmarks/weights.py [--gb 0.1 0.5 1] [--rounds 3] [--only WAY …] [--engine]
 
-One rank with float32 masters publishes bf16 versions of the given sizes: into shared memory, and to
-a receiver in a process of its own over ipc and TCP on loopback, without and with CURVE. Beside them,
-in the same rounds: a memcpy, the same bytes written into a new file in shared memory, and a raw
-socket over loopback from one process to another. A figure is the median of the rounds.
-4 GB need 8 GB for the masters, and 4 GB each for the new version and the one before: --gb 4.
---engine measures, at a small model, what follows in the engine: digests, reading, canaries, flip.
+One rank with float32 masters publishes bf16 versions of a model with experts of 2 MiB: into shared
+memory, and to a receiver in a process of its own over ipc and TCP on loopback, without and with
+CURVE. Beside them, in the same rounds:
+
+    memcpy               between memory that is there, one thread
+    new file             bytes that are in the cache into a new file in shared memory, all threads
+    raw socket           over loopback from one process to another, which drops them
+    raw socket to file   and which puts them into a new file in shared memory
+
+A figure is the median of the rounds; processor seconds are those of both sides together, and say
+more than the clock where other work shares the machine. 4 GB (--gb 4) need 16 GB of memory.
+--engine adds what follows in the engine, at a small model (weights_engine.py).
 """
 
 import argparse
 import math
 import os
+import resource
 import shutil
 import socket
 import statistics
@@ -24,6 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from secrets import token_hex
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,7 +46,7 @@ from everstep.kernels.checksum import crc32
 from everstep.trainer_bridge.curve import make_keys, read_keys
 from everstep.trainer_bridge.sharding import World, join_world
 from everstep.trainer_bridge.trainable import trainable_config
-from everstep.trainer_bridge.weight_chunks import CHUNK_BYTES, chunks, new_buffer
+from everstep.trainer_bridge.weight_chunks import CHUNK_BYTES, chunks
 from everstep.trainer_bridge.weight_folder import SHARED_MEMORY
 from everstep.trainer_bridge.weight_sender import Published, WeightSender
 from everstep.trainer_bridge.weight_targets import Elsewhere, Here, Target
@@ -46,7 +54,22 @@ from everstep.weights_receiving import Job, ReceiverChild
 
 WIDTH = 1024
 WAYS = ("shared memory", "ipc", "tcp", "ipc, CURVE", "tcp, CURVE")
-BASES = ("memcpy", "new file", "raw socket")
+BASES = ("memcpy", "new file", "raw socket", "raw socket to file")
+_TICK_S = 1 / os.sysconf("SC_CLK_TCK")
+
+
+class Took(NamedTuple):
+    """Seconds by the clock, and of the processors on both sides."""
+
+    wall_s: float
+    cpu_s: float
+
+
+class Way(NamedTuple):
+    """A target, and the process at its other end."""
+
+    target: Target
+    receiver: ReceiverChild | None
 
 
 class Masters:
@@ -66,9 +89,7 @@ class Masters:
         )
         values = torch.randn(WIDTH * WIDTH)
         self._tensors = {
-            spec.name: values.repeat(-(-math.prod(spec.shape) // len(values)))[
-                : math.prod(spec.shape)
-            ].view(spec.shape)
+            spec.name: _of(values, math.prod(spec.shape)).view(spec.shape)
             for spec in expected_tensors(self.config)
         }
 
@@ -77,78 +98,108 @@ class Masters:
         yield from self._tensors.items()
 
 
-def memcpy_s(num_bytes: int) -> float:
-    """From memory to memory that is there, by one thread."""
-    source, target = np.ones(num_bytes, np.uint8), np.ones(num_bytes, np.uint8)
-    began = time.perf_counter()
-    np.copyto(target, source)
-    return time.perf_counter() - began
+def _of(values: Tensor, count: int) -> Tensor:
+    return values.repeat(-(-count // len(values)))[:count]
 
 
-def new_file_s(num_bytes: int, folder: Path) -> float:
-    """The bytes of a cache-sized buffer into a new file in shared memory, by all threads."""
-    data = memoryview(np.ones(CHUNK_BYTES, np.uint8))
+@contextmanager
+def timed(found: list[Took], pids: Sequence[int] = ()) -> Iterator[None]:
+    """Adds what the block took, here, in children that ended in it and in these processes."""
+
+    def cpu_s() -> float:
+        usages = (
+            resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+        )
+        return sum(u.ru_utime + u.ru_stime for u in usages) + sum(map(_cpu_s, pids))
+
+    wall, cpu = time.perf_counter(), cpu_s()
+    yield
+    found.append(Took(time.perf_counter() - wall, cpu_s() - cpu))
+
+
+def _cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) * _TICK_S
+
+
+def memcpy(num_bytes: int, found: list[Took]) -> None:
+    """Again and again between two places of 64 MiB, which no cache holds."""
+    size = 64 * 2**20
+    source, target = np.ones(size, np.uint8), np.ones(size, np.uint8)
+    with timed(found):
+        for start in range(0, num_bytes, size):
+            np.copyto(target[: num_bytes - start], source[: num_bytes - start])
+
+
+@contextmanager
+def new_file(folder: Path) -> Iterator[int]:
     path = folder / "new"
     file = os.open(path, os.O_RDWR | os.O_CREAT)
     try:
-        began = time.perf_counter()
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            offsets = range(0, num_bytes, CHUNK_BYTES)
-            for _ in pool.map(lambda offset: os.pwrite(file, data, offset), offsets):
-                pass
-        return time.perf_counter() - began
+        yield file
     finally:
         os.close(file)
         path.unlink()
 
 
-def raw_socket_s(num_bytes: int) -> float:
-    """Another process sends, this one receives, and does nothing with it."""
+def write_file(num_bytes: int, folder: Path, found: list[Took]) -> None:
+    """By as many threads as there are cores."""
+    data = memoryview(np.ones(CHUNK_BYTES, np.uint8))
+    with new_file(folder) as file, timed(found), ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in pool.map(
+            lambda offset: os.pwrite(file, data, offset), range(0, num_bytes, CHUNK_BYTES)
+        ):
+            pass
+
+
+def raw_socket(num_bytes: int, found: list[Took], folder: Path | None = None) -> None:
+    """Another process sends, this one receives; into a new file where there is a folder."""
     listener = socket.create_server(("127.0.0.1", 0))
-    if os.fork() == 0:
-        with socket.create_connection(listener.getsockname()) as sender:
-            data, left = bytes(CHUNK_BYTES), num_bytes
-            while left > 0:
-                left -= sender.send(data[:left] if left < CHUNK_BYTES else data)
-        os._exit(0)
-    with listener, listener.accept()[0] as receiver:
-        buffer, found = bytearray(CHUNK_BYTES), 0
-        began = time.perf_counter()
-        while size := receiver.recv_into(buffer):
-            found += size
-        seconds = time.perf_counter() - began
-    os.wait()
-    assert found == num_bytes
-    return seconds
+    with listener, ExitStack() as stack:
+        file = None if folder is None else stack.enter_context(new_file(folder))
+        with timed(found):
+            if os.fork() == 0:
+                with socket.create_connection(listener.getsockname()) as sender:
+                    data = memoryview(bytes(CHUNK_BYTES))
+                    for start in range(0, num_bytes, CHUNK_BYTES):
+                        sender.sendall(data[: num_bytes - start])
+                os._exit(0)
+            buffer, got = memoryview(bytearray(CHUNK_BYTES)), 0
+            with listener.accept()[0] as receiver:
+                while size := receiver.recv_into(buffer, CHUNK_BYTES):
+                    if file is not None:
+                        os.pwrite(file, buffer[:size], got)
+                    got += size
+            os.wait()
+    assert got == num_bytes
 
 
-def parts_s(sender: WeightSender) -> dict[str, float]:
-    """What a version's bytes cost alone, on one thread: made, summed, hashed."""
-    buffer = new_buffer(torch.device("cpu"))
+def parts(sender: WeightSender) -> dict[str, float]:
+    """Processor seconds of a version's bytes alone, on one thread: made, summed, hashed."""
     found = dict.fromkeys(("convert", "checksum", "sha256"), 0.0)
-    began = time.perf_counter()
-    for chunk in chunks(sender.layout.pieces(), lambda: buffer):
-        made = time.perf_counter()
+    began = time.thread_time()
+    for chunk in chunks(sender.layout.pieces()):
+        made = time.thread_time()
         crc32(np.frombuffer(chunk.data, np.uint8))
-        summed = time.perf_counter()
+        summed = time.thread_time()
         tensor_hash("", "BF16", ()).update(chunk.data)
         found["convert"] += made - began
         found["checksum"] += summed - made
-        began = time.perf_counter()
+        began = time.thread_time()
         found["sha256"] += began - summed
     return found
 
 
 @contextmanager
-def targets(world: World, folder: Path, ways: Sequence[str]) -> Iterator[dict[str, Target]]:
+def opened(world: World, folder: Path, ways: Sequence[str]) -> Iterator[dict[str, Way]]:
     """Each way with folders of its own, and a receiver where one is needed."""
     make_keys(folder / "keys")
     with ExitStack() as stack:
-        found: dict[str, Target] = {}
-        for way in ways:
-            root = folder / way.replace(", ", "-").replace(" ", "-")
+        found: dict[str, Way] = {}
+        for number, way in enumerate(ways):
+            root = folder / str(number)
             if way == "shared memory":
-                found[way] = Here(world, root, keep=1)
+                found[way] = Way(Here(world, root, keep=1), None)
                 continue
             keys = folder / "keys" if "CURVE" in way else None
             bind = "tcp://127.0.0.1:0" if "tcp" in way else f"ipc://{root}.socket"
@@ -165,88 +216,102 @@ def targets(world: World, folder: Path, ways: Sequence[str]) -> Iterator[dict[st
                 keep=1,
             )
             stack.callback(target.close)
-            found[way] = target
+            found[way] = Way(target, child)
         yield found
 
 
-def measure(gigabytes: float, rounds: int, ways: Sequence[str]) -> None:
-    """One size: a table."""
-    folder = Path(tempfile.mkdtemp(prefix="everstep-bench-", dir=SHARED_MEMORY))
-    seconds: dict[str, list[float]] = {name: [] for name in (*BASES, *ways)}
-    published: dict[str, list[Published]] = {way: [] for way in ways}
-    parts: list[dict[str, float]] = []
-    try:
-        source = make_checkpoint(folder / "source", shape="tiny")
-        masters = Masters(source, gigabytes)
-        with join_world("cpu") as world, targets(world, folder, ways) as found:
-            senders = {
-                way: WeightSender(
-                    masters,  # type: ignore[arg-type]
-                    world,
-                    target,
-                    source=source,
-                    stored=StoredFormat(masters.config, torch.bfloat16),
-                    lineage="bench",
-                )
-                for way, target in found.items()
-            }
-            num_bytes = senders[ways[0]].layout.num_bytes
-            bases: dict[str, Callable[[], float]] = {
-                "memcpy": lambda: memcpy_s(num_bytes),
-                "new file": lambda: new_file_s(num_bytes, folder),
-                "raw socket": lambda: raw_socket_s(num_bytes),
-            }
-            for number in range(1, rounds + 2):
-                for name, base in bases.items():
-                    seconds[name].append(base())
-                for way, sender in senders.items():
-                    one = sender.publish(number)
-                    published[way].append(one)
-                    seconds[way].append(one.write_s)
-                    shutil.rmtree(one.path)
-                parts.append(parts_s(next(iter(senders.values()))))
-    finally:
-        shutil.rmtree(folder)
-    show(num_bytes, seconds, published, parts)
+class Measured:
+    """One size: everything, by rounds. The first round warms up, and is not counted."""
 
+    def __init__(self, gigabytes: float, ways: Sequence[str]) -> None:
+        self._gigabytes, self._ways = gigabytes, ways
+        self._took: dict[str, list[Took]] = {name: [] for name in (*BASES, *ways)}
+        self._published: dict[str, list[Published]] = {way: [] for way in ways}
+        self._parts: list[dict[str, float]] = []
+        self._num_bytes = 0
 
-def show(
-    num_bytes: int,
-    seconds: dict[str, list[float]],
-    published: dict[str, list[Published]],
-    parts: list[dict[str, float]],
-) -> None:
-    """The first round warms up, and is not counted."""
-    size = num_bytes / 1e9
-    middle = {name: statistics.median(values[1:]) for name, values in seconds.items()}
-    print(f"\n{size:.2f} GB, {len(parts) - 1} rounds, load {os.getloadavg()[0]:.1f}\n")
-    print("| | GB/s | / memcpy | / new file | / raw socket | write s | digests s | name s |")
-    print("|---|---|---|---|---|---|---|---|")
-    for name, took in middle.items():
-        row = [name, f"{size / took:.2f}"]
-        row += [f"{middle[base] / took:.0%}" for base in BASES]
-        if name in published:
+    def run(self, rounds: int) -> None:
+        folder = Path(tempfile.mkdtemp(prefix="everstep-bench-", dir=SHARED_MEMORY))
+        try:
+            source = make_checkpoint(folder / "source", shape="tiny")
+            masters = Masters(source, self._gigabytes)
+            with join_world("cpu") as world, opened(world, folder, self._ways) as found:
+                senders = {
+                    name: WeightSender(
+                        masters,  # type: ignore[arg-type]
+                        world,
+                        way.target,
+                        source=source,
+                        stored=StoredFormat(masters.config, torch.bfloat16),
+                        lineage="bench",
+                    )
+                    for name, way in found.items()
+                }
+                self._num_bytes = next(iter(senders.values())).layout.num_bytes
+                for number in range(rounds + 1):
+                    self._round(number, folder, found, senders)
+        finally:
+            shutil.rmtree(folder)
+
+    def _round(
+        self, number: int, folder: Path, ways: dict[str, Way], senders: dict[str, WeightSender]
+    ) -> None:
+        size, took = self._num_bytes, self._took
+        bases: dict[str, Callable[[list[Took]], None]] = {
+            "memcpy": lambda found: memcpy(size, found),
+            "new file": lambda found: write_file(size, folder, found),
+            "raw socket": lambda found: raw_socket(size, found),
+            "raw socket to file": lambda found: raw_socket(size, found, folder),
+        }
+        for name, base in bases.items():
+            base(took[name])
+        for name, sender in senders.items():
+            receiver = ways[name].receiver
+            with timed(took[name], [] if receiver is None else [receiver.pid]):
+                published = sender.publish(number)
+            # by the clock: until the bytes are there; digests and the folder's name come after
+            took[name][-1] = Took(published.write_s, took[name][-1].cpu_s)
+            self._published[name].append(published)
+            shutil.rmtree(published.path)
+        self._parts.append(parts(next(iter(senders.values()))))
+
+    def show(self) -> None:
+        size, rounds = self._num_bytes / 1e9, len(self._parts) - 1
+        middle = {
+            name: Took(*map(statistics.median, zip(*values[1:], strict=True)))
+            for name, values in self._took.items()
+        }
+        print(f"\n{size:.2f} GB, {rounds} rounds, load {os.getloadavg()[0]:.1f}\n")
+        heads = ["", "GB/s", *(f"/ {base}" for base in BASES), "processor s/GB"]
+        print("| " + " | ".join([*heads, "write s", "digests s", "name s"]) + " |")
+        print("|---" * (len(heads) + 3) + "|")
+        for name, took in middle.items():
+            row = [name, f"{size / took.wall_s:.2f}"]
+            row += [f"{middle[base].wall_s / took.wall_s:.0%}" for base in BASES]
+            row.append(f"{took.cpu_s / size:.2f}")
             for field in ("write_s", "digest_s", "finish_s"):
-                values = [getattr(one, field) for one in published[name][1:]]
-                row.append(f"{statistics.median(values):.3f}")
-        print(f"| {' | '.join([*row, *['', '', ''][: 8 - len(row)]])} |")
-    alone = ", ".join(
-        f"{part} {size / statistics.median(one[part] for one in parts[1:]):.2f} GB/s"
-        for part in parts[0]
-    )
-    print(f"\non one thread, alone: {alone}")
+                values = [getattr(one, field) for one in self._published.get(name, [])[1:]]
+                row.append(f"{statistics.median(values):.3f}" if values else "")
+            print(f"| {' | '.join(row)} |")
+        alone = ", ".join(
+            f"{part} {statistics.median(one[part] for one in self._parts[1:]) / size:.2f}"
+            for part in self._parts[0]
+        )
+        print(f"\nprocessor s/GB of one thread, alone: {alone}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="versions of the weights on their way")
-    parser.add_argument("--gb", type=float, nargs="+", default=[0.1, 0.5, 1.0])
+    parser.add_argument("--gb", type=float, nargs="*", default=[0.1, 0.5, 1.0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS))
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     for gigabytes in args.gb:
-        measure(gigabytes, args.rounds, args.only)
+        measured = Measured(gigabytes, args.only)
+        measured.run(args.rounds)
+        measured.show()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What a rank writes of a version, in chunks that fit a processor's cache: converted, copied, summed
+"""What a rank writes of a version, in chunks that fit a processor's cache: converted, summed, copied
 and sent while they are hot."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -16,66 +16,52 @@ MAX_SPANS = 4096
 
 
 class Chunk(NamedTuple):
-    """`data` holds the spans' bytes, one after the other.
-
-    number  from 0, on this rank
-    buffer  of CHUNK_BYTES, whose beginning `data` is
-    """
+    """`data` holds the spans' bytes, one after the other; number: from 0, on this rank."""
 
     number: int
     spans: tuple[Span, ...]
     data: memoryview
-    buffer: Tensor
 
 
-def new_buffer(device: torch.device) -> Tensor:
-    """For one chunk; one that a GPU can write to without a detour."""
-    return torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
-
-
-def chunks(pieces: Iterable[Piece], take_buffer: Callable[[], Tensor]) -> Iterator[Chunk]:
-    """The pieces' bytes, in their order. A chunk has a buffer of its own, for as long as its taker
-    keeps it from `take_buffer`."""
+def chunks(pieces: Iterable[Piece]) -> Iterator[Chunk]:
+    """The pieces' bytes: large pieces as they are, small ones put together, at most CHUNK_BYTES."""
     number = 0
-    filling: _Filling | None = None
+    filling = _Filling()
     for piece in pieces:
-        data = piece.data.view(torch.uint8)
-        start = 0
-        while start < data.numel():
-            filling = filling or _Filling(take_buffer())
-            start += filling.take(piece.offset + start, data[start:])
-            if filling.is_full:
+        data = piece.data.cpu().view(torch.uint8)
+        for start in range(0, data.numel(), CHUNK_BYTES):
+            part = data[start : start + CHUNK_BYTES]
+            span = Span(piece.offset + start, part.numel())
+            if span.size >= CHUNK_BYTES // 2:
+                yield Chunk(number, (span,), part.numpy().data)
+                number += 1
+                continue
+            if not filling.has_room(span):
                 yield filling.chunk(number)
-                number, filling = number + 1, None
-    if filling is not None:
+                number, filling = number + 1, _Filling()
+            filling.take(span, part)
+    if filling.size:
         yield filling.chunk(number)
 
 
 class _Filling:
-    """A chunk that is being filled."""
+    """A chunk of small pieces."""
 
-    def __init__(self, buffer: Tensor) -> None:
-        self._buffer = buffer
-        self._filled = 0
+    def __init__(self) -> None:
+        self.size = 0
+        self._buffer = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
         self._spans: list[Span] = []
 
-    @property
-    def is_full(self) -> bool:
-        return self._filled == CHUNK_BYTES or len(self._spans) == MAX_SPANS
+    def has_room(self, span: Span) -> bool:
+        return self.size + span.size <= CHUNK_BYTES and len(self._spans) < MAX_SPANS
 
-    def take(self, offset: int, data: Tensor) -> int:
-        """As many of the bytes as there is room for."""
-        end = min(CHUNK_BYTES, self._filled + data.numel())
-        size = end - self._filled
-        self._buffer[self._filled : end].copy_(data[:size])
-        self._filled = end
-        if self._spans and self._spans[-1].end == offset:
+    def take(self, span: Span, data: Tensor) -> None:
+        self._buffer[self.size : self.size + span.size].copy_(data)
+        self.size += span.size
+        if self._spans and self._spans[-1].end == span.offset:
             last = self._spans.pop()
-            self._spans.append(Span(last.offset, last.size + size))
-        else:
-            self._spans.append(Span(offset, size))
-        return size
+            span = Span(last.offset, last.size + span.size)
+        self._spans.append(span)
 
     def chunk(self, number: int) -> Chunk:
-        data = self._buffer.numpy().data[: self._filled]
-        return Chunk(number, tuple(self._spans), data, self._buffer)
+        return Chunk(number, tuple(self._spans), self._buffer.numpy().data[: self.size])

@@ -82,7 +82,7 @@ class WeightLayout:
 
     def pieces(self) -> Iterator[Piece]:
         """What this rank writes, as the weights are now, in file order; a piece is good until the
-        next one.
+        weights change.
 
         The call is collective (scales of blocks that are cut), to go through the pieces is not: each
         rank calls as often as the others, also one that has nothing to write.

@@ -36,6 +36,8 @@ from .weight_protocol import (
 )
 
 HELLO_EVERY_S = 1.0
+# of a rank to one receiver: more would only lie in memory, and leave the cache
+MAX_WINDOW_BYTES = 16 * 2**20
 _TURN_MS = 100
 _FAILED = (
     zmq.EVENT_HANDSHAKE_FAILED_AUTH
@@ -105,7 +107,7 @@ class WeightLink:
         self._asking: Offer | Publish | None = None
         """What is said again after the connection was cut, until it is answered."""
         self._on_way: deque[_Sent] = deque()
-        self._on_way_bytes = 0
+        self._on_way_bytes = self._window = 0
         self._answers: dict[type, Answer] = {}
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
@@ -130,8 +132,8 @@ class WeightLink:
 
     # calls ----------------------------------------------------------------------------------------
 
-    def begin(self, version: int, attempt: int) -> int:
-        """Be known to the receiver; returns the bytes that may be on their way to it.
+    def begin(self, version: int, attempt: int) -> None:
+        """Be known to the receiver.
 
         This and every other call raises PeerMissing, PeerRefused, BridgeError (the receiver has
         given the version up for good) and VersionLost, in one line that names the receiver.
@@ -147,7 +149,7 @@ class WeightLink:
         self._until(lambda: self._is_known, "to be known")
         assert self._welcome is not None
         self._receiver = self._welcome.receiver
-        return self._welcome.window
+        self._window = min(MAX_WINDOW_BYTES, self._welcome.window)
 
     def offer(self, offer: Offer) -> None:
         """Return when pieces may come."""
@@ -166,10 +168,9 @@ class WeightLink:
         return found.path
 
     def send(self, chunk: Chunk) -> None:
-        """Put it on its way, as soon as there is room; its buffer is in use until `settle`."""
+        """Put it on its way, as soon as there is room."""
         assert self._version is not None
-        assert self._welcome is not None
-        room = max(0, self._welcome.window - len(chunk.data))
+        room = max(0, self._window - len(chunk.data))
         self._until(lambda: self._on_way_bytes <= room, f"to take piece {chunk.number}")
         spans = [number for span in chunk.spans for number in span]
         piece = Piece(*self._version, chunk.number, spans, piece_crc(spans, chunk.data))

@@ -98,6 +98,7 @@ class WeightReceiver:
         self._last: Arrived | None = None
         self._offered_s = self._heard_s = self._beat_s = 0.0
         self._is_told = False
+        self._is_rung = False
         self._is_stopping = False
         self._workers = Workers()
         self._context = zmq.Context()
@@ -148,6 +149,7 @@ class WeightReceiver:
             if self._waker.fileno() in ready:
                 with contextlib.suppress(BlockingIOError):
                     self._waker.recv(4096)
+                self._is_rung = False
             if self._socket in ready:
                 self._take_burst()
             self._look()
@@ -374,9 +376,11 @@ class WeightReceiver:
                 self._say(seat.peer, message)
 
     def _ring(self) -> None:
-        """On any thread: `run` looks about at once. A waker that is full has been heard already."""
-        with contextlib.suppress(BlockingIOError, OSError):
-            self._wake.send(b"\0")
+        """On any thread: `run` looks about at once. Once is enough until it does."""
+        if not self._is_rung:
+            self._is_rung = True
+            with contextlib.suppress(BlockingIOError, OSError):
+                self._wake.send(b"\0")
 
 
 Numbered = Offer | Piece | Publish | Withdraw | Arrived

@@ -9,20 +9,17 @@ from pathlib import Path
 from typing import Protocol
 
 import msgspec
-from torch import Tensor
 
 from ..engine.errors import BridgeError
 from ..engine.manifest import Manifest, TensorRecord
 from .curve import Keys
 from .dealing import deal
 from .sharding import World
-from .weight_chunks import CHUNK_BYTES, chunks, new_buffer
+from .weight_chunks import chunks
 from .weight_folder import VersionFolder, stored_tensors
 from .weight_layout import Piece
 from .weight_link import WeightLink
 from .weight_protocol import Offer, Publish
-
-MAX_WINDOW_BYTES = 16 * 2**20
 
 
 class Target(Protocol):
@@ -70,19 +67,14 @@ class Here:
         """One thread converts, others copy."""
         folder = self._own
         folder.open()
-        writing: deque[tuple[Future[None], Tensor]] = deque()
-
-        def take() -> Tensor:
-            if len(writing) < self._threads + 1:
-                return new_buffer(self._world.device)
-            done, buffer = writing.popleft()
-            done.result()
-            return buffer
-
+        writing: deque[Future[None]] = deque()
         with ThreadPoolExecutor(self._threads, "write") as pool:
-            for chunk in chunks(pieces, take):
-                writing.append((pool.submit(folder.write, chunk.spans, chunk.data), chunk.buffer))
-            for done, _ in writing:
+            for chunk in chunks(pieces):
+                writing.append(pool.submit(folder.write, chunk.spans, chunk.data))
+                # what waits to be copied is in the cache, and bounded
+                if len(writing) > 2 * self._threads:
+                    writing.popleft().result()
+            for done in writing:
                 done.result()
         folder.close()
 
@@ -143,13 +135,11 @@ class Elsewhere:
             for endpoint in endpoints
         ]
         self._version = (0, 0)
-        self._window = 0
-        self._buffers: list[Tensor] = []
 
     def open(self, version: int, attempt: int, /) -> None:
         self._version = (version, attempt)
-        windows = [link.begin(version, attempt) for link in self._links]
-        self._window = min(MAX_WINDOW_BYTES, *windows)
+        for link in self._links:
+            link.begin(version, attempt)
 
     def begin(self, head: bytes, num_bytes: int, files: Mapping[str, bytes]) -> None:
         version, attempt = self._version
@@ -165,24 +155,13 @@ class Elsewhere:
             link.offer(offer)
 
     def write(self, pieces: Iterable[Piece]) -> None:
-        """A buffer is used again when every receiver has what was in it."""
-        count = max(2, self._window // CHUNK_BYTES)
         number = -1
-
-        def take() -> Tensor:
-            following = number + 1
-            if following < count:
-                while len(self._buffers) <= following:
-                    self._buffers.append(new_buffer(self._world.device))
-            else:
-                self._settle(following - count)
-            return self._buffers[following % count]
-
-        for chunk in chunks(pieces, take):
+        for chunk in chunks(pieces):
             number = chunk.number
             for link in self._links:
                 link.send(chunk)
-        self._settle(number)
+        for link in self._links:
+            link.settle(number)
 
     def records(self, head: bytes) -> dict[str, TensorRecord]:
         """The first rank's links tell them; they must be the same everywhere."""
@@ -219,10 +198,6 @@ class Elsewhere:
     def close(self) -> None:
         for link in self._links:
             link.close()
-
-    def _settle(self, number: int) -> None:
-        for link in self._links:
-            link.settle(number)
 
 
 def _ranks_here(world: World) -> int:

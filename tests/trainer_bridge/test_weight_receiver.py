@@ -21,7 +21,6 @@ from everstep.trainer_bridge import (
     weight_folder,
     weight_link,
     weight_receiver,
-    weight_targets,
 )
 from everstep.trainer_bridge.curve import Keys, make_keys, read_keys
 from everstep.trainer_bridge.protocol import encode
@@ -42,8 +41,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small(monkeypatch: pytest.MonkeyPatch) -> int:
     """Pieces so small that a tiny model has many of them."""
     size = 4096
-    for module in (weight_chunks, weight_targets):
-        monkeypatch.setattr(module, "CHUNK_BYTES", size)
+    monkeypatch.setattr(weight_chunks, "CHUNK_BYTES", size)
     monkeypatch.setattr(weight_receiver, "_LEAST_WINDOW", 4 * size)
     return size
 
@@ -144,7 +142,7 @@ def test_bytes_that_are_spoilt_again_and_again_are_named(
             spoil(patch, small, times=10**9)
             with pytest.raises(
                 BridgeError,
-                match=r"version 2 up: a piece of rank 0 with model\.\S+ has the checksum",
+                match=r"version 2 up: a piece of rank 0 with \S+ has the checksum",
             ) as found:
                 sender.publish(2)
         assert "\n" not in str(found.value)

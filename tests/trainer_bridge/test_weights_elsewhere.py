@@ -17,7 +17,7 @@ import torch.multiprocessing as mp
 from everstep.engine.errors import EverstepError
 from everstep.engine.fp8_policy import Fp8Format
 from everstep.engine.make_checkpoint import make_checkpoint
-from everstep.trainer_bridge import weight_chunks, weight_targets
+from everstep.trainer_bridge import weight_chunks
 from everstep.trainer_bridge.sharding import join_world
 from everstep.trainer_bridge.weight_targets import Elsewhere, Here
 
@@ -59,7 +59,7 @@ def joined(rank: int, world: int, port: int) -> Iterator[Any]:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    weight_chunks.CHUNK_BYTES = weight_targets.CHUNK_BYTES = SMALL
+    weight_chunks.CHUNK_BYTES = SMALL
     with join_world("cpu") as found:
         yield found
 
@@ -139,14 +139,14 @@ TRAINER = """
 import sys, time
 from itertools import count
 from pathlib import Path
-from everstep.trainer_bridge import weight_chunks, weight_targets
+from everstep.trainer_bridge import weight_chunks
 from everstep.trainer_bridge.sharding import join_world
 from everstep.trainer_bridge.weight_link import WeightLink
 from everstep.trainer_bridge.weight_targets import Elsewhere
 from tests.trainer_bridge.weight_runs import change, ring_of, sender_of
 
 source, lineage, first, pause_s, *endpoints = sys.argv[1:]
-weight_chunks.CHUNK_BYTES = weight_targets.CHUNK_BYTES = 8192
+weight_chunks.CHUNK_BYTES = 8192
 real = WeightLink.send
 
 def send(link, chunk):
