@@ -13,7 +13,8 @@ CURVE. Beside them, in the same rounds:
 
 A figure is the median of the rounds; processor seconds are those of both sides together, and say
 more than the clock where other work shares the machine. 4 GB (--gb 4) need 16 GB of memory.
---engine adds what follows in the engine, at a small model (weights_engine.py).
+--engine adds what follows in an engine with a model of that size (weights_engine.py), and the whole
+time from publish to serving.
 """
 
 import argparse
@@ -23,7 +24,6 @@ import resource
 import shutil
 import socket
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +35,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import weights_engine
 from msgspec.structs import replace
 from torch import Tensor
 
@@ -144,7 +145,7 @@ def new_file(folder: Path) -> Iterator[int]:
 
 def write_file(num_bytes: int, folder: Path, found: list[Took]) -> None:
     """By as many threads as there are cores."""
-    data = memoryview(np.ones(CHUNK_BYTES, np.uint8))
+    data = np.ones(CHUNK_BYTES, np.uint8).data
     with new_file(folder) as file, timed(found), ThreadPoolExecutor(os.cpu_count()) as pool:
         for _ in pool.map(
             lambda offset: os.pwrite(file, data, offset), range(0, num_bytes, CHUNK_BYTES)
@@ -299,12 +300,30 @@ class Measured:
         )
         print(f"\nprocessor s/GB of one thread, alone: {alone}")
 
+    def show_serving(self, rounds: int) -> None:
+        """What follows in an engine, nothing being generated and then beside generation."""
+        with tempfile.TemporaryDirectory(prefix="everstep-bench-") as scratch:
+            model = weights_engine.synthetic(Path(scratch) / "model", self._num_bytes)
+            figures = weights_engine.measure(model, rounds=rounds)
+        print("\n" + "\n".join(weights_engine.lines("in the engine", figures)))
+        print("\nfrom publish to serving, seconds:\n")
+        staging = ("idle", "full", "background")
+        print(f"| | until it is there | {' | '.join(f'serves, {name}' for name in staging)} |")
+        print("|---" * (len(staging) + 2) + "|")
+        for way, published in self._published.items():
+            there = statistics.median(
+                one.write_s + one.digest_s + one.finish_s for one in published[1:]
+            )
+            serves = [f"{there + figures.serving_s[name]:.2f}" for name in staging]
+            print(f"| {' | '.join([way, f'{there:.2f}', *serves])} |")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="versions of the weights on their way")
     parser.add_argument("--gb", type=float, nargs="*", default=[0.1, 0.5, 1.0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--engine", action="store_true", help="and what follows in an engine")
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
@@ -312,7 +331,9 @@ def main() -> None:
         measured = Measured(gigabytes, args.only)
         measured.run(args.rounds)
         measured.show()
+        if args.engine:
+            measured.show_serving(args.rounds)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

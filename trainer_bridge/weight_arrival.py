@@ -168,10 +168,13 @@ class Arrival:
 
     def discard(self) -> None:
         """Nothing is left of it."""
-        for future in (*self._digests.values(), *(write.done for write in self._writes)):
-            future.cancel()
+        for digest in self._digests.values():
+            digest.cancel()
+        writes = [write.done for write in self._writes]
+        for done in writes:
+            done.cancel()
         # whoever is still writing has the file open
-        wait([write.done for write in self._writes])
+        wait(writes)
         self.folder.discard()
 
     def _check(self) -> None:

@@ -1,0 +1,114 @@
+"""What a receiver makes of offers and pieces that are not what they should be."""
+
+from collections.abc import Iterator
+from concurrent.futures import wait
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+
+from everstep.engine.errors import CheckpointError, WeightsRefused
+from everstep.engine.safetensors_writer import Part, layout
+from everstep.trainer_bridge.weight_arrival import Arrival, Workers
+from everstep.trainer_bridge.weight_checksum import piece_crc
+from everstep.trainer_bridge.weight_protocol import Offer, Piece
+
+PARTS = [
+    Part("a", torch.float32, (4,)),
+    Part("b", torch.bfloat16, (0, 3)),
+    Part("c", torch.bfloat16, (3,)),
+]
+HEAD, _ = layout(PARTS)
+SIZE = len(HEAD) + 16 + 6
+
+
+@pytest.fixture
+def workers() -> Iterator[Workers]:
+    found = Workers()
+    yield found
+    found.close()
+
+
+def arrival_of(root: Path, workers: Workers, **changes: Any) -> Arrival:
+    offer = Offer(version=1, attempt=1, num_bytes=SIZE, head=HEAD, files={}, keep=1)
+    return Arrival(root, msgspec.structs.replace(offer, **changes), 2, workers, lambda: None)
+
+
+def take(
+    arrival: Arrival, rank: int, start: int, size: int, spans: list[int] | None = None
+) -> None:
+    data = memoryview(bytes(range(start, start + size)))
+    where = [len(HEAD) + start, size] if spans is None else spans
+    piece = Piece(1, 1, arrival.taken[rank], where, piece_crc(where, data))
+    arrival.take(rank, piece, data)
+    wait([write.done for write in arrival._writes])
+    arrival.settle()
+
+
+def test_bytes_in_any_order_from_two_ranks(tmp_path: Path, workers: Workers) -> None:
+    arrival = arrival_of(tmp_path, workers, files={"config.json": b"{}"})
+    take(arrival, 1, 10, 12)
+    assert arrival.digests() is None
+    assert arrival.doing.startswith("has ")
+    take(arrival, 0, 0, 10)
+    wait(arrival._digests.values())
+    digests = arrival.digests()
+    assert digests is not None
+    assert set(digests) == {"a", "b", "c"}
+    whole = HEAD + bytes(range(22))
+    assert (arrival.folder.partial / "model.safetensors").read_bytes() == whole
+    assert (arrival.folder.partial / "config.json").read_bytes() == b"{}"
+    with pytest.raises(CheckpointError, match=r"manifest.json of version 1: "):
+        arrival.publish(b"{")
+    arrival.discard()
+    assert not list(tmp_path.iterdir())
+
+
+def test_bytes_that_come_twice_are_named(tmp_path: Path, workers: Workers) -> None:
+    arrival = arrival_of(tmp_path, workers)
+    take(arrival, 0, 0, 10)
+    with pytest.raises(WeightsRefused, match="bytes of a came twice, the last from rank 1"):
+        take(arrival, 1, 8, 8)
+    arrival.discard()
+
+
+@pytest.mark.parametrize(
+    ("spans", "words"),
+    [
+        ([0, 4], "belongs outside of model.safetensors"),
+        ([SIZE - 2, 4], "belongs outside of model.safetensors"),
+        ([len(HEAD), 3], r"has 4 bytes for \[3\]"),
+        ([len(HEAD)], "has 4 bytes for"),
+        ([], "has 4 bytes for"),
+    ],
+)
+def test_a_piece_that_belongs_nowhere(
+    spans: list[int], words: str, tmp_path: Path, workers: Workers
+) -> None:
+    arrival = arrival_of(tmp_path, workers)
+    with pytest.raises(CheckpointError, match=words):
+        take(arrival, 0, 0, 4, spans)
+    arrival.discard()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_bytes": SIZE + 1}, "would have"),
+        ({"head": HEAD[:-1]}, "malformed"),
+        ({"head": b""}, "malformed"),
+        ({"files": {"../x": b""}}, "'../x' cannot be a file of a version"),
+        ({"files": {"manifest.json": b""}}, "cannot be a file"),
+        ({"files": {"model.safetensors": b""}}, "cannot be a file"),
+        ({"files": {".hidden": b""}}, "cannot be a file"),
+    ],
+)
+def test_an_offer_that_cannot_be_taken(
+    changes: dict[str, Any], words: str, tmp_path: Path, workers: Workers
+) -> None:
+    with pytest.raises(CheckpointError, match=words):
+        arrival_of(tmp_path / "root", workers, **changes)
+    assert not (tmp_path / "x").exists()
+    assert not (tmp_path / "root").exists()
