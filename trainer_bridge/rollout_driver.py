@@ -408,8 +408,8 @@ class RolloutDriver:
         )
 
     async def _read_all(self, places: Sequence[Place]) -> bool:
-        """Tell how long those are that an engine has; False where budgets count tokens that they
-        do not have."""
+        """Tell how long those are that an engine has, in order of admission until all is told that
+        budgets count: who stands by has nothing to tell. False where that is more than they have."""
         state = self._state
         gate = asyncio.Semaphore(_READ_AT_ONCE)
         lost: list[tuple[Sample, str]] = []
@@ -427,11 +427,16 @@ class RolloutDriver:
 
         order = {sample: number for number, sample in enumerate(state.machine.pool)}
         places = sorted(places, key=lambda place: order.get(place.sample, -1))
-        found = await asyncio.gather(*(read(p, p.rollout_id) for p in places if p.rollout_id))
-        self._saw([pair for pair in found if pair is not None])
-        if lost:
+        size = state.machine.config.capacity
+        for start in range(0, len(places), size):
+            if not state.unexplained():
+                break
+            some = places[start : start + size]
+            found = await asyncio.gather(*(read(p, p.rollout_id) for p in some if p.rollout_id))
+            self._saw([pair for pair in found if pair is not None])
             state.lost(lost)
-        self._tell(self._tasks.news_by_now())
+            lost.clear()
+            self._tell(self._tasks.news_by_now())
         return not state.unexplained()
 
     # --- what happened -------------------------------------------------------------------
