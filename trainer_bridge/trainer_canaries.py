@@ -26,13 +26,17 @@ Text = tuple[list[int], int]
 
 
 def texts_of(groups: Sequence[Group], count: int) -> list[Text]:
-    """At most `count` responses of the groups, one of each as far as there are so many."""
-    samples = [group.samples[0] for group in groups if group.samples]
+    """Of at most `count` groups the first sample, cut to its first tokens.
+
+    Where the prompt alone is as long as that, its second half is scored as if it were the response:
+    any text tells weights apart.
+    """
+    sequences = [group.samples[0].sequence for group in groups if group.samples][:count]
     found = []
-    for sample in samples[:count]:
-        ids = sample.sequence.ids[:_MAX_TOKENS].tolist()
-        if sample.sequence.num_prompt < len(ids):
-            found.append((ids, sample.sequence.num_prompt))
+    for sequence in sequences:
+        ids = sequence.ids[:_MAX_TOKENS].tolist()
+        is_all_prompt = sequence.num_prompt >= len(ids)
+        found.append((ids, len(ids) // 2 if is_all_prompt else sequence.num_prompt))
     return found
 
 
