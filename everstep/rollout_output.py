@@ -37,10 +37,6 @@ class RolloutOutput:
         self._fd = _open(self.lines)
         self._size = os.fstat(self._fd).st_size
 
-    @property
-    def is_empty(self) -> bool:
-        return self._size == 0
-
     def cut(self, size: int) -> None:
         """Take away what was written and never counted. Raises ConfigError where lines that
         counted are gone."""

@@ -269,6 +269,11 @@ class Dealer:
             return f"lineage {hello.lineage!r} was replaced by {self.lineage!r}"
         if hello.lineage == self.lineage and hello.world != self.world:
             return f"lineage {self.lineage!r} has a world of {self.world}, not {hello.world}"
+        if hello.done_through > self._newest:
+            return (
+                f"its checkpoint {hello.checkpoint!r} holds iterations up to {hello.done_through}, "
+                f"and this run has come to {self._newest}: it is of another run"
+            )
         if hello.at >= 0 and hello.at > self._newest + 1:
             return f"iteration {hello.at} was never announced; the newest is {self._newest}"
         return None

@@ -10,7 +10,7 @@ import contextlib
 import os
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -53,6 +53,7 @@ class Spool:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._indexes: dict[int, tuple[_Index, int]] = {}
+        self._released = -1
         self.serving = _read_serving(folder / _SERVING)
         for file in sorted(folder.iterdir()):
             found = _NAME.fullmatch(file.name)
@@ -67,7 +68,7 @@ class Spool:
         return sorted(self._indexes)
 
     def add(self, iteration: int, groups: Sequence[TrajectoryGroup]) -> None:
-        """Keep an iteration; durable on return. Idempotent."""
+        """Keep an iteration; durable on return. Idempotent. Those before it are over."""
         if iteration in self._indexes:
             return
         frames = [encode(group) for group in groups]
@@ -75,6 +76,7 @@ class Spool:
         head = encode(index)
         _write(self._file(iteration), [_LENGTH.pack(len(head)) + head, *frames])
         self._indexes[iteration] = index, _LENGTH.size + len(head)
+        self._drop_released()
 
     def serve(self, serving: Serving) -> None:
         """Note what the engines serve from now on; durable on return."""
@@ -99,20 +101,30 @@ class Spool:
             raise BridgeError(f"{self._file(iteration)}: group {index}: {error}") from None
 
     async def release(self, through: int) -> None:
-        gone = [i for i in self._indexes if i <= through]
-        for iteration in gone:
-            del self._indexes[iteration]
-        await asyncio.to_thread(self._unlink, gone)
+        """No trainer asks for what came up to this iteration any more.
+
+        The newest stays all the same until there is another: an engine that is killed before it has
+        noted what came of it begins with it again.
+        """
+        self._released = max(self._released, through)
+        await asyncio.to_thread(self._drop_released)
 
     def remove(self) -> None:
         """The run is over: nothing of it is kept, unless something was not released."""
+        self._drop([i for i in self._indexes if i <= self._released])
         if not self._indexes:
             (self._folder / _SERVING).unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 self._folder.rmdir()
 
-    def _unlink(self, iterations: Sequence[int]) -> None:
+    def _drop_released(self) -> None:
+        # from several threads: a list of the keys is made at once
+        known = list(self._indexes)
+        self._drop(i for i in known if i <= self._released and i != max(known))
+
+    def _drop(self, iterations: Iterable[int]) -> None:
         for iteration in iterations:
+            self._indexes.pop(iteration, None)
             self._file(iteration).unlink(missing_ok=True)
 
     def _file(self, iteration: int) -> Path:

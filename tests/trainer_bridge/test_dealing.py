@@ -50,6 +50,10 @@ def test_ranks_differ_by_no_more_than_the_largest_group(sizes: list[int], world:
         ({"run": "other"}, "serves the run 'run', not 'other'"),
         ({"rank": 2, "world": 2}, "rank 2 does not exist in a world of 2"),
         ({"at": 9}, "iteration 9 was never announced"),
+        (
+            {"checkpoint": "00000004", "done_through": 3},
+            "its checkpoint '00000004' holds iterations up to 3, and this run has come to -1",
+        ),
     ],
 )
 def test_who_cannot_be_served_is_told_why(fields: dict[str, object], reason: str) -> None:

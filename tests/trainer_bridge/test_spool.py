@@ -13,6 +13,8 @@ from everstep.trainer_bridge.spool import Serving, Spool
 from .bridge_groups import group
 
 
+# it waits for the disk
+@settings(deadline=None)
 @given(st.lists(st.lists(st.integers(0, 20), max_size=4), max_size=5), st.integers(-1, 5))
 def test_groups_come_back_in_another_life(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[list[int]], released: int
@@ -25,14 +27,16 @@ def test_groups_come_back_in_another_life(
         spool.add(iteration, [])
     asyncio.run(spool.release(released))
     again = Spool(folder)
-    assert again.iterations == list(range(released + 1, len(lengths)))
+    # the newest stays, for an engine that is killed before it knows what came of it
+    first = max(0, min(released + 1, len(lengths) - 1))
+    assert again.iterations == list(range(first, len(lengths)))
     for iteration in again.iterations:
         assert list(again.sizes(iteration)) == [g.num_tokens for g in added[iteration]]
         for index, wanted in enumerate(added[iteration]):
             assert asyncio.run(again.load(iteration, index)) == wanted
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_a_file_that_was_cut_is_named(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
@@ -62,6 +66,15 @@ def test_what_serves_is_there_in_another_life(tmp_path: Path) -> None:
     (folder / "serving.json").write_text("{")
     with pytest.raises(BridgeError, match=r"serving\.json"):
         Spool(folder)
+
+
+def test_what_was_released_goes_when_the_next_one_comes(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    spool.add(4, [group("a", [2])])
+    asyncio.run(spool.release(4))
+    assert Spool(tmp_path).iterations == [4]
+    spool.add(5, [group("b", [2])])
+    assert Spool(tmp_path).iterations == spool.iterations == [5]
 
 
 def test_a_run_that_is_over_leaves_no_folder(tmp_path: Path) -> None:
