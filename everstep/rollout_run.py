@@ -142,7 +142,7 @@ class RolloutRun:
         )
 
     async def _drive(self, state: RunState, output: RolloutOutput) -> None:
-        if state.machine.phase == "done":
+        if state.is_over:
             return
         with self._receiver() as receiver:
             await self._drive_engines(state, output, receiver)

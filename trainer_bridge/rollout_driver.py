@@ -217,6 +217,9 @@ class RolloutDriver:
             is_done = self._state.machine.phase == "done"
             if is_done:
                 await self._fleet.finish()
+                # before that, whoever is started again has to do it
+                self._state.over()
+                await self._commit()
             if self._learner is not None:
                 reason = "every prompt is done" if is_done else "its limit is reached"
                 await self._learner.finish(reason, is_over=is_done)

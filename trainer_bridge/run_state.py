@@ -26,6 +26,7 @@ from .run_words import (
     KeptPrompt,
     Lease,
     OutputMark,
+    Over,
     Place,
     Position,
     Spell,
@@ -69,6 +70,7 @@ class RunState:
         self.abandoned = dict(file.records("abandoned", str))
         """Prompt → why it will never be delivered."""
         self.bad_lines = dict(file.records("bad", str))
+        self._is_over = file.read("over", ONLY, Over) is not None
         file.flush()
 
     # --- what is known -------------------------------------------------------------------
@@ -86,6 +88,11 @@ class RunState:
     def pool(self) -> str:
         """The name of its pool in every engine."""
         return f"rollout-{self.header.id}"
+
+    @property
+    def is_over(self) -> bool:
+        """Whether every prompt is done, and nothing of the run was left in an engine."""
+        return self._is_over
 
     @property
     def is_new(self) -> bool:
@@ -276,6 +283,12 @@ class RunState:
         """The trainer went back to this version; engines serve it from now on."""
         changes = self._file.changes
         self._apply(words.Turned(version), changes)
+
+    def over(self) -> None:
+        """Nothing of the run is left in an engine."""
+        self._is_over = True
+        changes = self._file.changes
+        changes.put("over", ONLY, Over())
 
     # --- leases --------------------------------------------------------------------------
 

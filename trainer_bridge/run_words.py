@@ -142,6 +142,10 @@ class OutputMark(Struct, frozen=True):
     size: int = 0
 
 
+class Over(Struct, frozen=True):
+    """Every prompt is done, and the engines were told: they keep nothing of the run."""
+
+
 def count(table: dict[str, list[int]], name: str, tokens: int) -> None:
     """One more of a kind."""
     row = table.setdefault(name, [0, 0])

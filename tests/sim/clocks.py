@@ -10,12 +10,17 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
+from everstep import rollout_output
 from everstep.engine import log, versions
 from everstep.engine.request_keys import RequestKeys
+from everstep.trainer_bridge import rollout_fleet
 
+from .driver_disk import SYSTEM
 from .language import read_manifest
 
 EPOCH_S = 1_800_000_000.0
+REVIVE_EVERY_S = 0.4
+"""Faults last two seconds: who came back later would come too late for them."""
 
 
 class Wall:
@@ -53,6 +58,8 @@ def virtual(
         mock.patch.object(log, "event", on_log),
         mock.patch.object(versions, "read_manifest", read_manifest),
         mock.patch.dict(defaults, clock=wall),
+        mock.patch.object(rollout_output, "os", SYSTEM),
+        mock.patch.object(rollout_fleet, "REVIVE_EVERY_S", REVIVE_EVERY_S),
     ):
         try:
             yield

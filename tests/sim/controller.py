@@ -93,8 +93,7 @@ class Controller:
             self._exporting: set[str] = set()
             self.process = Process(self._loop, "c3po")
             self.process.spawn(self._run())
-            if self._settings.meddles:
-                self.process.spawn(self._meddle())
+            self.process.spawn(self._meddle())
 
     def crash(self) -> None:
         if self.process is not None and not self.process.is_dead and not self.is_done:
@@ -351,12 +350,12 @@ class Controller:
         self._gone.remove(rollout_id)
 
     async def _meddle(self) -> None:
-        """Somebody pauses and cancels rollouts of the run."""
+        """Somebody pauses and cancels rollouts of the run, maybe; in the end all go on."""
         rng = self._rng
         while not self.is_calm:
             await asyncio.sleep(rng.expovariate(1.0) * 0.2)
             ids = [place.id for place in self._places.values() if place.id and place.final is None]
-            if not ids or self.is_calm:
+            if not ids or self.is_calm or not self._settings.meddles:
                 continue
             rollout_id = rng.choice(ids)
             verb = rng.choice(["pause", "resume", "resume", "cancel"])

@@ -21,7 +21,8 @@ from everstep.engine.journal_thread import JournalThread, _call_soon
 from everstep.engine.manager import RolloutManager
 from everstep.engine.messages import KVPolicy
 from everstep.engine.rollout import Rollout, RolloutState, SamplingParams
-from everstep.engine.trajectory import seal, unseal
+from everstep.engine.trajectory import encode, pack, seal, unseal
+from everstep.trainer_bridge.rollout_engine import Work
 
 from .core import CoreSettings, SimBackend
 from .disk import SimDisk
@@ -123,12 +124,13 @@ class FrontHost:
         disk: SimDisk,
         settings: FrontSettings,
         rng: random.Random,
-        on_ready: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.name = name
         self._loop, self._network, self._history = loop, network, history
         self.disk, self._settings, self._rng = disk, settings, rng
-        self._on_ready = on_ready
+        self.on_ready: Callable[[str], None] = lambda _: None
+        self.on_crash: Callable[[bool], None] = lambda _: None
+        """Whether the power went too."""
         self.process: Process | None = None
         self.manager: RolloutManager | None = None
         self.backend: SimBackend | None = None
@@ -189,7 +191,7 @@ class FrontHost:
                 version=self.manager.version.number,
             )
             self._note_weights()
-            self._on_ready(self.name)
+            self.on_ready(self.name)
         except EverstepError as error:
             self._history.note(self.name, "broken", error=f"{type(error).__name__}: {error}")
 
@@ -199,8 +201,9 @@ class FrontHost:
         """What the disk takes for the work that follows."""
         await asyncio.sleep(self._settings.commit_s * self.slow * (0.2 + self._rng.random()))
 
-    def crash(self, *, is_power: bool, in_commit: bool = False) -> None:
-        """kill -9 of the front, and so of its core; is_power: the machine lost what is not synced."""
+    def crash(self, *, is_power: bool, in_commit: bool = False, away_s: float = 0.0) -> None:
+        """kill -9 of the front, and so of its core; is_power: the machine lost what is not synced;
+        away_s: it is started again so much later than usual."""
         if self.process is None or self.process.is_dead:
             return
         self.doom = None
@@ -216,7 +219,8 @@ class FrontHost:
             is_safe=not is_power or self.disk.config.durability == "power",
             kept=self.disk.lengths(),
         )
-        self._loop.outside(0.05 + self._rng.random() * 0.3, self.start)
+        self.on_crash(is_power)
+        self._loop.outside(away_s + 0.05 + self._rng.random() * 0.3, self.start)
 
     @property
     def _has_open_budget(self) -> bool:
@@ -287,8 +291,13 @@ class FrontHost:
                     unseal(values["data"]), key=_key("/import", values["key"], values["data"])
                 )
                 return accepted.group_id, tuple(accepted.rollout_ids), accepted.is_replay
+            case "work":
+                return await self._work(manager, values["work"])
             case "get":
                 return snapshot(await manager.find(values["id"]))
+            case "rollout":
+                rollout = await manager.wait(values["id"], timeout_s=values["wait_s"])
+                return encode(pack(rollout))
             case "wait":
                 rollout = await manager.wait(
                     values["id"], after=values["after"], timeout_s=values["wait_s"]
@@ -297,20 +306,56 @@ class FrontHost:
             case "list":
                 found = await manager.list(Query(limit=10_000))
                 return tuple((s.id, str(s.state), s.num_output_tokens, s.is_acked) for s in found)
+            case "known":
+                found = await manager.list(Query(pool=values["pool"], limit=10_000))
+                return [
+                    (s.id, s.state.is_ended, s.state is RolloutState.ABORTED, s.is_acked)
+                    for s in found
+                ]
             case "pause" | "resume" | "cancel" | "acknowledge":
                 return tuple(await getattr(manager, method)(values["ids"]))
             case "open_budget":
-                key = _key("/rollouts/budget", values["key"], values["tokens"])
-                return budget_of(await manager.open_budget(values["pool"], values["tokens"], key))
+                pool, tokens, places = values["pool"], values["tokens"], values.get("places")
+                key = _key("/rollouts/budget", values["key"], [tokens, places])
+                return budget_of(await manager.open_budget(pool, tokens, key, places=places))
             case "close_budget":
                 return budget_of(await manager.close_budget(values["id"]))
             case "budget":
                 return budget_of(await manager.wait_budget(values["id"], values["wait_s"]))
+            case "budgets":
+                return [budget_of(one) for one in manager.budgets(values["pool"])]
             case "update":
                 return await self._update(values["version"])
+            case "mend":
+                # somebody brings the weights that it waits for
+                return self._serving or await self._update(manager.version.number)
+            case "ready":
+                return self._facts(manager)
             case "version":
                 return self._serving
         raise AssertionError(method)
+
+    async def _work(self, manager: RolloutManager, work: Work) -> str:
+        """A rollout of a run, as POST /rollouts makes it."""
+        prompt = work.prompt
+        submission = Submission(
+            prompt_ids=list(prompt.prompt_ids or ()),
+            sampling=work.sampling,
+            group_id=work.group_id,
+            pool=work.pool,
+            attempt=work.attempt,
+            metadata=prompt.metadata,
+        )
+        accepted = await manager.accept(submission, _key("/rollouts", work.key, work))
+        [rollout_id] = accepted.rollout_ids
+        return rollout_id
+
+    def _facts(self, manager: RolloutManager) -> tuple[int, str, str]:
+        """As /ready. Raises EngineUnavailable."""
+        info, waiting_for = manager.info, manager.versions.waiting_for
+        if waiting_for is not None:
+            raise EngineUnavailable(waiting_for)
+        return info.version, info.digest, info.numerics
 
     async def _update(self, version: int) -> int:
         """Have the weights of a version staged, and flip to them; returns which serve then."""

@@ -14,6 +14,8 @@ from collections.abc import Callable, Coroutine
 from contextvars import Context, ContextVar, copy_context
 from typing import Any
 
+from everstep.engine.errors import EverstepError
+
 TaskType = asyncio.Task
 
 
@@ -34,6 +36,9 @@ class Process:
         self.tasks: list[asyncio.Task[Any]] = []
         self.children: list[Process] = []
         self.told_until_s = 0.0
+        self.fuse = 0
+        """After so many steps of it `on_fuse` is called; 0: never."""
+        self.on_fuse: Callable[[], None] = lambda: None
         self.context = copy_context()
         self.context.run(_PROCESS.set, self)
         loop.processes.append(self)
@@ -47,6 +52,12 @@ class Process:
     def call_later(self, delay_s: float, call: Callable[..., Any], *args: Any) -> None:
         """Call it in this process, unless that is dead by then."""
         self.loop.call_at(self.loop.time() + delay_s, call, *args, context=self.context)
+
+    def burn(self) -> None:
+        """A step is over."""
+        self.fuse -= 1
+        if not self.fuse:
+            self.on_fuse()
 
     def kill(self) -> None:
         """kill -9, its children too."""
@@ -102,6 +113,8 @@ class SimLoop(asyncio.BaseEventLoop):
                 process = handle._context.get(_PROCESS)
                 if process is None or not process.is_dead:
                     handle._run()
+                    if process is not None and process.fuse:
+                        process.burn()
 
     def _defer_some(self) -> None:
         """Move the next step of some tasks behind all else that is ready."""
@@ -147,10 +160,14 @@ class SimLoop(asyncio.BaseEventLoop):
         """Nobody sleeps."""
 
     def unheard(self) -> list[BaseException]:
-        """Errors of tasks that ended by them, and nobody looked."""
-        tasks = [task for process in self.processes for task in process.tasks]
-        bad = [t for t in tasks if t.done() and not t.cancelled() and t._log_traceback]
-        return [error for task in bad if (error := task.exception()) is not None]
+        """Errors of tasks that ended by them, and nobody looked. Who was killed may not have come to
+        look at one that is raised on purpose."""
+        found: list[BaseException] = []
+        for process in self.processes:
+            bad = [t for t in process.tasks if t.done() and not t.cancelled() and t._log_traceback]
+            errors = [error for task in bad if (error := task.exception()) is not None]
+            found += [e for e in errors if not (process.is_dead and isinstance(e, EverstepError))]
+        return found
 
     def bury(self) -> None:
         """Close what is still suspended, so that the collector does not find it; then the loop."""

@@ -6,6 +6,8 @@ import random
 from .client import Client
 from .clocks import Wall
 from .controller import Controller
+from .driver import DriverHost
+from .driver_watch import KINDS
 from .front import FrontHost
 from .history import History
 from .loop import SimLoop
@@ -26,12 +28,13 @@ class Nemesis:
         client: Client,
         trainer: Trainer,
         controller: Controller | None,
+        driver: DriverHost | None,
         wall: Wall,
     ) -> None:
         self._loop, self._profile, self._history, self._rng = loop, profile, history, rng
         self._network, self._fronts = network, fronts
         self._client, self._trainer, self._wall = client, trainer, wall
-        self._controller = controller
+        self._controller, self._driver = controller, driver
 
     async def run(self) -> None:
         """Strike until the time is over, then mend."""
@@ -47,6 +50,8 @@ class Nemesis:
         self._client.is_calm = True
         if self._controller is not None:
             self._controller.is_calm = True
+        if self._driver is not None:
+            self._driver.calm()
         for front in self._fronts:
             front.disk.is_full, front.slow, front.doom = False, 1.0, None
         self._history.note("nemesis", "calm")
@@ -74,6 +79,16 @@ class Nemesis:
             case "controller killed":
                 if self._controller is not None:
                     self._controller.crash()
+            case "engine away":
+                # longer than a driver waits for it, as the case may be
+                if self._rng.random() < 0.5:
+                    self._network.cut.add(front.name)
+                    self._loop.outside(1 + duration_s, self._network.cut.discard, front.name)
+                else:
+                    front.crash(is_power=False, away_s=0.5 + 3 * duration_s)
+            case _ if fault.startswith("driver"):
+                if self._driver is not None:
+                    self._strike_driver(self._driver, fault, duration_s)
             case "disk full":
                 front.disk.is_full = True
                 self._loop.outside(duration_s, setattr, front.disk, "is_full", False)
@@ -86,3 +101,23 @@ class Nemesis:
                 self._loop.outside(duration_s, self._network.cut.discard, server)
             case "clock jumps":
                 self._wall.skew_s += self._rng.choice([-3600.0, 3600.0, 5.0])
+
+    def _strike_driver(self, driver: DriverHost, fault: str, duration_s: float) -> None:
+        doom = driver.doom
+        doom.is_power = self._rng.random() < 0.4
+        match fault:
+            case "driver killed":
+                driver.crash()
+            case "driver killed at a step":
+                if driver.process is not None:
+                    driver.process.fuse = self._rng.randint(1, 80)
+            case "driver killed at a commit":
+                doom.kind = self._rng.choice(KINDS)
+                doom.left = self._rng.randint(1, 4) if doom.kind == "any" else 1
+            case "driver killed in the output":
+                doom.kind, doom.left = "write", self._rng.randint(1, 2)
+            case "driver loses power":
+                driver.crash(is_power=True)
+            case "driver has a full disk":
+                driver.disk.fill(True)
+                self._loop.outside(duration_s, driver.disk.fill, False)

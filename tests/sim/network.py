@@ -67,6 +67,9 @@ class Network:
             return await answer
         finally:
             timer.cancel()
+            if answer.done() and not answer.cancelled():
+                # the caller may have left in the moment in which it came
+                answer.exception()
 
     def _send(self, arrive: Callable[[], None], receiver: Process | None) -> None:
         """Let it arrive, in the process that receives it, or not."""

@@ -7,16 +7,27 @@ states that a mixture of everything never does.
 import random
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from everstep.engine.config import BatchConfig, ResolvedKV
 from everstep.trainer_bridge.c3po_config import C3poConfig
 
 from .controller import C3poSettings
 from .core import CoreSettings
+from .driver import DriverSettings
 from .front import FrontSettings
 from .language import WeightSettings
 from .network import Quality
 
+OF_DRIVER = (
+    "driver killed",
+    "driver killed at a step",
+    "driver killed at a commit",
+    "driver killed in the output",
+    "driver loses power",
+    "driver has a full disk",
+    "engine away",
+)
 FAULTS = (
     "front killed",
     "front killed in a commit",
@@ -31,6 +42,8 @@ FAULTS = (
     "network cut",
     "clock jumps",
 )
+C3PO_SHARE, DRIVER_SHARE = 0.15, 0.5
+"""Of the histories: with the bare controller, with the driver of a run."""
 WISHES = ("pause", "pause all", "cancel", "fork", "move")
 
 
@@ -59,16 +72,26 @@ class Profile(Struct, frozen=True, kw_only=True):
     batch_groups: int
     train_s: float
     c3po: C3poSettings | None
+    driver: DriverSettings | None
+    retain_acked_s: float
 
     @classmethod
     def draw(cls, rng: random.Random, *, sqlite_share: float) -> "Profile":
-        faults = [fault for fault in FAULTS if rng.random() < 0.35]
+        kind = rng.random()
+        is_run = C3PO_SHARE <= kind < C3PO_SHARE + DRIVER_SHARE
+        # what happens to a driver happens in its histories, and little else
+        faults = [fault for fault in FAULTS if rng.random() < (0.2 if is_run else 0.35)]
+        faults += [fault for fault in OF_DRIVER if is_run and rng.random() < 0.4]
         durability = rng.choice(["accepts", "accepts", "power", "process"])
         if durability == "process":
             # it promises nothing about power
             faults = [fault for fault in faults if not fault.startswith("power")]
-        c3po = _controller(rng) if rng.random() < 0.6 else None
-        if c3po is not None and any(fault.startswith("power") for fault in faults):
+        c3po = _controller(rng) if kind < C3PO_SHARE else None
+        driver = _driver(rng, is_sqlite=rng.random() < sqlite_share) if is_run else None
+        if driver is not None and len(driver.engines) > 1:
+            faults += ["engine away"] * rng.choice([0, 2])
+        has_power_loss = any(fault.startswith("power") for fault in faults)
+        if (driver and driver.is_embedded) or ((driver or c3po) and has_power_loss):
             # a token that was counted and is lost would be counted again
             durability = "power"
         wishes = tuple(wish for wish in WISHES if rng.random() < 0.5)
@@ -123,12 +146,15 @@ class Profile(Struct, frozen=True, kw_only=True):
             batch_groups=rng.randint(1, 3),
             train_s=rng.choice([0.02, 0.1, 0.4]),
             c3po=c3po,
+            driver=driver,
+            # of what is not forgotten the tokens are counted in the end
+            retain_acked_s=rng.choice([5.0, 1e8, 1e8]) if driver else 5.0,
         )
 
 
-def _controller(rng: random.Random) -> C3poSettings:
+def _config(rng: random.Random) -> C3poConfig:
     is_bounded = rng.random() < 0.2
-    config = C3poConfig(
+    return C3poConfig(
         budget=rng.choice([6, 12, 25, 60]),
         capacity=rng.randint(2, 6),
         mode=rng.choice(["generated", "generated", "completed"]),
@@ -138,9 +164,40 @@ def _controller(rng: random.Random) -> C3poSettings:
         max_staleness=2 if is_bounded else None,
         consumer_batch=4 if is_bounded else None,
     )
+
+
+def _controller(rng: random.Random) -> C3poSettings:
     return C3poSettings(
-        config=config,
+        config=_config(rng),
         front=rng.choice("AAB"),
         num_prompts=rng.randint(2, 8),
         meddles=rng.random() < 0.5,
+    )
+
+
+def _driver(rng: random.Random, *, is_sqlite: bool) -> DriverSettings:
+    engines = rng.choice([("A",), ("B",), ("A", "B"), ("B", "A"), ("A", "B")])
+    config = _config(rng)
+    if config.retention == 0 and rng.random() < 0.5:
+        # short budgets would end in nothing but purges
+        config = replace(config, retention=3)
+    if len(engines) == 1:
+        config = replace(config, standby=rng.choice([0, config.capacity]))
+    num_prompts = rng.randint(2, 7 if config.budget > 12 else 4)
+    return DriverSettings(
+        config=config,
+        engines=engines,
+        is_embedded=len(engines) == 1 and rng.random() < 0.4,
+        is_trained=rng.random() < 0.6,
+        is_sqlite=is_sqlite,
+        has_threads=rng.random() < 0.5,
+        # those that have others wait less
+        wait_s=rng.choice([0.2, 0.4, 3.0] if len(engines) > 1 else [0.3, 1.0, 5.0]),
+        step=rng.choice([None, None, None, 1, 3]),
+        num_prompts=num_prompts,
+        epochs=rng.choice([1, 1, 2]) if config.budget > 12 else 1,
+        bad=rng.randrange(num_prompts) if rng.random() < 0.15 else None,
+        too_long=rng.randrange(num_prompts) if rng.random() < 0.15 else None,
+        meddles=rng.random() < 0.3,
+        kv=rng.choice(["keep", "recompute", "recompute-prompt"]),
     )

@@ -5,6 +5,7 @@ acknowledged once a checkpoint knows it. Whatever it held besides is lost when i
 """
 
 import asyncio
+import contextlib
 import random
 from typing import Any
 
@@ -24,11 +25,16 @@ class Trainer:
         profile: Profile,
         rng: random.Random,
         fronts: tuple[str, ...],
+        mended: tuple[str, ...] = (),
     ) -> None:
         self._loop, self._network, self._history = loop, network, history
         self._profile, self._rng, self._fronts = profile, rng, fronts
+        self._mended = mended
+        """Fronts that somebody else serves versions: they are told only of weights they lack."""
         self.process: Process | None = None
         self.version = BASE
+        self.made: dict[str, int] = {}
+        """The checkpoint too: group → the version that it came to."""
         self.consumed: dict[str, Any] = {}
         """The checkpoint: group → what was in it."""
         self._held: dict[str, Any] = {}
@@ -45,6 +51,8 @@ class Trainer:
             self.process.spawn(self._train())
             for front in self._fronts:
                 self.process.spawn(self._publish(front))
+            for front in self._mended:
+                self.process.spawn(self._mend(front))
 
     def crash(self) -> None:
         if self.process is not None and not self.process.is_dead:
@@ -54,9 +62,13 @@ class Trainer:
             self.process.kill()
             self._loop.outside(0.1 + self._rng.random() * 0.3, self.start)
 
-    async def _handle(self, method: str, values: dict[str, Any]) -> bool:
-        """Whether the group is in a checkpoint; it is taken if it is new."""
-        assert method == "offer"
+    async def _handle(self, method: str, values: dict[str, Any]) -> int:
+        """Whether the group is in a checkpoint, or under "train" the version that it came to; it is
+        taken if it is new."""
+        is_in = self._offer(values)
+        return self.made[values["group"]] if is_in and method == "train" else is_in
+
+    def _offer(self, values: dict[str, Any]) -> bool:
         group, rollouts = values["group"], values["rollouts"]
         self._history.note("trainer", "offered", group=group, rollouts=rollouts)
         if group in self.consumed:
@@ -72,16 +84,28 @@ class Trainer:
         while True:
             await asyncio.sleep(0.02)
             waited_s += 0.02
-            if len(self._held) < self._profile.batch_groups and not (self._held and waited_s > 0.5):
+            is_due = len(self._held) >= self._profile.batch_groups or waited_s > 0.5
+            # an iteration of a run is a batch by itself
+            if not (self._held and is_due) and not any(g.startswith("r") for g in self._held):
                 continue
             waited_s = 0.0
             batch = dict(list(self._held.items())[: self._profile.batch_groups])
             await asyncio.sleep(self._profile.train_s * self._rng.random())
             # one write: the checkpoint has both or neither
+            self.version += 1
             for group in batch:
                 self.consumed[group] = self._held.pop(group)
-            self.version += 1
+                self.made[group] = self.version
             self._history.note("trainer", "trained", groups=tuple(batch), version=self.version)
+
+    async def _mend(self, front: str) -> None:
+        """Bring the weights back that a front waits for."""
+        while True:
+            await asyncio.sleep(0.3)
+            process = self.process
+            assert process is not None
+            with contextlib.suppress(NoAnswer, Refused):
+                await self._network.call(process, front, "mend", 1.0)
 
     async def _publish(self, front: str) -> None:
         """Tell a front of the newest version until it serves it, and again now and then: it may

@@ -215,6 +215,43 @@ def test_a_limit_of_iterations_stops_it_and_a_larger_one_goes_on(folder):
     check(world, run(world.live()))
 
 
+def test_a_run_that_dies_before_its_engines_are_told_tells_them_later(folder):
+    class Deaf(FakeEngine):
+        is_deaf = False
+
+        async def known(self, pool):
+            if self.is_deaf:
+                raise EngineUnavailable(f"no answer from {self.name}")
+            return await super().known(pool)
+
+    engine = Deaf("e", lambda seed, _: 3 + digest(seed) % 15)
+    # what is purged ends aborted, and nobody acknowledges it before the end
+    world = World(folder, config(retention=0, budget=30), [engine], [f"p{i}" for i in range(6)])
+
+    async def story() -> None:
+        async def weather() -> None:
+            await asyncio.sleep(0.1)
+            engine.is_deaf = True
+
+        storm = asyncio.create_task(weather())
+        with pytest.raises(EngineUnavailable):
+            await world.live()
+        await storm
+
+    run(story())
+    left = world.open()
+    assert left.machine.phase == "done"
+    assert not left.is_over
+    left.close()
+    lines = list(world.sink.lines)
+    engine.is_deaf = False
+    state = run(world.live())
+    assert state.is_over
+    assert world.sink.lines == lines
+    check(world, state)
+    nothing_is_left(world)
+
+
 def test_done_is_done(folder):
     world = World(folder, config(), [FakeEngine("e", short)], ["p0", "p1"])
     run(world.live())
