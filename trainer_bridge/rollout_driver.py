@@ -217,12 +217,13 @@ class RolloutDriver:
             is_done = self._state.machine.phase == "done"
             if is_done:
                 await self._fleet.finish()
-                # before that, whoever is started again has to do it
-                self._state.over()
-                await self._commit()
             if self._learner is not None:
                 reason = "every prompt is done" if is_done else "its limit is reached"
                 await self._learner.finish(reason, is_over=is_done)
+            if is_done:
+                # before that, whoever is started again has to say all farewells
+                self._state.over()
+                await self._commit()
         finally:
             if self._writing is not None and not self._writing.done():
                 # the file is the caller's to close

@@ -27,7 +27,7 @@ from everstep.trainer_bridge.run_state import RunState
 from everstep.trainer_bridge.run_words import Header, KeptPrompt, Position
 
 from .driver_disk import DriverDisk, SimOutput
-from .driver_engine import Meddler, NetworkEngine, WatchedEngine
+from .driver_engine import Meddler, SimServer, WatchedEngine
 from .driver_learner import learner
 from .driver_watch import Doom, DriverWatch
 from .front import FrontHost
@@ -285,9 +285,9 @@ class DriverHost:
             assert manager is not None
             found = [ManagerEngine(self._home.name, manager, _encode)]
         else:
+            parts = (self._loop, self._network, process, settings.wait_s)
             found = [
-                NetworkEngine(name, self._loop, self._network, process, settings.wait_s)
-                for name in settings.engines
+                SimServer(name, *parts, is_trained=settings.is_trained) for name in settings.engines
             ]
         return [WatchedEngine(engine, self._history, self._on_rollout) for engine in found]
 

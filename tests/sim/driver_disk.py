@@ -40,6 +40,7 @@ class DriverDisk:
         self.on_write: Callable[[], None] = lambda: None
         self.rng, self._is_sqlite = rng, is_sqlite
         self.spool: dict[int, Any] = {}
+        self.serving: Any = None
         self.output = _Bytes()
         self.file: RunFile | None = None
         """Who has it open; whoever else holds one is dead."""

@@ -4,127 +4,159 @@ what a run asks of any engine, written down for the checker.
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from types import SimpleNamespace
+from typing import Any, Protocol
 
 from everstep.clients.client_flows import Patience, error_from
 from everstep.engine.errors import EngineUnavailable, EverstepError, UnknownRollout
+from everstep.engine.journal_ops import BudgetState, Query
 from everstep.engine.messages import KVPolicy
-from everstep.engine.rollout import Rollout
+from everstep.engine.rollout import Rollout, RolloutState
 from everstep.engine.trajectory import decode, unpack
-from everstep.trainer_bridge.rollout_engine import Budget, Engine, Facts, Prompt, Seen, Work
+from everstep.http_engine import HttpEngine
+from everstep.trainer_bridge.hosts import Host
+from everstep.trainer_bridge.rollout_engine import Budget, Engine, Work
 
 from .front import snapshot
 from .history import History
 from .loop import Process, SimLoop
 from .network import Network, NoAnswer, Refused
 
-T = TypeVar("T")
 POLL_S = 0.25
 TIMEOUT_S = 0.3
 EACH_S = 0.05
 """More for each id that the slowest disk has to look up."""
-UNBOUNDED = 2**53
+WEIGHTS_S = 0.5
 
 
-class ServingEngine(Engine, Protocol):
+class ServingEngine(Engine, Host, Protocol):
     """An engine that a trainer's versions go to."""
 
-    async def serve(self, version: int, path: str, kv: KVPolicy) -> str: ...
 
-
-class NetworkEngine:
-    """A front that is reached over the network, as `HttpEngine` reaches a server.
+class SimServer(HttpEngine):
+    """A front that is reached over the network: all but what is below it is the shipped engine.
 
     wait_s  how long it is waited for when it is away
     """
 
     def __init__(
-        self, name: str, loop: SimLoop, network: Network, process: Process, wait_s: float
+        self,
+        name: str,
+        loop: SimLoop,
+        network: Network,
+        process: Process,
+        wait_s: float,
+        *,
+        is_trained: bool,
     ) -> None:
-        self.name = name
-        self._loop, self._network, self._process = loop, network, process
-        self._wait_s = wait_s
+        self.name, self._is_trained = name, is_trained
+        self._wait_s = self._first_s = wait_s
+        self._looked_s, self._lengths = 0.0, []
+        self._sim = SimClient(name, loop, network, process, wait_s)
+        self._client: Any = self._sim
 
-    async def _call(self, method: str, longer_s: float = 0.0, **values: Any) -> Any:
-        patience = Patience(self.name, self._wait_s, has_answered=True, clock=self._loop.time)
-        while True:
-            try:
-                return await self._network.call(
-                    self._process, self.name, method, TIMEOUT_S + longer_s, **values
-                )
-            except NoAnswer as silence:
-                trouble: EverstepError = EngineUnavailable(f"no answer: {silence}")
-            except Refused as refusal:
-                if refusal.code == "connection":
-                    trouble = EngineUnavailable(f"no answer from {self.name}")
-                else:
-                    trouble = error_from(refusal.code, str(refusal), None)
-            await asyncio.sleep(patience.pause_after(trouble))
-
-    async def start(self) -> Facts:
-        return Facts(*await self._call("ready"))
-
-    async def prepare(self, prompt: Prompt) -> Prompt:
-        return prompt
-
-    async def submit(self, work: Work) -> str:
-        rollout_id: str = await self._call("work", work=work)
-        return rollout_id
-
-    async def ended(self, rollout_id: str) -> Rollout:
-        while True:
-            found = await self._rollout(rollout_id, POLL_S)
-            if found.state.is_ended:
-                return found
-
-    async def read(self, rollout_id: str) -> Rollout:
-        return await self._rollout(rollout_id, 0.0)
-
-    async def _rollout(self, rollout_id: str, wait_s: float) -> Rollout:
-        return unpack(decode(await self._call("rollout", wait_s, id=rollout_id, wait_s=wait_s)))
-
-    async def cancel(self, rollout_ids: Sequence[str]) -> None:
-        await self._call("cancel", EACH_S * len(rollout_ids), ids=list(rollout_ids))
-
-    async def acknowledge(self, rollout_ids: Sequence[str]) -> None:
-        await self._call("acknowledge", EACH_S * len(rollout_ids), ids=list(rollout_ids))
-
-    async def known(self, pool: str) -> list[Seen]:
-        return [Seen(*one) for one in await self._call("known", pool=pool)]
-
-    async def open_budget(
-        self, pool: str, tokens: int | None, key: str, places: int | None = None
-    ) -> Budget:
-        wanted = {"tokens": UNBOUNDED if tokens is None else tokens, "places": places}
-        return _budget(await self._call("open_budget", pool=pool, key=key, **wanted))
-
-    async def budget(self, budget_id: str, wait_s: float) -> Budget:
-        until_s = self._loop.time() + wait_s
-        while True:
-            rest_s = max(0.0, min(POLL_S, until_s - self._loop.time()))
-            found = _budget(await self._call("budget", rest_s, id=budget_id, wait_s=rest_s))
-            if not found.is_open or self._loop.time() >= until_s:
-                return found
-
-    async def budgets(self, pool: str) -> list[Budget]:
-        return [_budget(one) for one in await self._call("budgets", pool=pool)]
-
-    async def close_budget(self, budget_id: str) -> None:
-        await self._call("close_budget", id=budget_id)
-
-    async def lengths(self, pool: str, rollout_ids: Sequence[str]) -> list[int]:
-        return []
-
-    async def serve(self, version: int, path: str, kv: KVPolicy) -> str:
-        return f"{await self._call('update', version=version)} serves"
+    async def _ready(self) -> Any:
+        version, digest, numerics, waits_for = await self._sim.call("ready")
+        if waits_for is not None and not self._is_trained:
+            raise EngineUnavailable(f"{self.name} is not ready: {waits_for}")
+        return SimpleNamespace(version=version, digest=digest, numerics=numerics)
 
     async def close(self) -> None:
         return None
 
 
-def _budget(found: dict[str, Any]) -> Budget:
-    return Budget(found["id"], found["used"], found["state"] == "open")
+class SimClient:
+    """What `AsyncClient` is to the shipped engine, with its patience, over the simulated network."""
+
+    def __init__(
+        self, name: str, loop: SimLoop, network: Network, process: Process, wait_s: float
+    ) -> None:
+        self._name, self._loop, self._network = name, loop, network
+        self._process, self._wait_s = process, wait_s
+
+    async def call(self, method: str, longer_s: float = 0.0, **values: Any) -> Any:
+        """Its answer, asked for again while that may help."""
+        patience = Patience(self._name, self._wait_s, has_answered=True, clock=self._loop.time)
+        while True:
+            try:
+                return await self._network.call(
+                    self._process, self._name, method, TIMEOUT_S + longer_s, **values
+                )
+            except NoAnswer as silence:
+                trouble: EverstepError = EngineUnavailable(f"no answer: {silence}")
+            except Refused as refusal:
+                if refusal.code == "connection":
+                    trouble = EngineUnavailable(f"no answer from {self._name}")
+                else:
+                    trouble = error_from(refusal.code, str(refusal), None)
+            await asyncio.sleep(patience.pause_after(trouble))
+
+    async def submit(self, prompt: None, *, idempotency_key: str, **fields: Any) -> Any:
+        found = await self.call("work", key=idempotency_key, fields=fields)
+        return SimpleNamespace(rollout_ids=found)
+
+    async def wait(self, rollout_id: str) -> Rollout:
+        while True:
+            found = await self._rollout(rollout_id, POLL_S)
+            if found.state.is_ended:
+                return found
+
+    async def get(self, rollout_id: str) -> Rollout:
+        return await self._rollout(rollout_id, 0.0)
+
+    async def _rollout(self, rollout_id: str, wait_s: float) -> Rollout:
+        return unpack(decode(await self.call("rollout", wait_s, id=rollout_id, wait_s=wait_s)))
+
+    async def cancel(self, ids: Sequence[str]) -> None:
+        await self.call("cancel", EACH_S * len(ids), ids=list(ids))
+
+    async def ack(self, ids: Sequence[str]) -> None:
+        await self.call("acknowledge", EACH_S * len(ids), ids=list(ids))
+
+    async def list(self, *, pool: str, state: RolloutState | None = None) -> AsyncIterator[Any]:
+        for summary in await self.call("summaries", query=Query(pool=pool, state=state)):
+            yield summary
+
+    async def open_budget(
+        self, pool: str, tokens: int, *, places: int | None, idempotency_key: str
+    ) -> Any:
+        found = await self.call(
+            "open_budget", pool=pool, tokens=tokens, places=places, key=idempotency_key
+        )
+        return _budget(found)
+
+    async def wait_budget(self, budget_id: str, *, timeout_s: float) -> Any:
+        until_s = self._loop.time() + timeout_s
+        while True:
+            rest_s = max(0.0, min(POLL_S, until_s - self._loop.time()))
+            found = _budget(await self.call("budget", rest_s, id=budget_id, wait_s=rest_s))
+            if found.state is not BudgetState.OPEN or self._loop.time() >= until_s:
+                return found
+
+    async def budgets(self, pool: str) -> Any:
+        return [_budget(one) for one in await self.call("budgets", pool=pool)]
+
+    async def close_budget(self, budget_id: str) -> None:
+        await self.call("close_budget", id=budget_id)
+
+    async def weights(self) -> Any:
+        current, waiting_for = await self.call("weights")
+        return SimpleNamespace(current=current, waiting_for=waiting_for)
+
+    async def stage_weights(self, path: str, *, rollback: int | None = None) -> Any:
+        return await self.call("stage", WEIGHTS_S, path=path, rollback=rollback)
+
+    async def flip_weights(self, version: int, *, kv: KVPolicy) -> Any:
+        flipped = await self.call("flip", WEIGHTS_S, version=version, kv=kv)
+        return SimpleNamespace(flipped=flipped)
+
+    async def unstage_weights(self) -> None:
+        await self.call("unstage")
+
+
+def _budget(found: dict[str, Any]) -> Any:
+    return SimpleNamespace(id=found["id"], used=found["used"], state=BudgetState(found["state"]))
 
 
 class WatchedEngine:

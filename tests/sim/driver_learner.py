@@ -10,10 +10,14 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+from msgspec.structs import replace
+
 from everstep.engine.messages import KVPolicy
 from everstep.engine.trajectory import unpack
 from everstep.trainer_bridge.learner import BridgeLearner
 from everstep.trainer_bridge.protocol import Trained, TrajectoryGroup
+from everstep.trainer_bridge.rollout_driver import Groups
+from everstep.trainer_bridge.spool import Serving
 
 from .driver_disk import DriverDisk
 from .driver_engine import WatchedEngine
@@ -22,30 +26,51 @@ from .loop import Process
 from .network import Network, NoAnswer, Refused
 
 DEADLINE_S = 60.0
+LINEAGE = "the only life of the trainer"
 
 
 class SimSpool:
-    """Iterations on the driver's disk; one is there whole or not at all."""
+    """Iterations, and what is served, on the driver's disk; one is there whole or not at all."""
 
     def __init__(self, disk: DriverDisk) -> None:
         self._disk, self._owner = disk, disk.file
+        self.serving: Serving | None = disk.serving
+
+    @property
+    def _is_live(self) -> bool:
+        return self._disk.file is self._owner
 
     @property
     def iterations(self) -> list[int]:
         return sorted(self._disk.spool)
 
     def add(self, iteration: int, groups: Sequence[TrajectoryGroup]) -> None:
-        if self._disk.file is self._owner:
+        if self._is_live:
             self._disk.spool.setdefault(iteration, list(groups))
+
+    def serve(self, serving: Serving) -> None:
+        if self._is_live:
+            self._disk.serving = self.serving = serving
+
+    def sizes(self, iteration: int) -> Sequence[int]:
+        return [group.num_tokens for group in self._disk.spool[iteration]]
+
+    async def load(self, iteration: int, index: int) -> TrajectoryGroup:
+        return self.read(iteration)[index]
 
     def read(self, iteration: int) -> list[TrajectoryGroup]:
         found: list[TrajectoryGroup] = self._disk.spool[iteration]
         return found
 
     def release(self, through: int) -> None:
-        if self._disk.file is self._owner:
+        if self._is_live:
             for iteration in [i for i in self._disk.spool if i <= through]:
                 del self._disk.spool[iteration]
+
+    def remove(self) -> None:
+        if self._is_live:
+            self._disk.spool.clear()
+            self._disk.serving = None
 
 
 class SimSender:
@@ -55,7 +80,7 @@ class SimSender:
         self, spool: SimSpool, network: Network, process: Process, rng: random.Random, acked: int
     ) -> None:
         self._spool, self._network, self._process, self._rng = spool, network, process, rng
-        self.dealer = SimpleNamespace(acked=acked)
+        self.dealer = SimpleNamespace(acked=acked, lineage=LINEAGE, begun=None)
         self._announced: set[int] = set()
 
     async def start(self) -> str:
@@ -86,7 +111,13 @@ class SimSender:
             return 0
         return version
 
-    async def finish(self, reason: str, patience_s: float) -> None:
+    async def changed(self, is_so: Callable[[], bool]) -> None:
+        """This trainer never goes back."""
+        await asyncio.Event().wait()
+
+    async def finish(
+        self, reason: str, patience_s: float, *, needs: Sequence[str], is_over: bool
+    ) -> None:
         return None
 
     async def close(self) -> None:
@@ -101,18 +132,12 @@ def _shown(rollout: Any) -> dict[str, Any]:
     }
 
 
-class NoRewards:
+class SimScorer:
     """Every sample earns as many points as it has tokens."""
 
-    async def start(self) -> None:
-        return None
-
-    async def score_all(self, samples: Sequence[Any]) -> list[Any]:
+    async def score(self, groups: Groups) -> Groups:
         await asyncio.sleep(0.001)
-        return [SimpleNamespace(reward=float(s.num_tokens), failure=None) for s in samples]
-
-    async def close(self) -> None:
-        return None
+        return [[replace(m, reward=float(len(m.rollout.output_ids))) for m in g] for g in groups]
 
 
 def learner(
@@ -129,5 +154,5 @@ def learner(
     """As `Training.learner` makes it, for a run that stands at this iteration."""
     spool = SimSpool(disk)
     acked = min(spool.iterations, default=iteration) - 1
-    parts: Any = (SimSender(spool, network, process, rng, acked), spool, NoRewards(), engines)
-    return BridgeLearner(*parts, kv=kv, deadline_s=DEADLINE_S, on_note=on_note)
+    parts: Any = (SimSender(spool, network, process, rng, acked), spool, SimScorer(), engines)
+    return BridgeLearner(*parts, kv=kv, deadline_s=DEADLINE_S, outlives=True, on_note=on_note)

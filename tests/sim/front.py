@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from everstep.engine.config import RestartConfig
 from everstep.engine.errors import (
@@ -19,10 +20,9 @@ from everstep.engine.intake import Submission
 from everstep.engine.journal_ops import Budget, BudgetState, JournalStore, Query, RequestKey
 from everstep.engine.journal_thread import JournalThread, _call_soon
 from everstep.engine.manager import RolloutManager
-from everstep.engine.messages import KVPolicy
+from everstep.engine.messages import Flipped, KVPolicy
 from everstep.engine.rollout import Rollout, RolloutState, SamplingParams
 from everstep.engine.trajectory import encode, pack, seal, unseal
-from everstep.trainer_bridge.rollout_engine import Work
 
 from .core import CoreSettings, SimBackend
 from .disk import SimDisk
@@ -292,7 +292,7 @@ class FrontHost:
                 )
                 return accepted.group_id, tuple(accepted.rollout_ids), accepted.is_replay
             case "work":
-                return await self._work(manager, values["work"])
+                return await self._work(manager, values["key"], values["fields"])
             case "get":
                 return snapshot(await manager.find(values["id"]))
             case "rollout":
@@ -306,12 +306,8 @@ class FrontHost:
             case "list":
                 found = await manager.list(Query(limit=10_000))
                 return tuple((s.id, str(s.state), s.num_output_tokens, s.is_acked) for s in found)
-            case "known":
-                found = await manager.list(Query(pool=values["pool"], limit=10_000))
-                return [
-                    (s.id, s.state.is_ended, s.state is RolloutState.ABORTED, s.is_acked)
-                    for s in found
-                ]
+            case "summaries":
+                return await manager.list(replace(values["query"], limit=10_000))
             case "pause" | "resume" | "cancel" | "acknowledge":
                 return tuple(await getattr(manager, method)(values["ids"]))
             case "open_budget":
@@ -330,32 +326,33 @@ class FrontHost:
                 # somebody brings the weights that it waits for
                 return self._serving or await self._update(manager.version.number)
             case "ready":
-                return self._facts(manager)
+                # as /ready says it
+                info, waiting_for = manager.info, manager.versions.waiting_for
+                return info.version, info.digest, info.numerics, waiting_for
+            case "weights":
+                return manager.version, manager.versions.waiting_for
+            case "stage":
+                return await manager.stage(values["path"], rollback=values["rollback"])
+            case "flip":
+                return await self._flip(manager, values["version"], values["kv"])
+            case "unstage":
+                return await manager.unstage()
             case "version":
                 return self._serving
         raise AssertionError(method)
 
-    async def _work(self, manager: RolloutManager, work: Work) -> str:
-        """A rollout of a run, as POST /rollouts makes it."""
-        prompt = work.prompt
-        submission = Submission(
-            prompt_ids=list(prompt.prompt_ids or ()),
-            sampling=work.sampling,
-            group_id=work.group_id,
-            pool=work.pool,
-            attempt=work.attempt,
-            metadata=prompt.metadata,
-        )
-        accepted = await manager.accept(submission, _key("/rollouts", work.key, work))
-        [rollout_id] = accepted.rollout_ids
-        return rollout_id
+    async def _work(self, manager: RolloutManager, key: str, fields: dict[str, Any]) -> list[str]:
+        """Rollouts of a run, as POST /rollouts makes them."""
+        wanted = {name: value for name, value in fields.items() if name != "messages"}
+        accepted = await manager.accept(Submission(**wanted), _key("/rollouts", key, fields))
+        return list(accepted.rollout_ids)
 
-    def _facts(self, manager: RolloutManager) -> tuple[int, str, str]:
-        """As /ready. Raises EngineUnavailable."""
-        info, waiting_for = manager.info, manager.versions.waiting_for
-        if waiting_for is not None:
-            raise EngineUnavailable(waiting_for)
-        return info.version, info.digest, info.numerics
+    async def _flip(self, manager: RolloutManager, version: int, kv: KVPolicy) -> Flipped:
+        self.flipping += 1
+        try:
+            return await manager.flip(version, kv)
+        finally:
+            self.flipping -= 1
 
     async def _update(self, version: int) -> int:
         """Have the weights of a version staged, and flip to them; returns which serve then."""
