@@ -4,7 +4,7 @@ trajectories (`*.evst`), with `reward` in their metadata.
 Lines of a group need not stand together. Other fields of a line are not looked at. Torch-free.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, Struct
 
+from ..engine import log
 from ..engine.errors import ConfigError, EverstepError, InvalidTrajectory
 from ..engine.ring_config import RingConfig
 from ..engine.rollout import TRUNCATED_SUPPORT, Rollout, SamplingParams
@@ -31,7 +32,8 @@ class Line(Struct, kw_only=True):
     group_id: str | None = None
     """Responses with the same one are compared; without it a line is a group of its own."""
     reward: float | None = None
-    """Needed for objective `rl`."""
+    """For objective `rl`; a response without one is no part of its group's baseline, and teaches
+    nothing."""
     temperature: Annotated[float, Meta(gt=0)] = 1.0
     """That it was sampled at."""
     lp_sampled: list[float] = []
@@ -67,6 +69,8 @@ class TrajectoryFiles:
             by_group.setdefault(key, []).append(sample)
         if not by_group:
             raise ConfigError(f"source.path: {config.source.path} has no lines")
+        if config.objective == "rl":
+            _check_rewards(config.source.path, by_group.values())
         groups = [Group.of(name, found, config.advantage_std) for name, found in by_group.items()]
         return cls(tuple(groups))
 
@@ -112,8 +116,6 @@ def _rollout(found: Line | Trajectory, config: TrainConfig) -> tuple[Rollout, fl
         rollout, reward = _rollout_of(found), found.reward
     if config.objective == "rl":
         num = len(rollout.output_ids)
-        if reward is None:
-            raise ConfigError("reward is missing; objective = 'rl' needs a number")
         if len(rollout.lp_sampled) != num:
             raise ConfigError(f"lp_sampled has {len(rollout.lp_sampled)} values for {num} tokens")
         is_cut = any(flag & TRUNCATED_SUPPORT for flag in rollout.flags)
@@ -145,6 +147,15 @@ def _rollout_of(line: Line) -> Rollout:
         kept_ids=line.kept_ids,
         versions=versions,
     )
+
+
+def _check_rewards(path: str, groups: Collection[Sequence[Sample]]) -> None:
+    """As over the bridge, a response may have none; if nobody has one, they were forgotten."""
+    missing = sum(sample.reward is None for group in groups for sample in group)
+    if missing == sum(map(len, groups)):
+        raise ConfigError(f"reward is missing on every line of {path}; objective = 'rl' needs them")
+    if missing:
+        log.event("trainer.no_reward", level="warning", path=path, lines=missing)
 
 
 def _check_temperature(rollout: Rollout) -> None:

@@ -55,7 +55,6 @@ GOOD = {"prompt_ids": [1, 2], "output_ids": [3, 4], "lp_sampled": [-1, -2], "rew
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"reward": None}, "reward is missing"),
         ({"reward": "high"}, "Expected `float | null`, got `str`"),
         ({"lp_sampled": [-1]}, "lp_sampled has 1 values for 2 tokens"),
         ({"output_ids": [3, 64]}, "an id is not below vocab_size 64"),
@@ -75,6 +74,22 @@ def test_a_bad_line_is_named(folder, tmp_path, change, message):
     config = read_config(write_config(folder, "lines", source={"path": str(file)}))
     with pytest.raises(ConfigError, match=f"lines.jsonl:3: .*{re.escape(message)}"):
         TrajectoryFiles.read(config, trainable_config(folder / "model"))
+
+
+def test_a_response_without_a_reward_teaches_nothing_and_all_without_one_are_refused(
+    folder, tmp_path
+):
+    file = tmp_path / "lines.jsonl"
+    config = read_config(write_config(folder, "lines", source={"path": str(file)}))
+    ring = trainable_config(folder / "model")
+    rewards = [1, None, 0]
+    lines = [json.dumps(GOOD | {"group_id": "a", "reward": reward}) for reward in rewards]
+    file.write_text("\n".join(lines))
+    [group] = TrajectoryFiles.read(config, ring).groups
+    assert [sample.advantage for sample in group.samples] == pytest.approx([1, 0, -1], abs=1e-5)
+    file.write_text(lines[1])
+    with pytest.raises(ConfigError, match=r"reward is missing on every line of .*lines\.jsonl"):
+        TrajectoryFiles.read(config, ring)
 
 
 def test_what_was_forced_or_cut_is_scored_as_it_was_sampled(folder, tmp_path):
