@@ -463,7 +463,78 @@ def training() -> str:
         _fields(Line, is_request=True),
         "A file `*.evst` (`everstep journal export --format trajectory`) is one response, whose "
         "reward is `reward` in its metadata; with `record: [routing]` its routes can be replayed.",
+        *_metrics_file(),
     )
+
+
+def _metrics_file() -> list[Any]:
+    """What a line of metrics.jsonl holds: names that a trainer really gives, or KeyError."""
+    from everstep.trainer_bridge.loss_metrics import ALIASES, GROUPS, NAMES
+    from everstep.trainer_bridge.trainer import Report
+
+    fields = [(f"`{name}`", _REPORT[name]) for name in Report.__struct_fields__]
+    told = {name for names, _ in _LOSS_METRICS for name in names}
+    if told != set(NAMES):
+        raise KeyError(f"metrics told and given differ: {sorted(told ^ set(NAMES))}")
+    rows = []
+    for names, what in _LOSS_METRICS:
+        others = (other for name in names for other in ALIASES.get(name, ()))
+        shown = (", ".join(f"`{name}`" for name in found) for found in (names, others))
+        rows.append((next(shown), what, next(shown)))
+    return [
+        "## metrics.jsonl",
+        "The output folder has a line per iteration, over all ranks; after a kill it goes on without "
+        "a gap or a line twice.",
+        table(("field", "what"), fields),
+        "`metrics` has the names below (empty for objective sft), over all response tokens, and "
+        f"with {', '.join(f'`{group}`' for group in GROUPS[1:])} behind a name over those whose "
+        "weights were so many versions old. With Δ = lp_old − lp_infer, p and q the two "
+        "probabilities and w the weight of a token; a value of no tokens is left out. The last "
+        "column is what others call it; [IcePop](../explain/icepop.md#metrics) says what is usual.",
+        table(("name", "what", "elsewhere"), rows),
+    ]
+
+
+_REPORT = {
+    "version": "of the weights that the iteration made",
+    "loss": "of its updates, their mean",
+    "lr": "learning rate of the first update",
+    "grad_norm": "of each update, before clipping",
+    "samples": "in the batch",
+    "tokens": "of their responses that count",
+    "rows": "tokens that went through the layers, forward and backward",
+    "trained_groups": "groups that taught something; the others stand in denominators alone",
+    "reward": "mean over samples that have one; null: none has",
+    "seconds": "that the iteration took",
+    "metrics": "see below",
+}
+_LOSS_METRICS: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("mask_fraction",), "share of tokens that the correction masked"),
+    (("mask_fraction_low", "mask_fraction_high"), "by k too low, too high"),
+    (("mask_fraction_gate",), "dropped with their sequence, by a gate"),
+    (("mask_fraction_positive", "mask_fraction_negative"), "of tokens with such an advantage"),
+    (("log_ratio_abs_mean", "log_ratio_abs_std", "log_ratio_abs_max"), "of abs(Δ)"),
+    (("log_ratio_abs_p99",), "99 of 100 tokens are below it, to 9 %"),
+    (("kl_k1",), "mean of −Δ, an estimate of KL(π_infer ‖ π_train)"),
+    (("kl_k2",), "mean of Δ²/2, another"),
+    (("kl_k3",), "mean of e^Δ − 1 − Δ, the one that alarms look at"),
+    (("prob_diff_mean", "prob_diff_max"), "of abs(p − q)"),
+    (("exp_log_ratio_abs",), "mean of e^abs(Δ): NVIDIA's rule is below 1.03 to 1.05"),
+    (("ratio_beyond_2", "ratio_beyond_5"), "share of tokens with abs(Δ) above log 2, log 5"),
+    (("ess",), "effective sample size, (Σw)² / (n Σw²)"),
+    (("clip_fraction",), "share of tokens where PPO's clip binds"),
+    (("entropy", "entropy_masked"), "mean over all tokens, over those that were masked"),
+    (("sequences_masked_any", "sequences_masked_all"), "share of sequences with some, all masked"),
+    (
+        tuple(f"ratio_geometric_{name}" for name in ("min", "p01", "p50", "p99", "max")),
+        "of e^mean(Δ) of each sequence",
+    ),
+    (("lag_mean", "lag_max"), "versions behind"),
+    (("mixed_version_sequences",), "share of sequences that several versions sampled"),
+    (("kl_reference",), "k3 against the reference model, where there is one"),
+    (("invalid",), "tokens with a logprob that is not finite"),
+    (("tokens", "sequences"), "how many"),
+)
 
 
 _TRAIN_EXAMPLE = (

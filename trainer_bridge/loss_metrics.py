@@ -88,6 +88,15 @@ _EDGES = torch.exp2(torch.arange(-24 * 8, 5 * 8 + 1, dtype=torch.float64) / 8)
 _MAXIMA = {"log_ratio_abs_max": "abs", "prob_diff_max": "prob_diff", "lag_max": "lag"}
 
 
+NAMES = (
+    *("tokens", "sequences", "invalid", "ess", "log_ratio_abs_std", "log_ratio_abs_p99"),
+    *_MEANS,
+    *_MAXIMA,
+    *(f"ratio_geometric_{name}" for name in _PERCENTILES),
+)
+"""All that `LossMetrics.values` gives, of tokens of any lag."""
+
+
 class LossMetrics:
     """Sums, maxima and per-sequence means of one update, by group of lag."""
 

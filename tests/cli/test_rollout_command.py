@@ -14,9 +14,12 @@ import pytest
 from everstep import rollout_embedded
 from everstep.cli import run
 from everstep.engine.native import ThreadBackend
+from everstep.engine.ring_config import read_config
+from everstep.trainer_bridge.config import SourceConfig, TrainConfig
 from everstep.trainer_bridge.rollout_record import Trajectory, decode_line
 from everstep.trainer_bridge.run_file import RunFile
 from everstep.trainer_bridge.run_words import Tally
+from everstep.trainer_bridge.trajectory_files import TrajectoryFiles
 
 GROUP = 3
 NUM_PROMPTS = 14
@@ -95,6 +98,41 @@ def check_whole(path: Path) -> None:
 def start(command: list[str]) -> subprocess.Popen[bytes]:
     words = [sys.executable, "-m", "everstep", *command]
     return subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+
+
+def test_lines_with_a_reward_can_be_trained_on_as_they_are(
+    tmp_path: Path,
+    tiny_checkpoint: Path,
+    core_on_a_thread: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prompts, out, reward = (tmp_path / name for name in ("in.jsonl", "out.jsonl", "reward.toml"))
+    line = {"prompt_ids": [1, 2], "sampling": {"max_tokens": 9, "ignore_eos": True}}
+    prompts.write_text("".join(json.dumps(line | {"id": f"p{i}"}) + "\n" for i in range(4)))
+    (tmp_path / "my_reward.py").write_text("def length(sample):\n    return len(sample.text) / 8\n")
+    monkeypatch.chdir(tmp_path)
+    reward.write_text('name = "function"\n[function]\npath = "my_reward:length"\n')
+    more = ["--reward", str(reward), "--temperature", "0.7", "--top-k", "5"]
+    command = arguments(prompts, out, tiny_checkpoint, *more, "--record", "kept_ids")
+    assert run(command) == 0
+    lines = lines_of(out)
+    assert {one.temperature for one in lines} == {0.7}
+    assert [one.reward for one in lines] == [len(one.text) / 8 for one in lines]
+    assert all(0 < len(ids) <= 5 for one in lines for ids in one.kept_ids)
+    config = TrainConfig(model=str(tiny_checkpoint), output="-", source=SourceConfig(path=str(out)))
+    files = TrajectoryFiles.read(config, read_config(tiny_checkpoint))
+    assert len(files.groups) == 4
+    samples = [sample for group in files.groups for sample in group.samples]
+    assert {sample.sequence.temperature for sample in samples} == {0.7}
+    assert all(sample.sequence.kept is not None for sample in samples)
+
+
+def test_what_cannot_be_recorded_is_named(
+    prompts: Path, tmp_path: Path, tiny_checkpoint: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.jsonl"
+    assert run(arguments(prompts, out, tiny_checkpoint, "--record", "kept_ids,routes")) == 2
+    assert capfd.readouterr().err == "error: --record is 'routes'; accepted: kept_ids, routing\n"
 
 
 def test_a_run_killed_at_random_has_the_trajectories_of_one_that_was_not(
