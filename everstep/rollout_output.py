@@ -110,15 +110,19 @@ def write_parquet(lines: Path, target: Path) -> int:
     schema = _schema(arrow)
     scratch = target.with_name(f"{target.name}.part")
     count = 0
-    with _translated(target), open(lines, "rb", buffering=1 << 20) as source:
-        with parquet.ParquetWriter(scratch, schema, compression="zstd") as writer:
-            for rows in _chunks(source):
-                table = arrow.Table.from_pylist([_row(one) for one in rows], schema=schema)
-                writer.write_table(table)
-                count += len(rows)
-        with open(scratch, "rb+") as made:
-            os.fsync(made.fileno())
-        os.replace(scratch, target)
+    try:
+        with _translated(target), open(lines, "rb", buffering=1 << 20) as source:
+            with parquet.ParquetWriter(scratch, schema, compression="zstd") as writer:
+                for rows in _chunks(source):
+                    table = arrow.Table.from_pylist([_row(one) for one in rows], schema=schema)
+                    writer.write_table(table)
+                    count += len(rows)
+            with open(scratch, "rb+") as made:
+                os.fsync(made.fileno())
+            os.replace(scratch, target)
+    finally:
+        # where the disk is full, half a file only takes room
+        scratch.unlink(missing_ok=True)
     return count
 
 

@@ -19,7 +19,8 @@ Format = Literal["model", Fp8Format]
 
 
 class NumericsConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """In what the model is computed. Masters, router, head and optimiser are float32 always."""
+    """In what the model is computed. Masters and optimiser are float32 always, and so are the
+    products of router and head."""
 
     dtype: Annotated[
         Literal["auto", "bfloat16", "float32"],

@@ -9,16 +9,18 @@ The output folder holds everything of a run, and the same command goes on from i
     final/          the trained model, as `everstep serve` loads it
 """
 
+import contextlib
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
+import torch
 from msgspec import Struct
 
 from ..engine import log
-from ..engine.errors import EverstepError
+from ..engine.errors import ConfigError, EverstepError
 from ..engine.hub import resolve
 from .checkpointing import Checkpoints, TrainerState
 from .config import TrainConfig, read_config
@@ -82,7 +84,8 @@ class Run:
             groups = source.share(trainer.version)
             if groups is None:
                 break
-            report = trainer.step(groups)
+            with self._within_memory():
+                report = trainer.step(groups)
             source.trained(report, groups)
             self._tell(report)
             if every and not trainer.version % every:
@@ -93,6 +96,20 @@ class Run:
         self.say(f"{trainer.version} iterations; the model is in {self.output / 'final'}")
         if left := source.finish():
             self.say(left)
+
+    @contextlib.contextmanager
+    def _within_memory(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            is_full = isinstance(error, torch.OutOfMemoryError) or "can't allocate" in str(error)
+            if not is_full:
+                raise
+            rows = self.config.batch.max_rows
+            raise ConfigError(
+                f"no memory for iteration {self.trainer.version}: a smaller batch.max_rows than "
+                f"{rows} takes less, and numerics.recompute = true"
+            ) from None
 
     def _open(self, checkpoint: Path | None) -> Source:
         if self.config.source.endpoint:

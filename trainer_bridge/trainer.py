@@ -209,7 +209,8 @@ class Trainer:
             raise ConfigError(
                 f"loss.old_policy = 'exact' needs the weights of every version of the batch, and "
                 f"{unknown:.0f} tokens are of none of {', '.join(held)}; hold_versions is "
-                f"{self.config.hold_versions}"
+                f"{self.config.hold_versions}: `everstep rollout --max-lag` keeps older tokens out, "
+                "and 'proximal' can train these"
             )
         for label, count in zip(held, counts, strict=True):
             if not count:

@@ -1,7 +1,9 @@
 """What `everstep rollout` reads and shows, without an engine: prompts, output, view."""
 
+import errno
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 
 from everstep.engine.errors import ConfigError
 from everstep.engine.rollout import SamplingParams
-from everstep.rollout_output import RolloutOutput
+from everstep.rollout_output import RolloutOutput, write_parquet
 from everstep.rollout_prompts import PromptFile
 from everstep.rollout_run import purge_warning
 from everstep.rollout_view import (
@@ -213,6 +215,21 @@ def test_what_was_written_and_never_counted_is_cut(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has 8 bytes, and the run has written 9"):
         output.cut(9)
     output.close()
+
+
+def test_half_a_parquet_file_is_not_left_where_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = tmp_path / "out.parquet.lines"
+    lines.write_bytes(b"")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ConfigError, match="no space left on the disk"):
+        write_parquet(lines, tmp_path / "out.parquet")
+    assert list(tmp_path.iterdir()) == [lines]
 
 
 # --- view

@@ -355,6 +355,13 @@ def test_a_disk_that_is_full_costs_the_new_checkpoint_alone(folder, tmp_path):
         assert trainer.restore(first).version == 0
 
 
+def test_memory_that_runs_out_is_said_with_what_to_set(folder, monkeypatch):
+    config = read_config(write_config(folder, "large", batch={"max_rows": 77}))
+    monkeypatch.setattr(Trainer, "step", lambda *_: torch.empty(1 << 50))
+    with pytest.raises(ConfigError, match=r"no memory for iteration 0: .*batch\.max_rows than 77"):
+        train(config, lambda _: None)
+
+
 def test_old_checkpoints_go_and_incomplete_ones_are_not_seen(folder, tmp_path):
     checkpoints = Checkpoints(tmp_path / "c", keep=2)
     assert checkpoints.stable() == []
