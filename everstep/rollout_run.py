@@ -25,6 +25,7 @@ from .trainer_bridge.rollout_driver import Learner, RolloutDriver
 from .trainer_bridge.rollout_engine import Engine
 from .trainer_bridge.rollout_report import Report
 from .trainer_bridge.run_file import RunFile
+from .trainer_bridge.run_folders import remove_versions
 from .trainer_bridge.run_state import RunState, run_path
 from .trainer_bridge.run_words import Header
 from .trainer_bridge.scoring import Scorer
@@ -88,6 +89,7 @@ class RolloutRun:
             if is_done:
                 output.finish(state.output.size)
                 self._remove_journal()
+                self._remove_weights()
             self._show(state, output)
             if not is_done:
                 sys.stderr.write(
@@ -276,6 +278,11 @@ class RolloutRun:
         if path is not None and self._settings.config.journal.path is None:
             for suffix in ("-lock", "-wal", "-shm", ""):
                 Path(f"{path}{suffix}").unlink(missing_ok=True)
+
+    def _remove_weights(self) -> None:
+        """No engine of this host needs them any more."""
+        if self._training is not None and self._training.weights is not None:
+            remove_versions(Path(self._training.weights.root), [])
 
     def _show(self, state: RunState, output: RolloutOutput) -> None:
         header, rows = books_rows(state.books, state.machine.total)

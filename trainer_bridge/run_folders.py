@@ -33,7 +33,7 @@ def hold(root: Path) -> BinaryIO:
         file.close()
         raise ConfigError(
             f"{root} holds the versions of a trainer that runs now; give this one another "
-            "source.run, or publish.root"
+            "source.run or publish.root, and a receiver another --run-name or --root"
         ) from None
     except OSError as error:
         raise ConfigError(f"{root} cannot be written: {error.strerror}") from None

@@ -79,6 +79,7 @@ class Arrival:
         self._workers, self._on_done = workers, on_done
         self._writes: deque[_Write] = deque()
         self._digests: dict[str, Future[str]] = {}
+        self._hashing: deque[Future[str]] = deque()
         self.folder = VersionFolder(root, offer.version)
         self.folder.begin(offer.head, offer.num_bytes, offer.files)
         self.folder.open()
@@ -95,8 +96,8 @@ class Arrival:
     def doing(self) -> str:
         """In a few words."""
         if self.is_complete:
-            done = sum(digest.done() for digest in self._digests.values())
-            return f"hashes version {self.offer.version}, {done} of {len(self._tensors)} tensors"
+            left = len(self._hashing)
+            return f"hashes version {self.offer.version}, {left} tensors are left"
         return (
             f"has {self.num_bytes / 1e6:.1f} of {self.offer.num_bytes / 1e6:.1f} MB of version "
             f"{self.offer.version}"
@@ -136,9 +137,9 @@ class Arrival:
     def digests(self) -> dict[str, str] | None:
         """Of every tensor; None while there are some to come. Raises WeightsRefused for bytes that
         came twice, CheckpointError where the file cannot be read."""
-        if not self.is_complete or len(self._digests) < len(self._tensors):
-            return None
-        if not all(digest.done() for digest in self._digests.values()):
+        while self._hashing and self._hashing[0].done():
+            self._hashing.popleft()
+        if not self.is_complete or self._hashing:
             return None
         return {name: digest.result() for name, digest in self._digests.items()}
 
@@ -234,4 +235,5 @@ class Arrival:
         tensor: StoredTensor = self._tensors[index]
         digest = self._workers.hashing.submit(self.folder.digest, tensor)
         self._digests[tensor.name] = digest
+        self._hashing.append(digest)
         digest.add_done_callback(lambda _: self._on_done())

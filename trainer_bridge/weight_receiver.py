@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
@@ -23,6 +24,7 @@ from . import weight_checksum
 from .curve import Gate, Keys, check_endpoint
 from .dealing import SOFTWARE
 from .protocol import PROTOCOL_VERSION, check_version, encode
+from .run_folders import hold
 from .weight_arrival import Arrival, Workers
 from .weight_folder import clean
 from .weight_protocol import (
@@ -104,6 +106,7 @@ class WeightReceiver:
         self._context = zmq.Context()
         self._gate: ThreadAuthenticator | None = None
         self._socket: zmq.Socket[bytes] | None = None
+        self._held: BinaryIO | None = None
         self._waker, self._wake = socket.socketpair()
         for one in (self._waker, self._wake):
             one.setblocking(False)
@@ -113,10 +116,7 @@ class WeightReceiver:
 
         `close` is called in every case.
         """
-        try:
-            self._root.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"weights.root: {self._root}: {error.strerror}") from None
+        self._held = hold(self._root)
         clean(self._root)
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 500)
@@ -168,8 +168,9 @@ class WeightReceiver:
         if self._socket is not None:
             self._socket.close()
         self._context.term()
-        for one in (self._waker, self._wake):
-            one.close()
+        for one in (self._waker, self._wake, self._held):
+            if one is not None:
+                one.close()
 
     # messages -------------------------------------------------------------------------------------
 

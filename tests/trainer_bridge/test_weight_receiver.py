@@ -29,7 +29,7 @@ from everstep.trainer_bridge.weight_receiver import WeightReceiver
 from everstep.trainer_bridge.weight_targets import Elsewhere
 
 from ..proxy import Proxy
-from .weight_runs import files_of, sending, taking
+from .weight_runs import files_of, names_of, sending, taking
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_versions_are_those_that_are_written_here(kind: str, source: Path, tmp_p
             assert arrived.digest == written.digest
             assert Path(arrived.path) == there / f"v{version}"
             assert files_of(Path(arrived.path)) == files_of(Path(written.path))
-        assert sorted(path.name for path in there.iterdir()) == ["v2", "v3"]
+        assert names_of(there) == ["v2", "v3"]
 
 
 def test_two_receivers_must_name_one_folder(source: Path, tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_bytes_that_are_spoilt_again_and_again_are_named(
             ) as found:
                 sender.publish(2)
         assert "\n" not in str(found.value)
-        assert [path.name for path in tmp_path.iterdir()] == ["v1"]
+        assert names_of(tmp_path) == ["v1"]
         sender.publish(3)
 
 
@@ -177,7 +177,7 @@ def test_no_room_is_said_with_the_figures(
                 BridgeError, match=r"gives version 2 up: .*v2: a version takes 0\.0"
             ):
                 sender.publish(2)
-        assert [path.name for path in tmp_path.iterdir()] == ["v1"]
+        assert names_of(tmp_path) == ["v1"]
         sender.publish(3)
 
 
@@ -191,7 +191,7 @@ def test_a_disk_that_fills_up_on_the_way_is_said(
         monkeypatch.setattr(weight_folder.os, "pwrite", full)
         with pytest.raises(BridgeError, match=r"gives version 1 up: .*v1: No space left on device"):
             sender.publish(1)
-        assert not list(tmp_path.iterdir())
+        assert not names_of(tmp_path)
 
 
 def test_garbage_disturbs_nobody(source: Path, tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_garbage_disturbs_nobody(source: Path, tmp_path: Path) -> None:
                 sender.publish(version)
         assert receiver.num_refused >= 8
         stranger.close(0)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["v1", "v2"]
+    assert names_of(tmp_path) == ["v1", "v2"]
 
 
 def _piece(version: int) -> weight_link.Piece:
@@ -231,7 +231,7 @@ def test_a_manifest_of_other_bytes_is_refused(source: Path, tmp_path: Path) -> N
         sender._manifest = other  # type: ignore[method-assign]
         with pytest.raises(BridgeError, match=r"model\.norm\.weight arrived with the digest"):
             sender.publish(1)
-        assert not list(tmp_path.iterdir())
+        assert not names_of(tmp_path)
 
 
 def test_another_version_is_refused_with_both_named(
@@ -297,6 +297,15 @@ class _Alone:
     rank, size = 0, 1
 
 
+def test_two_receivers_do_not_share_a_folder(tmp_path: Path) -> None:
+    with (
+        taking(tmp_path),
+        pytest.raises(ConfigError, match="and a receiver another --run-name or --root"),
+        taking(tmp_path, endpoint=f"ipc://{tmp_path}/other"),
+    ):
+        pass
+
+
 def test_who_is_not_there_is_named(source: Path) -> None:
     with (
         sending(source, ["tcp://127.0.0.1:9"], deadline_s=0.3) as (sender, _),
@@ -333,5 +342,5 @@ def test_a_trainer_that_falls_silent_costs_nothing(
             BridgeError, match=r"version 2 up: rank 0 of 1 is silent for \d+ s; it has"
         ):
             sender.publish(2)
-        assert [path.name for path in tmp_path.iterdir()] == ["v1"]
+        assert names_of(tmp_path) == ["v1"]
     assert any(line.startswith("weights.given_up") for line in told)

@@ -1,5 +1,6 @@
 """Versions that ranks send, as processes: worlds of 1 to 3, several receivers, kills of both sides."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from everstep.trainer_bridge.sharding import join_world
 from everstep.trainer_bridge.weight_targets import Elsewhere, Here
 
 from .training_runs import free_port
-from .weight_runs import change, files_of, ring_of, sender_of, taking
+from .weight_runs import change, files_of, names_of, ring_of, sender_of, taking
 
 ROOT = Path(__file__).parents[2]
 WAIT_S = 60.0
@@ -37,7 +38,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextmanager
 def ranks(world: int, work: Any, *arguments: Any) -> Iterator[Callable[[], None]]:
     """`work(rank, world, port, *arguments)` in processes; what waits until they have ended well."""
-    # forked: torch is loaded once
+    # forked: torch is loaded once. What is left of worlds of this process must not be: a fork that
+    # frees them waits for threads that it does not have
+    gc.collect()
     running = mp.start_processes(
         work, (world, free_port(), *arguments), nprocs=world, join=False, start_method="fork"
     )  # type: ignore[no-untyped-call]
@@ -56,6 +59,7 @@ def ranks(world: int, work: Any, *arguments: Any) -> Iterator[Callable[[], None]
 
 @contextmanager
 def joined(rank: int, world: int, port: int) -> Iterator[Any]:
+    gc.freeze()
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
@@ -90,7 +94,7 @@ def test_what_arrives_is_what_is_written_here(world: int, source: Path, tmp_path
         join()
     for version in ("v1", "v2"):
         assert files_of(here / version) == files_of(there / version)
-    assert sorted(path.name for path in there.iterdir()) == ["v1", "v2"]
+    assert names_of(there) == ["v1", "v2"]
 
 
 def publish_with_one_that_fails(
@@ -116,12 +120,41 @@ def test_what_fails_on_one_rank_fails_on_all(source: Path, tmp_path: Path) -> No
         taking(tmp_path / "there", endpoint=endpoint),
     ):
         join()
-        assert not list((tmp_path / "there").iterdir())
+        assert not names_of(tmp_path / "there")
     first, second = ((tmp_path / "words" / str(rank)).read_text() for rank in (0, 1))
     assert first == second
     assert first.startswith(
         "PeerMissing: rank 1: no receiver of weights answers at tcp://127.0.0.1:9"
     )
+
+
+def publish_until_one_dies(
+    rank: int, world: int, port: int, source: Path, endpoint: str, words: Path
+) -> None:
+    """The last rank is gone in the middle of the first version."""
+    with joined(rank, world, port) as found:
+        target = Elsewhere(found, [endpoint], run="run", lineage="a", deadline_s=10.0)
+        sender = sender_of(ring_of(source, found), found, target, source)
+        if rank == world - 1:
+            target.write = lambda _: os._exit(0)  # type: ignore[assignment, method-assign]
+        try:
+            sender.publish(1)
+        except EverstepError as error:
+            (words / str(rank)).write_text(f"{type(error).__name__}: {error}")
+        sender.close()
+
+
+def test_a_rank_that_is_killed_ends_the_others_with_a_line(source: Path, tmp_path: Path) -> None:
+    endpoint = f"tcp://127.0.0.1:{free_port()}"
+    with (
+        ranks(2, publish_until_one_dies, source, endpoint, tmp_path) as join,
+        taking(tmp_path / "there", endpoint=endpoint),
+    ):
+        join()
+        wait_for(lambda: not names_of(tmp_path / "there"))
+    said = (tmp_path / "0").read_text()
+    assert said.startswith("BridgeError: the ranks of the trainer have lost each other: ")
+    assert "\n" not in said
 
 
 # what a receiver is on a host of its own: two of them have the same root
@@ -227,7 +260,7 @@ def test_kills_of_both_sides(source: Path, tmp_path: Path, processes: Processes)
     # what was never finished goes, what was finished stays
     wait_for(lambda: not any(is_there(".partial-v3", host) for host in hosts))
     for host in hosts:
-        assert sorted(path.name for path in (host / "versions").iterdir()) == ["v1", "v2"]
+        assert names_of(host / "versions") == ["v1", "v2"]
         assert files_of(host / "versions" / "v2") == files_of(hosts[0] / "versions" / "v2")
     # another life of it begins again from what it knows
     processes.start(TRAINER, source, "b", 2, 0.0, *endpoints)

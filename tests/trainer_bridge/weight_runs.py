@@ -9,6 +9,7 @@ import torch
 
 from everstep.engine.fp8_policy import Fp8Format
 from everstep.engine.stored_format import StoredFormat
+from everstep.trainer_bridge.run_folders import sizes_of
 from everstep.trainer_bridge.sharding import World, join_world, shard
 from everstep.trainer_bridge.trainable import TrainableRing, trainable_config
 from everstep.trainer_bridge.weight_receiver import WeightReceiver, receiving
@@ -66,3 +67,8 @@ def sending(
 def files_of(folder: Path) -> Bytes:
     """Everything in it, by name."""
     return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def names_of(root: Path) -> list[str]:
+    """Versions there, half-written ones too."""
+    return list(sizes_of(root))
