@@ -54,7 +54,8 @@ class Gate:
 
 def make_keys(folder: Path) -> list[Path]:
     """Write new pairs for both sides. Raises ConfigError where there are some already."""
-    folder.mkdir(parents=True, exist_ok=True)
+    # ours alone, before a secret is in it
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     there = [path for path in folder.iterdir() if path.suffix in (".key", ".key_secret")]
     if there:
         raise ConfigError(

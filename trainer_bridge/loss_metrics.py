@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .corrections import MAX_LOG
 from .losses import LossInputs, LossOutput
 
 ALIASES: Mapping[str, tuple[str, ...]] = {
@@ -55,7 +56,6 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
 """ours → vLLM-style, prime-rl, verl, AReaL, slime, SkyRL, miles."""
 
 GROUPS = ("", "/lag0", "/lag1", "/lag2", "/lag3+")
-_LARGEST = 30.0
 _PERCENTILES = {"min": 0.0, "p01": 0.01, "p50": 0.5, "p99": 0.99, "max": 1.0}
 
 # mean = sum of the first over sum of the second; all are columns of `_columns`
@@ -224,7 +224,7 @@ def _columns(inputs: LossInputs, output: LossOutput) -> dict[str, Tensor]:
     # by its own ratio, infinite ones included; what a gate drops is counted as that alone
     own = masked & ~output.gated
     apart = torch.where(valid, torch.exp(old.double()) - torch.exp(infer.double()), 0.0)
-    bounded = ratio.clamp(max=_LARGEST)
+    bounded = ratio.clamp(max=MAX_LOG)
     columns = {
         "tokens": inputs.mask,
         "valid": valid,
@@ -242,7 +242,7 @@ def _columns(inputs: LossInputs, output: LossOutput) -> dict[str, Tensor]:
         "k1": -ratio,
         "k2": ratio.square() / 2,
         "k3": torch.expm1(bounded) - bounded,
-        "exp_abs": torch.where(valid, torch.exp(ratio.abs().clamp(max=_LARGEST)), 0.0),
+        "exp_abs": torch.where(valid, torch.exp(ratio.abs().clamp(max=MAX_LOG)), 0.0),
         "prob_diff": apart.abs(),
         "beyond_2": ratio.abs() > math.log(2.0),
         "beyond_5": ratio.abs() > math.log(5.0),
@@ -290,7 +290,7 @@ def _values(
     known = means[~torch.isnan(means)]
     if known.numel():
         points = torch.tensor(list(_PERCENTILES.values()), dtype=torch.float64)
-        ratios = torch.quantile(known, points).clamp(max=_LARGEST).exp().tolist()
+        ratios = torch.quantile(known, points).clamp(max=MAX_LOG).exp().tolist()
         for name, value in zip(_PERCENTILES, ratios, strict=True):
             found[f"ratio_geometric_{name}"] = value
     return found

@@ -29,7 +29,7 @@ from .config import TrainConfig
 from .fp8_operations import check_fp8
 from .held_weights import HeldWeights
 from .loss_metrics import LossMetrics
-from .losses import BatchSize, LossInputs, make_loss
+from .losses import BatchSize, LossInputs, make_loss, old_logprobs
 from .optimiser import Optimiser
 from .packing import PackedBatch, TrainSequence, pack, split
 from .samples import Group, Sample
@@ -212,6 +212,7 @@ class Trainer:
                 f"{self.config.hold_versions}: `everstep rollout --max-lag` keeps older tokens out, "
                 "and 'proximal' can train these"
             )
+        found: list[dict[int, torch.Tensor]] = [{} for _ in items]
         for label, count in zip(held, counts, strict=True):
             if not count:
                 continue
@@ -219,9 +220,11 @@ class Trainer:
             with self._held.use(label):
                 scored = self._score([items[n] for n in chosen])
             for n, lp in zip(chosen, scored, strict=True):
-                before = items[n].lp_old
-                is_own = (versions[n] == int(label)).to(lp.device)
-                items[n].lp_old = torch.where(is_own, lp, torch.nan if before is None else before)
+                found[n][int(label)] = lp
+        for item, own, lps in zip(items, versions, found, strict=True):
+            if lps:
+                newest = next(reversed(lps.values()))
+                item.lp_old = old_logprobs("exact", newest, own.to(newest.device), lps)
 
     def _score(self, items: Sequence["_Item"]) -> list[torch.Tensor]:
         return self.score([item.sample.sequence for item in items])
