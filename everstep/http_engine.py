@@ -21,7 +21,7 @@ from .engine.errors import (
 from .engine.journal_ops import Budget as EngineBudget
 from .engine.journal_ops import BudgetState
 from .engine.manifest import Version
-from .engine.messages import Flipped, KVPolicy
+from .engine.messages import Flipped, KVPolicy, Priority
 from .engine.rollout import Rollout, RolloutState
 from .server.rollouts_types import RolloutSummary
 from .trainer_bridge.hosts import Prepared
@@ -54,6 +54,7 @@ class HttpEngine:
     is_known    whether the run has rollouts there: then it is waited for at the start too
     admin_key   for its weights; None: that of the environment, if there is one
     is_trained  whether it is given weights: one whose own are missing will do
+    priority    of staging a version, beside steps of generation
     """
 
     def __init__(
@@ -64,9 +65,10 @@ class HttpEngine:
         is_known: bool,
         admin_key: str | None = None,
         is_trained: bool = False,
+        priority: Priority = "background",
     ) -> None:
         self.name = url
-        self._is_trained = is_trained
+        self._is_trained, self._priority = is_trained, priority
         self._wait_s = wait_s
         self._first_s = wait_s if is_known else min(wait_s, FIRST_CONTACT_S)
         self._http = httpx.AsyncClient(limits=httpx.Limits(max_connections=None))
@@ -199,9 +201,11 @@ class HttpEngine:
 
     async def stage(self, version: Version) -> Prepared:
         try:
-            staged = await self._client.stage_weights(version.folder)
+            staged = await self._client.stage_weights(version.folder, priority=self._priority)
         except StaleVersion:
-            staged = await self._client.stage_weights(version.folder, rollback=version.number)
+            staged = await self._client.stage_weights(
+                version.folder, priority=self._priority, rollback=version.number
+            )
             return Prepared(staged.report, is_back=True)
         return Prepared(staged.report, is_back=False)
 

@@ -36,6 +36,13 @@ class KVAtFlip(StrEnum):
     RECOMPUTE_PROMPT = "recompute-prompt"
 
 
+class Staging(StrEnum):
+    """How weights are loaded beside generation."""
+
+    BACKGROUND = "background"
+    FULL = "full"
+
+
 @app.callback(invoke_without_command=True)
 @with_settings(SECTIONS, positional_model=False, sampling=SamplingParams())
 def rollout(
@@ -187,6 +194,14 @@ def rollout(
         KVAtFlip,
         typer.Option("--kv", help="KV of unfinished rollouts when new weights serve."),
     ] = KVAtFlip.KEEP,
+    staging: Annotated[
+        Staging,
+        typer.Option(
+            "--staging",
+            help="How new weights are loaded beside generation: background takes a stated share of "
+            "its time, full as much as may be between two steps.",
+        ),
+    ] = Staging.BACKGROUND,
     train_wait_s: Annotated[
         float,
         typer.Option(
@@ -256,6 +271,7 @@ def rollout(
             admin_key=admin_key or settings.config.http.admin_key,
             keys=keys,
             kv=kv.value,
+            priority=staging.value,
             deadline_s=train_wait_s,
             weights=weights,
         )

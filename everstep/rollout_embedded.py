@@ -11,6 +11,7 @@ from .engine.hub import resolve
 from .engine.journal import Journal
 from .engine.journal_thread import JournalThread
 from .engine.manager import RolloutManager
+from .engine.messages import Priority
 from .engine.metrics import Registry
 from .engine.native import ProcessBackend
 from .engine.tokenizer import Tokenizer
@@ -23,8 +24,10 @@ from .trainer_bridge.rollout_engine import Prompt
 NAME = "here"
 
 
-async def embedded_engine(config: ServeConfig, journal: Path, stages: Stages) -> ManagerEngine:
-    """Load the model, and go on with what the journal holds.
+async def embedded_engine(
+    config: ServeConfig, journal: Path, stages: Stages, priority: Priority = "background"
+) -> ManagerEngine:
+    """Load the model, and go on with what the journal holds. priority: of staging a version.
 
     The journal survives power loss, as the run file does: the two must never contradict each other.
     Raises CheckpointError, ConfigError, JournalError, EngineDied.
@@ -61,7 +64,7 @@ async def embedded_engine(config: ServeConfig, journal: Path, stages: Stages) ->
     def encode(prompt: Prompt) -> list[int]:
         return _ids(prompt, tokenizer)
 
-    return ManagerEngine(NAME, manager, encode)
+    return ManagerEngine(NAME, manager, encode, priority=priority)
 
 
 def _ids(prompt: Prompt, tokenizer: Tokenizer | None) -> list[int]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 from .engine.errors import ConfigError, InvalidRequest
+from .engine.messages import Priority
 from .engine.rollout import SamplingParams
 from .flags import Settings
 from .offline import show_table
@@ -225,12 +226,13 @@ class RolloutRun:
     @contextlib.asynccontextmanager
     async def _engines(self, state: RunState) -> AsyncIterator[Sequence[Engine]]:
         engines: list[Engine] = []
+        training = self._training
+        priority: Priority = "background" if training is None else training.priority
         try:
             if self._servers:
                 from .http_engine import HttpEngine
 
                 is_known = {place.engine for place in state.places.values()}
-                training = self._training
                 engines = [
                     HttpEngine(
                         url,
@@ -238,6 +240,7 @@ class RolloutRun:
                         is_known=url in is_known,
                         admin_key=None if training is None else training.admin_key,
                         is_trained=training is not None,
+                        priority=priority,
                     )
                     for url in self._servers
                 ]
@@ -247,7 +250,7 @@ class RolloutRun:
                 config, path = self._embedded_config(), self._journal_path
                 assert path is not None
                 with Stages() as stages:
-                    engines = [await embedded_engine(config, path, stages)]
+                    engines = [await embedded_engine(config, path, stages, priority)]
             yield engines
         finally:
             for engine in engines:

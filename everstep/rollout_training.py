@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .engine.messages import KVPolicy
+from .engine.messages import KVPolicy, Priority
 from .http_engine import HttpEngine
 from .trainer_bridge.curve import Keys, check_endpoint, read_keys
 from .trainer_bridge.learner import BridgeLearner
@@ -23,6 +23,7 @@ class Training:
     endpoint    where its ranks connect
     run         the name that they say
     keys        folder of CURVE keys; needed beyond this machine
+    priority    of staging a version, beside steps of generation
     deadline_s  for an iteration to be trained
     weights     a receiver for a trainer on another host; None: it writes where we can read
     admin_key   of the servers; None: that of the environment, if there is one
@@ -33,6 +34,7 @@ class Training:
     admin_key: str | None
     keys: Path | None
     kv: KVPolicy
+    priority: Priority
     deadline_s: float
     weights: Job | None = None
 

@@ -13,7 +13,7 @@ from ..engine.journal_ops import Budget as EngineBudget
 from ..engine.journal_ops import BudgetState, Query, RequestKey
 from ..engine.manager import RolloutManager
 from ..engine.manifest import Version
-from ..engine.messages import Flipped, KVPolicy
+from ..engine.messages import Flipped, KVPolicy, Priority
 from ..engine.rollout import Rollout, RolloutState
 from .hosts import Prepared
 from .rollout_engine import Budget, Facts, Prompt, Seen, Work
@@ -27,13 +27,20 @@ _encode = msgspec.msgpack.Encoder(order="deterministic").encode
 class ManagerEngine:
     """An `Engine` over a manager that has started; it is closed with it.
 
-    encode  a prompt's ids; raises InvalidRequest
+    encode    a prompt's ids; raises InvalidRequest
+    priority  of staging a version, beside steps of generation
     """
 
     def __init__(
-        self, name: str, manager: RolloutManager, encode: Callable[[Prompt], list[int]]
+        self,
+        name: str,
+        manager: RolloutManager,
+        encode: Callable[[Prompt], list[int]],
+        *,
+        priority: Priority = "background",
     ) -> None:
         self.name = name
+        self._priority = priority
         self._manager = manager
         self._encode = encode
 
@@ -125,9 +132,11 @@ class ManagerEngine:
 
     async def stage(self, version: Version) -> Prepared:
         try:
-            staged = await self._manager.stage(version.folder)
+            staged = await self._manager.stage(version.folder, self._priority)
         except StaleVersion:
-            staged = await self._manager.stage(version.folder, rollback=version.number)
+            staged = await self._manager.stage(
+                version.folder, self._priority, rollback=version.number
+            )
             return Prepared(staged.report, is_back=True)
         return Prepared(staged.report, is_back=False)
 

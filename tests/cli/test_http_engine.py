@@ -7,18 +7,25 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
-from everstep.engine.config import EngineConfig, ModelConfig
+from everstep.engine.config import EngineConfig, KVConfig, ModelConfig
 from everstep.engine.errors import ConfigError, EngineUnavailable, WeightsRefused
 from everstep.engine.journal_memory import MemoryJournal
 from everstep.engine.journal_thread import JournalThread
 from everstep.engine.manager import RolloutManager
 from everstep.engine.manifest import Version, read_manifest
+from everstep.engine.native import ThreadBackend
+from everstep.engine.rollout import SamplingParams
+from everstep.engine.trajectory import encode, pack
 from everstep.http_engine import HttpEngine
 from everstep.server.app import create_app
 from everstep.server.config import HttpConfig, ServeConfig
 from everstep.trainer_bridge.hosts import serve
+from everstep.trainer_bridge.manager_engine import ManagerEngine
+from everstep.trainer_bridge.rollout_engine import Prompt, Work
+from tests.engine.flips import make_versions
 from tests.engine.inline_backend import InlineBackend
 from tests.fakes import make_version
 from tests.listening import listening
@@ -164,3 +171,46 @@ async def test_a_server_whose_weights_are_gone_is_there_for_a_trainer_alone(tmp_
             again = make(tmp_path, 4, lineage="b")
             await serve([found], again, "keep")
             assert manager.versions.waiting_for is None
+
+
+@in_loop
+async def test_what_comes_over_http_is_what_the_engine_here_would_give(
+    tmp_path: Path,
+) -> None:
+    """Of a rollout that weights changed under: every column, segments and routes, to the bit."""
+    folder, other = make_versions(tmp_path, 2)
+    model = EngineConfig(
+        model=ModelConfig(path=str(folder), max_model_len=128),
+        kv=KVConfig(num_blocks=64),
+        num_threads=1,
+    )
+    manager = RolloutManager(
+        ThreadBackend(model), None, journal=JournalThread(Lasting()), model_path=str(folder)
+    )
+    app = create_app(manager, None, ServeConfig(engine=model))
+    await manager.start()
+    sampling = SamplingParams(
+        max_tokens=40, ignore_eos=True, top_p=0.9, record=("kept_ids", "routing")
+    )
+    prompt = Prompt(id="p", prompt_ids=[5, 6, 7, 8], sampling=sampling, metadata={"n": [1, None]})
+    work = Work(key="k", prompt=prompt, group_id="g", attempt=1, seed=7, pool="pool")
+    async with listening(app) as port, engine(port) as over_http:
+        here = ManagerEngine("here", manager, lambda _: [])
+        try:
+            budget = await over_http.open_budget("pool", 15, "b0", None)
+            name = await over_http.submit(work)
+            while (await over_http.budget(budget.id, 20.0)).is_open:
+                pass
+            await serve([over_http], version_of(other), "keep")
+            assert await here.serves(version_of(other))
+            await over_http.open_budget("pool", None, "b1", None)
+            found, wanted = await over_http.ended(name), await here.ended(name)
+            assert msgspec.structs.asdict(found) == msgspec.structs.asdict(wanted)
+            assert encode(pack(found)) == encode(pack(wanted))
+            assert [(s.version, s.kv) for s in found.segments] == [(0, "computed"), (1, "keep")]
+            assert found.versions == [0] * 15 + [1] * 25
+            assert len(found.kept_ids) == len(found.lp_raw) == 40
+            assert found.routing_ids
+            assert found.routing_weights
+        finally:
+            await manager.close()

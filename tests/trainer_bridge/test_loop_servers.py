@@ -71,6 +71,7 @@ def test_two_servers_are_given_every_version_through_the_kill_of_one(
     assert [path.name for path in (loop.folder / "versions").glob("v*")] == ["v5"]
 
 
+@pytest.mark.slow
 def test_a_server_that_comes_back_with_an_old_version_catches_up(
     loop: Loop, servers: list[Served]
 ) -> None:

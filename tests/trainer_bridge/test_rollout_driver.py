@@ -403,6 +403,23 @@ def test_a_server_without_its_journal_loses_rollouts_and_they_are_sampled_again(
     assert {one.sample.attempt for one in world.sink.lines} == {0}
 
 
+def test_a_loss_that_is_told_twice_loses_no_other_rollout(folder):
+    ids = [f"p{i}" for i in range(6)]
+    world = World(folder, config(budget=90), [FakeEngine("e", lambda *_: 20)], ids)
+    run(world.live(limit=1))
+    state = world.open()
+    state.engines = ["e"]
+    sample, place = next((s, p) for s, p in state.places.items() if p.rollout_id)
+    state.begin()
+    state.lost([(sample, place.rollout_id)])
+    again = state.places[sample]
+    assert again.key != place.key
+    state.submitted({sample: "another"})
+    state.lost([(sample, place.rollout_id)])
+    assert state.places[sample] is again
+    state.close()
+
+
 def test_engines_with_other_weights_are_refused(folder):
     class Other(FakeEngine):
         async def start(self):
