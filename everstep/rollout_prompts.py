@@ -62,6 +62,11 @@ class PromptFile:
             raise ConfigError(f"{path}: no such file")
         if path.is_dir():
             raise ConfigError(f"{path} is a folder; name a file of JSON lines")
+        if not path.is_file():
+            raise ConfigError(
+                f"{path} is no regular file: a run reads its prompts again when it goes on; write "
+                "them into one"
+            )
         self._path = path
         self._sampling = sampling
         self._epochs = epochs

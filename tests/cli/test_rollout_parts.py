@@ -199,6 +199,12 @@ def test_a_file_that_was_changed_behind_a_run_is_refused(tmp_path: Path) -> None
         file.close()
 
 
+def test_prompts_that_can_be_read_once_alone_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="pipe is no regular file"):
+        PromptFile(tmp_path / "pipe", SamplingParams())
+
+
 # --- output
 
 
