@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from .flags import Settings
 
 # what pyproject.toml names; tests/test_packaging.py compares
-PACKAGES = ["torch", "numpy", "msgspec", "pyzmq", "apsw", "safetensors", "tokenizers", "jinja2"]
-PACKAGES += ["gguf", "huggingface_hub", "starlette", "python-multipart", "uvicorn", "uvloop"]
-PACKAGES += ["httpx", "prometheus-client", "typer", "rich"]
+PACKAGES = ["torch", "numpy", "msgspec", "pyzmq", "apsw", "tokenizers", "jinja2", "gguf"]
+PACKAGES += ["huggingface_hub", "starlette", "python-multipart", "uvicorn", "uvloop", "httpx"]
+PACKAGES += ["prometheus-client", "typer", "rich"]
 # extra → module and distribution that it installs, and what for
 EXTRAS = {
     "gpu": ("transformer_engine", "transformer-engine", "FP8 products of a trainer"),

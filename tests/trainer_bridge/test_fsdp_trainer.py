@@ -341,6 +341,10 @@ def files_of_at_most(num_bytes):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+# from Python 3.13 on, what torch had half written says at its end that it cannot be flushed
+@pytest.mark.filterwarnings(
+    "ignore:Exception ignored.*NoCloseWriter:pytest.PytestUnraisableExceptionWarning"
+)
 def test_a_disk_that_is_full_costs_the_new_checkpoint_alone(folder, tmp_path):
     checkpoints = Checkpoints(tmp_path / "c", keep=1)
     with a_trainer(folder) as trainer:
