@@ -5,6 +5,7 @@ with the core: whatever a core knows it could be told again from here, so a core
 time. `Keeper` (engine/keeping.py) speaks with the journal: what is durable outlives this process.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Literal
 
@@ -100,6 +101,9 @@ class RolloutManager:
             restarts=restarts,
             metrics=self.metrics,
         )
+        # a pause is in force before it is journaled and a resume after: two at once would leave
+        # the journal with one of them and the engine with the other
+        self._pausing = asyncio.Lock()
         if self._keeper is not None:
             self._keeper.on_change = self._on_journal
             self._versions.journal = self._keeper.journal.commit
@@ -404,31 +408,33 @@ class RolloutManager:
         Returns the ids it applied to; ended ones are left alone. Raises UnknownRollout, and then
         nothing was done.
         """
-        growths = await self._named(ids, group)
-        is_all = ids is None and group is None
-        self._holdings.pause(growths, is_all=is_all)
-        names = ids_of(growths)
-        # by name: what is accepted from here on is paused when the core is told of it
-        self._core.tell(Pause(names))
-        if self._keeper is not None:
-            await self._keeper.pause(growths, is_all=is_all)
+        async with self._pausing:
+            growths = await self._named(ids, group)
+            is_all = ids is None and group is None
+            self._holdings.pause(growths, is_all=is_all)
+            names = ids_of(growths)
+            # by name: what is accepted from here on is paused when the core is told of it
+            self._core.tell(Pause(names))
+            if self._keeper is not None:
+                await self._keeper.pause(growths, is_all=is_all)
         return names
 
     async def resume(self, ids: Sequence[str] | None = None, *, group: str | None = None) -> Ids:
         """Go on exactly where they stopped. Raises IllegalState where a named one has ended."""
-        growths = await self._named(ids, group)
-        names = ids_of(growths)
-        ended = [rollout_id for rollout_id in ids or () if rollout_id not in names]
-        if ended:
-            raise IllegalState(f"rollout {ended[0]} has ended: it cannot be resumed")
-        is_all = ids is None and group is None
-        if self._keeper is not None:
-            await self._keeper.resume(growths, is_all=is_all)
-        if is_all:
-            # those too that were accepted, and so paused, while this was journaled
-            growths = self._holdings.live()
-        self._holdings.resume(growths, is_all=is_all)
-        self._core.resume(growths)
+        async with self._pausing:
+            growths = await self._named(ids, group)
+            names = ids_of(growths)
+            ended = [rollout_id for rollout_id in ids or () if rollout_id not in names]
+            if ended:
+                raise IllegalState(f"rollout {ended[0]} has ended: it cannot be resumed")
+            is_all = ids is None and group is None
+            if self._keeper is not None:
+                await self._keeper.resume(growths, is_all=is_all)
+            if is_all:
+                # those too that were accepted, and so paused, while this was journaled
+                growths = self._holdings.live()
+            self._holdings.resume(growths, is_all=is_all)
+            self._core.resume(growths)
         return ids_of(growths)
 
     async def cancel(self, ids: Sequence[str] | None = None, *, group: str | None = None) -> Ids:

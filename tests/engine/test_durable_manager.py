@@ -312,6 +312,33 @@ def test_wait_returns_for_more_tokens_for_the_ending_and_for_the_time():
     run(body)
 
 
+@pytest.mark.parametrize("calls", ["resume pause", "pause resume", "resume pause resume"])
+@pytest.mark.parametrize("is_all", [False, True])
+def test_pauses_and_resumes_at_once_leave_journal_and_engine_with_the_same(calls, is_all):
+    async def body(world):
+        async with world.managed() as (manager, _):
+            rollout_id = await paused_at(manager, 3, max_tokens=60, ignore_eos=True)
+            named = None if is_all else [rollout_id]
+            if is_all:
+                await manager.pause()
+            words, count_before = calls.split(), len(manager.get(rollout_id).output_ids)
+            await asyncio.gather(*(getattr(manager, word)(named) for word in words))
+            was_paused = words[-1] == "pause"
+            assert (rollout_id in manager._holdings.paused) == was_paused
+            if was_paused:
+                count = len(manager.get(rollout_id).output_ids)
+                await asyncio.sleep(0.05)
+                assert len(manager.get(rollout_id).output_ids) == count
+            else:
+                await manager.wait(rollout_id, after=count_before)
+        async with world.managed() as (manager, _):
+            await asyncio.sleep(0.02)
+            # as it was when the process ended
+            assert (rollout_id in manager._holdings.paused) == was_paused
+
+    run(body)
+
+
 def test_pause_resume_and_cancel_by_id_by_group_and_of_all():
     async def body(world):
         async with world.managed() as (manager, backend):
