@@ -1,6 +1,7 @@
 """What new weights cost an engine that generates: from a folder to serving, in parts.
 
     python benchmarks/weights_engine.py [--model default] [--gigabytes 1] [--rounds 3] [--rollouts 4]
+                                        [--canaries 2] [--processor-time]
 
 Drives the core's own loop (engine/core.py) in this process: every message is encoded as for a front,
 no server is needed. The next versions lie in shared memory, with canaries, as a trainer on this host
@@ -12,13 +13,16 @@ publishes them.
     tokens/s                          while nothing is staged, at full priority, in the background
 
 In a round the three are measured one after another, from the same prompts; figures are medians of
-rounds, the longest slice is the longest of all.
+rounds, the longest slice is the longest of all. With `--processor-time` the engine has one thread,
+and all seconds are seconds of that thread on a processor: what other processes do to the clock on the
+wall is left out (what they do to caches is not).
 """
 
 import argparse
 import os
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -56,7 +60,8 @@ from everstep.engine.weights import load_weights
 PROMPT = 32
 MAX_LEN = 4096
 WARM_STEPS = 5
-CANARY_TOKENS, CANARY_PROMPT, NUM_CANARIES = 128, 32, 2
+CANARY_TOKENS, CANARY_PROMPT = 128, 32
+Clock = Callable[[], float]
 SHARED = Path("/dev/shm")
 Kind = TypeVar("Kind", Staged, Flipped)
 
@@ -99,8 +104,9 @@ class Phase(Struct):
 class Driver:
     """A core over real weights, moved step by step."""
 
-    def __init__(self, core: Core, rollouts: int, vocab_size: int) -> None:
+    def __init__(self, core: Core, rollouts: int, vocab_size: int, clock: Clock) -> None:
         self._core = core
+        self._clock = clock
         self._rollouts = rollouts
         self._vocab_size = vocab_size
         self._names: list[str] = []
@@ -144,27 +150,27 @@ class Driver:
 
     def generate(self, seconds: float) -> Phase:
         """So long, with nothing staged."""
-        phase, began = Phase(), time.perf_counter()
+        phase, began = Phase(), self._clock()
         while phase.seconds < seconds:
             self._count(phase, self.turn())
-            phase.seconds = time.perf_counter() - began
+            phase.seconds = self._clock() - began
         return phase
 
     def change(self, folder: Path, version: int, priority: Priority) -> Phase:
         """Stage and flip; tokens are counted until it is staged."""
-        phase, began = Phase(), time.perf_counter()
+        phase, began = Phase(), self._clock()
         heard = self.turn(Stage(version, str(folder), priority=priority))
         while (staged := _of(heard, Staged)) is None:
             self._count(phase, heard)
             heard = self.turn()
-        phase.seconds = time.perf_counter() - began
+        phase.seconds = self._clock() - began
         self._count(phase, heard)
         phase.staged = staged
         heard = self.turn(Flip(version, staged.digest, "keep"))
         while (flipped := _of(heard, Flipped)) is None:
             heard = self.turn()
         phase.flipped = flipped
-        phase.serving_s = time.perf_counter() - began
+        phase.serving_s = self._clock() - began
         # the old weights are given back
         swap = self._core._swap
         while swap is not None and swap.is_busy:
@@ -183,7 +189,7 @@ def _of(messages: Sequence[FromCore], kind: type[Kind]) -> Kind | None:
     return next((message for message in messages if isinstance(message, kind)), None)
 
 
-def published(model: Path, root: Path) -> list[Path]:
+def published(model: Path, root: Path, num_canaries: int) -> list[Path]:
     """Two versions of a checkpoint, in turn: the same weights under two numbers."""
     first = root / "v1"
     shutil.copytree(model, first)
@@ -194,7 +200,7 @@ def published(model: Path, root: Path) -> list[Path]:
         make_canary(
             weights, [(start + 37 * n) % vocab for n in range(CANARY_TOKENS)], CANARY_PROMPT
         )
-        for start in range(NUM_CANARIES)
+        for start in range(num_canaries)
     ]
     manifest = manifest_of(checkpoint, version=1, canaries=canaries)
     write_manifest(first, manifest)
@@ -213,20 +219,24 @@ def measure(
     rounds: int = 3,
     rollouts: int = 4,
     seconds: float = 3.0,
+    canaries: int = 2,
+    processor_time: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> EngineFigures:
     """The figures of one model (a checkpoint folder) on this machine, as it is now."""
     load = os.getloadavg()[0]
     root = Path(tempfile.mkdtemp(prefix="everstep-bench-", dir=SHARED if SHARED.is_dir() else None))
     try:
-        folders = published(folder, root)
+        folders = published(folder, root, canaries)
+        clock = time.thread_time if processor_time else time.perf_counter
         config = EngineConfig(
             model=ModelConfig(path=str(folders[0]), max_model_len=MAX_LEN),
             kv=KVConfig(num_blocks=rollouts * MAX_LEN // 16 + 2),
             batch=BatchConfig(max_num_seqs=rollouts),
+            num_threads=1 if processor_time else None,
         )
-        core, ready = build(config, lambda _: None)
-        driver = Driver(core, rollouts, ready.vocab_size)
+        core, ready = build(config, lambda _: None, clock=clock)
+        driver = Driver(core, rollouts, ready.vocab_size, clock)
         return _measure(driver, folders, rounds, seconds, load, say)
     finally:
         shutil.rmtree(root)
@@ -248,6 +258,7 @@ def _measure(
         number = 3 - number
         return driver.change(folders[number - 1], number, priority)
 
+    say("published, built")
     for one in range(rounds):
         driver.end()
         found["idle"].append(change("full"))
@@ -327,6 +338,8 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=1.0, help="of a synthetic one; 0: none")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rollouts", type=int, default=4)
+    parser.add_argument("--canaries", type=int, default=2, help="of 128 tokens each")
+    parser.add_argument("--processor-time", action="store_true", help="of one thread")
     parser.add_argument("--seconds", type=float, default=3.0, help="of generation without staging")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="everstep-bench-") as scratch:
@@ -338,7 +351,13 @@ def main() -> None:
             models.append((f"sparse MoE, {args.gigabytes:g} GB", path))
         for name, folder in models:
             figures = measure(
-                folder, rounds=args.rounds, rollouts=args.rollouts, seconds=args.seconds
+                folder,
+                rounds=args.rounds,
+                rollouts=args.rollouts,
+                seconds=args.seconds,
+                canaries=args.canaries,
+                processor_time=args.processor_time,
+                say=lambda line: print(line, file=sys.stderr, flush=True),
             )
             print("\n".join(lines(name, figures)), flush=True)
 

@@ -169,10 +169,13 @@ def build(
     config: EngineConfig,
     on_loading: Callable[[Loading], None],
     version: Version | None = None,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[Core, Ready]:
     """Load the model and make a core of it.
 
     version  the weights to load; None: those of `config.model.path`, as version 0
+    clock    what steps and slices are measured by, in seconds
 
     Raises CheckpointError, ConfigError: one line each, before anything is served.
     """
@@ -224,7 +227,7 @@ def build(
         num_experts_per_tok=ring.num_experts_per_tok,
         kernels=runner.kernels,
     )
-    return Core(scheduler, runner, stager, stage_share=config.stage_share), ready
+    return Core(scheduler, runner, stager, stage_share=config.stage_share, clock=clock), ready
 
 
 def num_free_cores() -> int:
