@@ -8,13 +8,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from everstep.engine import model
 from everstep.engine.checkpoint import Checkpoint
 from everstep.engine.manifest import FILE, combine_digests, read_manifest, write_manifest
 from everstep.engine.manifest_maker import manifest_of
 from everstep.engine.messages import Add, Refused, StageReport
+from everstep.engine.model import KVStore
 from everstep.engine.rollout import SamplingParams
+from everstep.engine.rotary import rotary_tables
+from everstep.kernels import QuerySpan
 
-from .flips import FlippingCore, describe, make_versions
+from .flips import CANARY, FlippingCore, describe, make_versions, weights_of
 
 GATE, UP = (f"model.layers.2.mlp.experts.3.{name}_proj.weight" for name in ("gate", "up"))
 DENSE = "model.layers.1.attention.dense.weight"
@@ -207,13 +211,23 @@ def test_a_trainer_with_other_numerics_is_held_to_the_bounds_of_the_format(
     assert refusal(folders, bad).layer == 1
 
 
+def share_reached(weights, ids):
+    """Of the routed experts, by a plain forward pass over all tokens at once."""
+    config = weights.config
+    store = KVStore.empty(config, 64, weights.dtype)
+    plan = model.plan_step(config, [QuerySpan(0, 0, len(ids), [1, 2, 3])], 16)
+    tables = rotary_tables(config, len(ids), torch.float32)
+    found = model.forward(weights, torch.tensor(ids), store, plan, tables)
+    reached = [len(set(routes.ids.reshape(-1).tolist())) for routes in found.routes]
+    return sum(reached) / (len(reached) * config.num_experts)
+
+
 def test_a_good_version_says_what_its_canaries_saw(originals):
     core = FlippingCore(originals["bf16"])
     report = core.stage(1)
     assert isinstance(report, StageReport)
     assert (report.canary_tokens, report.max_delta, report.max_bound) == (8, 0.0, 0.0)
-    # twelve tokens, two of eight experts each, in three layers
-    assert 0.25 < report.experts_reached <= 1
+    assert report.experts_reached == share_reached(weights_of(originals["bf16"][1]), CANARY)
     assert 0 < report.longest_slice_s <= report.busy_seconds <= report.seconds
     assert report.slices >= 1
 
