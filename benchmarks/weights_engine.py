@@ -21,6 +21,7 @@ wall is left out (what they do to caches is not).
 import argparse
 import os
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -342,6 +343,8 @@ def main() -> None:
     parser.add_argument("--processor-time", action="store_true", help="of one thread")
     parser.add_argument("--seconds", type=float, default=3.0, help="of generation without staging")
     args = parser.parse_args()
+    # shared memory outlives whoever is ended
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with tempfile.TemporaryDirectory(prefix="everstep-bench-") as scratch:
         models: list[tuple[str, Path]] = []
         if args.model != "none":
