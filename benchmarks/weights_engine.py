@@ -12,7 +12,8 @@ publishes them.
     serving                           from the message `Stage` to that first step
     tokens/s                          while nothing is staged, at full priority, in the background
 
-In a round the three are measured one after another, from the same prompts; figures are medians of
+In a round the three are measured one after another; rollouts have the same lengths in all of them, and
+who ends begins anew. Figures are medians of
 rounds, the longest slice is the longest of all. With `--processor-time` the engine has one thread,
 and all seconds are seconds of that thread on a processor: what other processes do to the clock on the
 wall is left out (what they do to caches is not).
@@ -58,8 +59,8 @@ from everstep.engine.messages import (
 from everstep.engine.rollout import SamplingParams
 from everstep.engine.weights import load_weights
 
-PROMPT = 32
-MAX_LEN = 4096
+PROMPT, OUTPUT = 32, 128
+MAX_LEN = 256
 WARM_STEPS = 5
 CANARY_TOKENS, CANARY_PROMPT = 128, 32
 Clock = Callable[[], float]
@@ -110,7 +111,7 @@ class Driver:
         self._clock = clock
         self._rollouts = rollouts
         self._vocab_size = vocab_size
-        self._names: list[str] = []
+        self._names: dict[str, int] = {}
         self._num_adds = 0
         self._heard: list[FromCore] = []
 
@@ -121,7 +122,15 @@ class Driver:
         for message in self._heard:
             if isinstance(message, Refused):
                 raise SystemExit(message.message)
+            if isinstance(message, Tokens):
+                self._begin_anew(message)
         return self._heard
+
+    def _begin_anew(self, message: Tokens) -> None:
+        for tokens in message.rollouts:
+            index = self._names.pop(tokens.rollout_id, None) if tokens.finish else None
+            if index is not None:
+                self._core.handle(self._add(index))
 
     def _send(self, messages: list[FromCore]) -> None:
         encode(messages)
@@ -131,23 +140,25 @@ class Driver:
         """The same rollouts anew, a few steps after their prompts."""
         self.end()
         for index in range(self._rollouts):
-            self._num_adds += 1
-            self._names.append(f"r{self._num_adds}")
-            self.turn(
-                Add(
-                    rollout_id=self._names[-1],
-                    prompt_ids=[(7 * index + n) % self._vocab_size for n in range(PROMPT)],
-                    sampling=SamplingParams(ignore_eos=True),
-                    seed=index,
-                    max_tokens=MAX_LEN - PROMPT,
-                )
-            )
+            self.turn(self._add(index))
         for _ in range(WARM_STEPS):
             self.turn()
 
+    def _add(self, index: int) -> Add:
+        self._num_adds += 1
+        name = f"r{self._num_adds}"
+        self._names[name] = index
+        return Add(
+            rollout_id=name,
+            prompt_ids=[(7 * index + n) % self._vocab_size for n in range(PROMPT)],
+            sampling=SamplingParams(ignore_eos=True),
+            seed=index,
+            max_tokens=OUTPUT,
+        )
+
     def end(self) -> None:
-        self.turn(Cancel(self._names))
-        self._names = []
+        names, self._names = self._names, {}
+        self.turn(Cancel([*names]))
 
     def generate(self, seconds: float) -> Phase:
         """So long, with nothing staged."""

@@ -33,7 +33,7 @@ Part = tuple[str, int, int]
 PROGRESS_EVERY_S = 0.25
 # how long a step may be held up at once, but for the last piece
 SLICE_S = 0.004
-FULL_SLICE_S = 0.008
+FULL_SLICE_S = 0.006
 Clock = Callable[[], float]
 
 

@@ -15,7 +15,7 @@ PIECE_BYTES = 1 << 20
 # of weights that products read
 PIECE_WEIGHT_BYTES = 16 << 20
 # multiply-adds of products
-PIECE_PRODUCTS = 1 << 27
+PIECE_PRODUCTS = 1 << 26
 
 
 def drain(pieces: Generator[object, None, T]) -> T:
