@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from everstep.trainer_bridge.sharding import join_world
 from everstep.trainer_bridge.weight_targets import Elsewhere, Here
 
 from .training_runs import free_port
-from .weight_runs import change, files_of, names_of, ring_of, sender_of, taking
+from .weight_runs import change, files_of, names_of, ring_of, sender_of, sending, taking
 
 ROOT = Path(__file__).parents[2]
 WAIT_S = 60.0
@@ -224,6 +225,38 @@ def processes() -> Iterator[Processes]:
         process.wait()
         assert process.stdout is not None
         process.stdout.close()
+
+
+def test_the_command_says_what_arrives_and_what_it_cannot(source: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "everstep",
+        "receive-weights",
+        "--root",
+        str(tmp_path / "root"),
+    ]
+    refused = subprocess.run(
+        [*command, "--bind", "tcp://0.0.0.0:1"], capture_output=True, text=True
+    )
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: weights.bind: 'tcp://0.0.0.0:1' can be reached from")
+    assert refused.stderr.count("\n") == 1
+    with subprocess.Popen(
+        [*command, "--bind", "tcp://127.0.0.1:0"], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        found = re.fullmatch(
+            rf"weights of the run 'run' arrive at (\S+), in {tmp_path}/root\n", first
+        )
+        assert found is not None, first
+        with sending(source, [found[1]]) as (sender, _):
+            sender.publish(7)
+        second = process.stdout.readline()
+        assert re.fullmatch(rf"version 7: 0\.7 MB in \S+ s \(.*\), {tmp_path}/root/v7\n", second)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(WAIT_S) == 0
 
 
 def wait_for(is_so: Callable[[], bool]) -> None:
