@@ -448,7 +448,7 @@ class RolloutDriver:
     def _tell(self, news: Iterable[News]) -> None:
         """In order; what is of one kind is one commit."""
         ended: list[tuple[Sample, Rollout]] = []
-        submitted: dict[Sample, str] = {}
+        submitted: list[tuple[Place, str]] = []
 
         def flush() -> None:
             # nobody ends who was not submitted before
@@ -460,8 +460,8 @@ class RolloutDriver:
 
         for item in news:
             match item:
-                case Submitted(sample, rollout_id):
-                    submitted[sample] = rollout_id
+                case Submitted(place, rollout_id):
+                    submitted.append((place, rollout_id))
                 case Ended(sample, rollout):
                     ended.append((sample, rollout))
                 case _:

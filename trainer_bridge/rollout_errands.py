@@ -163,7 +163,7 @@ class Errands:
             rollout_id = await self._patiently(lambda: engine.submit(work))
         except InvalidRequest as error:
             return partial(self._refuse, sample, str(error))
-        return Submitted(sample, rollout_id)
+        return Submitted(place, rollout_id)
 
     def _refuse(self, sample: Sample, message: str) -> None:
         kept = self._state.prompts.get(sample.prompt)

@@ -7,7 +7,7 @@ is done behind the commit, so a driver that was killed carries on from the recor
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..engine.rollout import Rollout, derive_seed
@@ -163,14 +163,14 @@ class RunState:
         self._apply(words.Begin(), changes)
         self._controller.write()
 
-    def submitted(self, rollout_ids: Mapping[Sample, str]) -> None:
-        """Engines have them under these ids."""
+    def submitted(self, found: Sequence[tuple[Place, str]]) -> None:
+        """Their engines have them under these ids. One that was lost meanwhile is elsewhere now, and
+        has another id there."""
         changes = self._file.changes
-        for sample, rollout_id in rollout_ids.items():
-            place = self.places.get(sample)
-            if place is not None:
+        for place, rollout_id in found:
+            if self.places.get(place.sample) is place:
                 place.rollout_id = rollout_id
-                changes.put("place", key_of(sample), place)
+                changes.put("place", key_of(place.sample), place)
 
     def saw(self, rollouts: Sequence[tuple[Sample, Rollout]]) -> None:
         """Rollouts as they are now: what grew, and what has ended."""

@@ -15,6 +15,7 @@ from msgspec import Struct
 from ..engine.errors import EngineUnavailable
 from ..engine.rollout import Rollout
 from .c3po_words import Sample
+from .run_words import Place
 
 Call = Callable[[], None]
 
@@ -27,9 +28,9 @@ class Ended(Struct):
 
 
 class Submitted(Struct):
-    """An engine has a sample under this id."""
+    """The engine of a place has its sample under this id."""
 
-    sample: Sample
+    place: Place
     rollout_id: str
 
 

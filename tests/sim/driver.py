@@ -49,6 +49,7 @@ class DriverSettings(Struct, frozen=True, kw_only=True):
     has_threads    as `RolloutDriver`
     wait_s         patience with an engine that is away
     step           iterations that one command may run; None: all
+    is_paused      others pause its rollouts now and then
     bad, too_long  number of a prompt that nobody can run; None: there is none
     """
 
@@ -65,6 +66,7 @@ class DriverSettings(Struct, frozen=True, kw_only=True):
     bad: int | None
     too_long: int | None
     meddles: bool
+    is_paused: bool
     kv: KVPolicy
 
 
@@ -118,8 +120,10 @@ class DriverHost:
         self.process: Process | None = None
         self.is_done = False
         self.doom = Doom()
-        config = settings.config
-        self.watch = DriverWatch(history, config.capacity, config.standby, self._is_away)
+        most = settings.config.capacity + settings.config.standby
+        # the place of one that somebody else has paused is another's meanwhile
+        most_begun = most if settings.is_paused else settings.config.capacity
+        self.watch = DriverWatch(history, most_begun, most, self._is_away)
         self._in_commit = False
         self._limit = settings.step
         self._state: RunState | None = None

@@ -12,7 +12,7 @@ from everstep.trainer_bridge.run_words import OutputMark, Place, key_of
 
 from .history import History
 
-KINDS = ("any", "any", "purge", "lease", "output", "over")
+KINDS = ("any", "purge", "purge", "lease", "output", "over")
 
 
 class Doom:
@@ -35,13 +35,15 @@ class Doom:
 
 
 class DriverWatch:
-    """capacity, standby: of the run; is_away: whether an engine cannot be reached just now."""
+    """most_begun, most  samples in the pool: that have tokens, and in all
+    is_away           whether an engine cannot be reached just now
+    """
 
     def __init__(
-        self, history: History, capacity: int, standby: int, is_away: Callable[[str], bool]
+        self, history: History, most_begun: int, most: int, is_away: Callable[[str], bool]
     ) -> None:
         self._history = history
-        self._capacity, self._standby, self._is_away = capacity, standby, is_away
+        self._most_begun, self._most, self._is_away = most_begun, most, is_away
         self.iteration = 0
         """How many were committed."""
         self.size = 0
@@ -81,7 +83,7 @@ class DriverWatch:
                 if self._note_place(str(key), place):
                     kinds.add("purge")
         begun = sum(self._pool.values())
-        if begun > self._capacity or len(self._pool) > self._capacity + self._standby:
+        if begun > self._most_begun or len(self._pool) > self._most:
             what = f"Ω: {begun} of {len(self._pool)} in the pool have begun"
             self._history.note("driver", "fault", what=what)
         return kinds

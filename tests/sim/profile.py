@@ -95,6 +95,9 @@ class Profile(Struct, frozen=True, kw_only=True):
             # a token that was counted and is lost would be counted again
             durability = "power"
         wishes = tuple(wish for wish in WISHES if rng.random() < 0.5)
+        if driver is not None:
+            is_paused = driver.meddles or "pause all" in wishes
+            driver = replace(driver, is_paused=is_paused)
         # few blocks: they are fought for
         kv = ResolvedKV(
             block_size=rng.choice([2, 4]),
@@ -200,4 +203,5 @@ def _driver(rng: random.Random, *, is_sqlite: bool) -> DriverSettings:
         too_long=rng.randrange(num_prompts) if rng.random() < 0.15 else None,
         meddles=rng.random() < 0.3,
         kv=rng.choice(["keep", "recompute", "recompute-prompt"]),
+        is_paused=True,
     )

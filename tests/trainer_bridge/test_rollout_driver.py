@@ -19,7 +19,7 @@ from everstep.trainer_bridge.rollout_record import trajectory_of
 from everstep.trainer_bridge.run_state import RunState
 from everstep.trainer_bridge.run_words import KeptPrompt
 
-from .rollout_world import STEP_S, FakeEngine, Killed, World, digest, run, token_of
+from .rollout_world import STEP_S, FakeEngine, FakeSource, Killed, World, digest, run, token_of
 
 
 def in_memory() -> Path:
@@ -250,6 +250,26 @@ def test_a_run_that_dies_before_its_engines_are_told_tells_them_later(folder):
     assert world.sink.lines == lines
     check(world, state)
     nothing_is_left(world)
+
+
+def test_an_answer_of_an_engine_that_was_given_up_names_nothing_at_another(folder):
+    """Both news may wait in one inbox (the simulation's seed 10618 of its day)."""
+    engines = [FakeEngine("e0", short), FakeEngine("e1", short)]
+    world = World(folder, config(), engines, ["p0", "p1"])
+    state = world.open()
+    state.engines = ["e0", "e1"]
+    kept, _, position = FakeSource(world.ids).read(2)
+    state.extend(kept, position)
+    state.begin()
+    place = next(place for place in state.places.values() if place.engine == "e0")
+    state.engines = ["e1"]
+    state.leave("e0")
+    state.submitted([(place, "e0-0")])
+    again = state.places[place.sample]
+    assert (again.engine, again.rollout_id) == ("e1", None)
+    state.submitted([(again, "e1-7")])
+    assert again.rollout_id == "e1-7"
+    state.close()
 
 
 def test_done_is_done(folder):
