@@ -17,7 +17,7 @@ WITHIN = 400
 """Seeds after which a bug counts as missed."""
 RARE = (
     *("publish_before_commit", "counter_reset", "budget_refilled", "resumed_too_early"),
-    *("submission_forgotten", "lost_lease_dealt_again", "output_not_synced", "purge_skipped"),
+    *("lost_lease_dealt_again", "output_not_synced"),
 )
 """These take some dozens of histories to be found, and run with the slow tests."""
 
