@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from everstep.clients.client_flows import Patience, error_from
 from everstep.engine.errors import EngineUnavailable, EverstepError, UnknownRollout
 from everstep.engine.journal_ops import BudgetState, Query
-from everstep.engine.messages import KVPolicy
+from everstep.engine.messages import KVPolicy, Priority
 from everstep.engine.rollout import Rollout, RolloutState
 from everstep.engine.trajectory import decode, unpack
 from everstep.http_engine import HttpEngine
@@ -51,6 +51,7 @@ class SimServer(HttpEngine):
         is_trained: bool,
     ) -> None:
         self.name, self._is_trained = name, is_trained
+        self._priority: Priority = "background"
         self._wait_s = self._first_s = wait_s
         self._looked_s, self._lengths = 0.0, []
         self._sim = SimClient(name, loop, network, process, wait_s)
@@ -144,8 +145,10 @@ class SimClient:
         current, waiting_for = await self.call("weights")
         return SimpleNamespace(current=current, waiting_for=waiting_for)
 
-    async def stage_weights(self, path: str, *, rollback: int | None = None) -> Any:
-        return await self.call("stage", WEIGHTS_S, path=path, rollback=rollback)
+    async def stage_weights(
+        self, path: str, *, priority: Priority, rollback: int | None = None
+    ) -> Any:
+        return await self.call("stage", WEIGHTS_S, path=path, priority=priority, rollback=rollback)
 
     async def flip_weights(self, version: int, *, kv: KVPolicy) -> Any:
         flipped = await self.call("flip", WEIGHTS_S, version=version, kv=kv)

@@ -332,7 +332,8 @@ class FrontHost:
             case "weights":
                 return manager.version, manager.versions.waiting_for
             case "stage":
-                return await manager.stage(values["path"], rollback=values["rollback"])
+                path, priority = values["path"], values["priority"]
+                return await manager.stage(path, priority, rollback=values["rollback"])
             case "flip":
                 return await self._flip(manager, values["version"], values["kv"])
             case "unstage":

@@ -434,7 +434,7 @@ def test_a_loss_that_is_told_twice_loses_no_other_rollout(folder):
     state.lost([(sample, place.rollout_id)])
     again = state.places[sample]
     assert again.key != place.key
-    state.submitted({sample: "another"})
+    state.submitted([(again, "another")])
     state.lost([(sample, place.rollout_id)])
     assert state.places[sample] is again
     state.close()
