@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from everstep.engine.checkpoint import Checkpoint, dequantize
 from everstep.engine.errors import CheckpointError
@@ -24,7 +23,7 @@ from everstep.trainer_bridge.weight_sender import WeightSender
 from everstep.trainer_bridge.weight_targets import Here
 
 from ..fp8_reference import block_reference
-from .training_runs import free_port
+from .weight_runs import start_ranks
 
 # two ranks cut 260 rows at 130, three at 87 and 174; 136 columns leave blocks of 8
 RAGGED = replace(
@@ -97,9 +96,7 @@ def test_a_version_has_the_bytes_of_the_offline_quantiser(
 ) -> None:
     # MTP layers are not trained, and config.json must not count them
     source = make_checkpoint(tmp_path / "source", shape=RAGGED, format="f32", mtp=1)
-    arguments = (world, free_port(), source, tmp_path, dtype)
-    # forked: torch is loaded once
-    mp.start_processes(publish, arguments, nprocs=world, start_method="fork")  # type: ignore[no-untyped-call]
+    start_ranks(publish, world, source, tmp_path, dtype)
     for fp8 in FORMATS:
         offline = quantize_checkpoint(tmp_path / "exported", tmp_path / f"offline-{fp8}", fp8)
         expected, found = Checkpoint.open(offline), Checkpoint.open(tmp_path / fp8 / "v2")

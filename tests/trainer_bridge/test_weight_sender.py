@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from everstep.engine.checkpoint import Checkpoint
 from everstep.engine.errors import CheckpointError
@@ -21,7 +20,7 @@ from everstep.trainer_bridge.weight_sender import WeightSender
 from everstep.trainer_bridge.weight_targets import Here
 
 from .training_runs import free_port, make_run, start, write_config
-from .weight_runs import ring_of
+from .weight_runs import ring_of, start_ranks
 
 
 def publish(rank: int, world: int, port: int, source: Path, root: Path) -> None:
@@ -61,9 +60,7 @@ def test_versions_are_those_of_an_export(world: int, tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "source", format="f32")
     root = tmp_path / "versions"
     root.mkdir()
-    arguments = (world, free_port(), source, root)
-    # forked: torch is loaded once
-    mp.start_processes(publish, arguments, nprocs=world, start_method="fork")  # type: ignore[no-untyped-call]
+    start_ranks(publish, world, source, root)
     versions = [Checkpoint.open(root / name) for name in ("v1", "v2", "exported")]
     first, second, exported = versions
     manifests = [read_manifest(root / name) for name in ("v1", "v2")]

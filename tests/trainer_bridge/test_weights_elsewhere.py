@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from everstep.engine.errors import EverstepError
 from everstep.engine.fp8_policy import Fp8Format
@@ -24,7 +23,16 @@ from everstep.trainer_bridge.sharding import join_world
 from everstep.trainer_bridge.weight_targets import Elsewhere, Here
 
 from .training_runs import free_port
-from .weight_runs import change, files_of, names_of, ring_of, sender_of, sending, taking
+from .weight_runs import (
+    change,
+    files_of,
+    names_of,
+    ring_of,
+    sender_of,
+    sending,
+    start_ranks,
+    taking,
+)
 
 ROOT = Path(__file__).parents[2]
 WAIT_S = 60.0
@@ -39,12 +47,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextmanager
 def ranks(world: int, work: Any, *arguments: Any) -> Iterator[Callable[[], None]]:
     """`work(rank, world, port, *arguments)` in processes; what waits until they have ended well."""
-    # forked: torch is loaded once. What is left of worlds of this process must not be: a fork that
-    # frees them waits for threads that it does not have
-    gc.collect()
-    running = mp.start_processes(
-        work, (world, free_port(), *arguments), nprocs=world, join=False, start_method="fork"
-    )  # type: ignore[no-untyped-call]
+    running = start_ranks(work, world, *arguments, join=False)
 
     def join() -> None:
         end_s = time.monotonic() + WAIT_S

@@ -1,11 +1,13 @@
 """Small models whose weights are sent, and folders to compare."""
 
-from collections.abc import Iterator, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.multiprocessing as mp
 
 from everstep.engine.fp8_policy import Fp8Format
 from everstep.engine.stored_format import StoredFormat
@@ -16,7 +18,21 @@ from everstep.trainer_bridge.weight_receiver import WeightReceiver, receiving
 from everstep.trainer_bridge.weight_sender import WeightSender
 from everstep.trainer_bridge.weight_targets import Elsewhere, Here, Target
 
+from .training_runs import free_port
+
 Bytes = dict[str, bytes]
+
+
+def start_ranks(
+    work: Callable[..., None], world: int, *arguments: Any, join: bool = True
+) -> mp.ProcessContext | None:
+    """`work(rank, world, port, *arguments)` in forked processes: torch is loaded once."""
+    # what is left of worlds of this process must not be: a fork that frees them waits for threads
+    # that it does not have
+    gc.collect()
+    return mp.start_processes(
+        work, (world, free_port(), *arguments), nprocs=world, join=join, start_method="fork"
+    )  # type: ignore[no-untyped-call]
 
 
 def ring_of(source: Path, world: World) -> TrainableRing:
