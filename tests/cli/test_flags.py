@@ -173,7 +173,9 @@ def test_help_shows_what_matters(capsys: pytest.CaptureFixture[str]) -> None:
         "doctor",
         "verify",
         "convert",
+        "quantize",
         "keys",
+        "receive-weights",
         "make-checkpoint",
     ]
     for command in (*names, "replay", "capsule"):
