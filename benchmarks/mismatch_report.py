@@ -156,7 +156,7 @@ def table_seeds(runs: Runs) -> Table:
 def table_mismatch(runs: Runs) -> Table:
     """Over the tokens of all iterations, mean over seeds; largest: of all."""
     names = {
-        "|Δlp|, mean": "log_ratio_abs_mean",
+        "abs(Δlp), mean": "log_ratio_abs_mean",
         "p99": "log_ratio_abs_p99",
         "KL k1": "kl_k1",
         "k3": "kl_k3",
@@ -182,9 +182,9 @@ def table_mismatch(runs: Runs) -> Table:
 
 
 def table_lags(runs: Runs) -> Table:
-    """|Δlp| and masked share of tokens whose weights were 0, 1, … versions old."""
+    """abs(Δlp) and masked share of tokens whose weights were 0, 1, … versions old."""
     shown = [lag for lag in LAGS if any(not math.isnan(v) for v in _of_lag(runs, "tokens", lag))]
-    rows = [["", *(f"{what}, {lag}" for what in ("|Δlp|", "masked") for lag in shown)]]
+    rows = [["", *(f"{what}, {lag}" for what in ("abs(Δlp)", "masked") for lag in shown)]]
     for method, own in runs.items():
         gaps = [figure(mean(_of_lag({method: own}, "log_ratio_abs_mean", lag))) for lag in shown]
         masked = [mean(_of_lag({method: own}, "mask_fraction", lag)) for lag in shown]
