@@ -194,6 +194,8 @@ def _settle(future: "asyncio.Future[Any]", result: Any, error: Exception | None)
         future.set_result(result)
     else:
         future.set_exception(error)
+        # who asked may be killed before it comes to look
+        future.exception()
 
 
 def _make_task(
