@@ -259,9 +259,11 @@ def rollout(
     has_reward = reward is not None or bridge is not None
     rewards = load(RewardConfig, file=reward).config if has_reward else None
     training = weights = None
+    of_a_trainer = {"--weights-bind": weights_bind, "--weights-root": weights_root, "--keys": keys}
+    for flag, given in of_a_trainer.items():
+        if given is not None and bridge is None:
+            raise ConfigError(f"{flag} is for a run with a trainer: name --bridge too")
     if weights_bind is not None:
-        if bridge is None:
-            raise ConfigError("--weights-bind is for the weights of a trainer: name --bridge too")
         folder = default_root(run_name) if weights_root is None else weights_root.resolve()
         weights = Job(weights_bind, run_name, str(folder), None if keys is None else str(keys))
     if bridge is not None:

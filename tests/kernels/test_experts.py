@@ -49,13 +49,20 @@ def terms_of(x, routes, layers):
     return torch.stack(rows)
 
 
-def assert_experts_close(actual, expected, terms):
-    """As `assert_close`, but a hidden value that crossed a bf16 border moves its whole row."""
+def assert_experts_close(actual, expected, terms, kind):
+    """As `assert_close`, but a hidden value that crossed a border of bf16, or of FP8 where
+    activations are quantised, moves its whole row."""
+    allowed = TOLERANCES[actual.dtype]
+    error = (actual.double() - expected.double()).abs()
+    if actual.dtype == torch.float32 and "-" in kind:
+        # by a step of e4m3, an eighth of the value; and that is rare
+        assert (error <= terms / 8).all()
+        crossed = (error > (allowed.relative + allowed.of_terms) * terms).any(-1)
+        assert crossed.sum() <= 1 + len(actual) // 4
+        return
     if actual.dtype == torch.float32:
         assert_close(actual, expected, terms)
         return
-    allowed = TOLERANCES[actual.dtype]
-    error = (actual.double() - expected.double()).abs()
     scale = expected.double().abs().amax(-1, keepdim=True)
     assert (error <= allowed.relative * scale).all()
 
@@ -77,7 +84,7 @@ def test_experts_are_the_definition(tokens, shape, hidden, width, dtype, kind, s
         make_experts(kind, shape[0], hidden, width, dtype, seed),
     )
     expected = reference.experts(x, *routes, *layers)
-    assert_experts_close(experts(x, *routes, *layers), expected, terms_of(x, routes, layers))
+    assert_experts_close(experts(x, *routes, *layers), expected, terms_of(x, routes, layers), kind)
 
 
 @pytest.mark.parametrize("kind", ["plain", "block", "block-group", "channel-token"])
