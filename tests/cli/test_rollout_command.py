@@ -287,6 +287,7 @@ def test_a_bad_line_is_named_and_good_ones_are_delivered(
         (["--temperature", "0"], "temperature is 0"),
         (["--server", "localhost:1"], "--server must begin with http"),
         (["--server", "http://a,http://a/"], "--server names http://a twice"),
+        (["--keys", "keys"], "--keys is for a run with a trainer: name --bridge too"),
         (["--journal", "off"], "journal.path is off"),
         (["--engine.batch.max-num-seqs", "0"], "engine.batch.max_num_seqs must be"),
         (["--max-reissues", "-2"], "max_reissues is -2; accepted"),
