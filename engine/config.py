@@ -144,7 +144,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             le=1,
             description="time for the next weights in the background, as a share of that of steps",
         ),
-    ] = 0.08
+    ] = 0.06
     seed: (
         Annotated[int, Meta(description="run seed: rollouts without a seed derive theirs from it")]
         | None

@@ -63,7 +63,7 @@ class Core:
         runner: Runner,
         stager: Stager | None = None,
         *,
-        stage_share: float = 0.08,
+        stage_share: float = 0.06,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.scheduler = scheduler
