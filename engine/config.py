@@ -14,6 +14,9 @@ from msgspec import Meta, Struct
 # threads of its own, which do both (kernels/cpu/pool.cpp).
 PATIENCE = {"OMP_WAIT_POLICY": "PASSIVE"}
 
+# the default; the rest of the steps' time is what running rollouts keep
+STAGE_SHARE = 0.06
+
 OnPause = Literal["keep", "park", "drop"]
 Durability = Literal["process", "accepts", "power"]
 
@@ -144,7 +147,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             le=1,
             description="time for the next weights in the background, as a share of that of steps",
         ),
-    ] = 0.06
+    ] = STAGE_SHARE
     seed: (
         Annotated[int, Meta(description="run seed: rollouts without a seed derive theirs from it")]
         | None

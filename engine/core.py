@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from . import log
-from .config import EngineConfig, ResolvedKV
+from .config import STAGE_SHARE, EngineConfig, ResolvedKV
 from .errors import CheckpointError, ConfigError, EverstepError
 from .manifest import Version
 from .messages import (
@@ -63,7 +63,7 @@ class Core:
         runner: Runner,
         stager: Stager | None = None,
         *,
-        stage_share: float = 0.06,
+        stage_share: float = STAGE_SHARE,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.scheduler = scheduler

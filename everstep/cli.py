@@ -461,12 +461,10 @@ def receive_weights(
     [dim]everstep receive-weights --bind tcp://0.0.0.0:5601 --run-name run --keys ./keys[/dim]
     """
     from .engine import log
-    from .trainer_bridge.weight_folder import default_root
     from .weights_receiving import Job, receive
 
     log.setup(json_lines=log_format() == "json")
-    folder = default_root(run_name) if root is None else root.resolve()
-    receive(Job(bind, run_name, str(folder), None if keys is None else str(keys)))
+    receive(Job.of(bind, run_name, root, keys))
 
 
 @app.command("make-checkpoint")

@@ -252,7 +252,6 @@ def rollout(
     from .rollout_run import RolloutRun
     from .rollout_training import Training
     from .trainer_bridge.rewards import RewardConfig
-    from .trainer_bridge.weight_folder import default_root
     from .weights_receiving import Job
 
     # without one a trainer is sent what the default makes of each sample
@@ -264,8 +263,7 @@ def rollout(
         if given is not None and bridge is None:
             raise ConfigError(f"{flag} is for a run with a trainer: name --bridge too")
     if weights_bind is not None:
-        folder = default_root(run_name) if weights_root is None else weights_root.resolve()
-        weights = Job(weights_bind, run_name, str(folder), None if keys is None else str(keys))
+        weights = Job.of(weights_bind, run_name, weights_root, keys)
     if bridge is not None:
         training = Training(
             endpoint=bridge,

@@ -36,6 +36,14 @@ class Job(msgspec.Struct, frozen=True):
     root: str
     keys: str | None
 
+    @classmethod
+    def of(cls, endpoint: str, run: str, root: Path | None, keys: Path | None) -> Self:
+        """From flags: without a root the run's own folder in shared memory."""
+        from .trainer_bridge.weight_folder import default_root
+
+        folder = default_root(run) if root is None else root.resolve()
+        return cls(endpoint, run, str(folder), None if keys is None else str(keys))
+
     def check(self) -> None:
         """Raises ConfigError for an address or keys that cannot be used."""
         from .trainer_bridge.curve import check_endpoint, read_keys

@@ -5,7 +5,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -48,3 +51,22 @@ class Served:
         if self._process is not None:
             self._process.kill()
             self._process.wait(30)
+
+
+@contextmanager
+def two_served(checkpoint: Path, folder: Path, *more: str) -> Iterator[list[Served]]:
+    """Two servers of the checkpoint, started side by side, each with a folder of its own."""
+    found = []
+    for name in "ab":
+        (folder / name).mkdir()
+        found.append(Served(checkpoint, folder / name, *more))
+    starts = [threading.Thread(target=server.start) for server in found]
+    for start in starts:
+        start.start()
+    for start in starts:
+        start.join()
+    try:
+        yield found
+    finally:
+        for server in found:
+            server.end()

@@ -7,17 +7,15 @@ one left is for the same run to go on with.
 
 import contextlib
 import fcntl
-import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 from ..engine.errors import ConfigError
-from .weight_folder import SHARED_MEMORY, default_root
+from .weight_folder import SHARED_MEMORY, VERSION_NAME, default_root
 
 _LOCK = "lock"
-_VERSION = re.compile(r"v\d+|\.partial-v\d+")
 
 
 def hold(root: Path) -> BinaryIO:
@@ -50,7 +48,7 @@ def sizes_of(root: Path) -> dict[str, int]:
     """Versions in the folder of a run, half-written ones too → bytes."""
     found: dict[str, int] = {}
     for folder in sorted(root.iterdir()) if root.is_dir() else ():
-        if _VERSION.fullmatch(folder.name):
+        if VERSION_NAME.fullmatch(folder.name):
             # a trainer may be taking it away just now
             with contextlib.suppress(OSError):
                 found[folder.name] = sum(file.stat().st_size for file in folder.iterdir())

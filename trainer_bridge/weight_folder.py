@@ -6,6 +6,7 @@ import hashlib
 import math
 import mmap
 import os
+import re
 import shutil
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,8 @@ from ..engine.manifest import Manifest, TensorRecord, tensor_hash, write_manifes
 FILE = "model.safetensors"
 SHARED_MEMORY = Path("/dev/shm")
 _PARTIAL = ".partial-"
+# of the folders of versions, half-written ones too
+VERSION_NAME = re.compile(rf"({re.escape(_PARTIAL)})?v\d+")
 _ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1}
 
 

@@ -14,7 +14,7 @@ from everstep import rollout_embedded
 from everstep.cli import run
 from everstep.engine.native import ThreadBackend
 
-from ..serving import Served
+from ..serving import Served, two_served
 
 # what depends on where a rollout ran, and when
 _CHANGING = (
@@ -25,20 +25,8 @@ _CHANGING = (
 
 @pytest.fixture
 def servers(tiny_checkpoint: Path, tmp_path: Path) -> Iterator[list[Served]]:
-    found = []
-    for name in "ab":
-        (tmp_path / name).mkdir()
-        found.append(Served(tiny_checkpoint, tmp_path / name))
-    starts = [threading.Thread(target=server.start) for server in found]
-    for start in starts:
-        start.start()
-    for start in starts:
-        start.join()
-    try:
+    with two_served(tiny_checkpoint, tmp_path) as found:
         yield found
-    finally:
-        for server in found:
-            server.end()
 
 
 def lasting(path: Path) -> dict[tuple[str, int], dict[str, Any]]:

@@ -1,6 +1,5 @@
 """The loop with servers: `everstep rollout --server` and a trainer, and the kill of a server."""
 
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.serving import Served
+from tests.serving import Served, two_served
 
 from .training_loop import WAIT_S, Loop
 
@@ -22,21 +21,8 @@ def loop(tmp_path: Path) -> Loop:
 
 @pytest.fixture
 def servers(loop: Loop) -> Iterator[list[Served]]:
-    found = []
-    for name in "ab":
-        folder = loop.folder / name
-        folder.mkdir()
-        found.append(Served(loop.folder / "model", folder, "--admin-key", KEY))
-    starts = [threading.Thread(target=server.start) for server in found]
-    for start in starts:
-        start.start()
-    for start in starts:
-        start.join()
-    try:
+    with two_served(loop.folder / "model", loop.folder, "--admin-key", KEY) as found:
         yield found
-    finally:
-        for server in found:
-            server.end()
 
 
 def weights_of(server: Served) -> dict:
