@@ -55,7 +55,7 @@ def test_experts_are_the_definition(name, tokens, shape, sizes, dtype, kind, see
     with use_level(name):
         actual = kernels.experts(x, *routes, bank_of(layers))
     expected = reference.experts(x, *routes, *layers)
-    assert_experts_close(actual, expected, terms_of(x, routes, layers))
+    assert_experts_close(actual, expected, terms_of(x, routes, layers), kind)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
