@@ -25,23 +25,23 @@ from c3po_steps import bound, step_costs
 from msgspec import Struct
 from msgspec.structs import replace
 
+from everstep.engine.checkpoint.make_checkpoint import Format, make_checkpoint, resize
 from everstep.engine.config import BatchConfig, EngineConfig, JournalConfig, KVConfig, ModelConfig
-from everstep.engine.intake import Submission
-from everstep.engine.journal import Journal
-from everstep.engine.journal_thread import JournalThread
-from everstep.engine.make_checkpoint import Format, make_checkpoint, resize
-from everstep.engine.manager import RolloutManager
+from everstep.engine.journal.journal import Journal
+from everstep.engine.journal.thread import JournalThread
+from everstep.engine.manager.intake import Submission
+from everstep.engine.manager.manager import RolloutManager
 from everstep.engine.native import ProcessBackend
 from everstep.engine.rollout import Rollout, SamplingParams, derive_seed
-from everstep.trainer_bridge.c3po_config import C3poConfig
-from everstep.trainer_bridge.comparison import retention_without_purges
-from everstep.trainer_bridge.length_model import CappedLognormal
-from everstep.trainer_bridge.manager_engine import ManagerEngine
-from everstep.trainer_bridge.rollout_driver import Delivered, RolloutDriver
-from everstep.trainer_bridge.rollout_engine import Prompt, Work
-from everstep.trainer_bridge.run_file import RunFile
-from everstep.trainer_bridge.run_state import RunState
-from everstep.trainer_bridge.run_words import Header, KeptPrompt, Position
+from everstep.trainer_bridge.c3po.comparison import retention_without_purges
+from everstep.trainer_bridge.c3po.config import C3poConfig
+from everstep.trainer_bridge.c3po.length_model import CappedLognormal
+from everstep.trainer_bridge.run.driver import Delivered, RolloutDriver
+from everstep.trainer_bridge.run.engine import Prompt, Work
+from everstep.trainer_bridge.run.file import RunFile
+from everstep.trainer_bridge.run.manager_engine import ManagerEngine
+from everstep.trainer_bridge.run.state import RunState
+from everstep.trainer_bridge.run.words import Header, KeptPrompt, Position
 
 MEDIAN = 16
 GROUP = 8

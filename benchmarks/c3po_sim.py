@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from everstep.engine.rollout import derive_seed
-from everstep.trainer_bridge.c3po_words import Sample
-from everstep.trainer_bridge.comparison import (
+from everstep.trainer_bridge.c3po.comparison import (
     BASELINES,
     Figures,
     Setting,
@@ -23,8 +22,9 @@ from everstep.trainer_bridge.comparison import (
     run_c3po,
     step_speed_up,
 )
-from everstep.trainer_bridge.length_model import CappedLognormal
-from everstep.trainer_bridge.simulator import Fate, Fates, StepCost
+from everstep.trainer_bridge.c3po.length_model import CappedLognormal
+from everstep.trainer_bridge.c3po.simulator import Fate, Fates, StepCost
+from everstep.trainer_bridge.c3po.words import Sample
 
 MEDIAN = 1024
 BATCH, GROUP = 16, 8

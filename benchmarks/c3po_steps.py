@@ -9,8 +9,8 @@ import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 
-from everstep.engine.intake import Submission
-from everstep.engine.manager import RolloutManager
+from everstep.engine.manager.intake import Submission
+from everstep.engine.manager.manager import RolloutManager
 from everstep.engine.rollout import SamplingParams
 
 STEPS = 48

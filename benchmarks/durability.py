@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from everstep.engine.checkpoint.hub import resolve
 from everstep.engine.config import (
     BatchConfig,
     Durability,
@@ -28,11 +29,10 @@ from everstep.engine.config import (
     KVConfig,
     ModelConfig,
 )
-from everstep.engine.hub import resolve
-from everstep.engine.intake import Submission
-from everstep.engine.journal import Journal
-from everstep.engine.journal_thread import JournalThread
-from everstep.engine.manager import RolloutManager
+from everstep.engine.journal.journal import Journal
+from everstep.engine.journal.thread import JournalThread
+from everstep.engine.manager.intake import Submission
+from everstep.engine.manager.manager import RolloutManager
 from everstep.engine.native import ProcessBackend
 from everstep.engine.rollout import RolloutState, SamplingParams
 from everstep.engine.tokenizer import Tokenizer

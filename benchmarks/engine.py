@@ -26,15 +26,15 @@ import msgspec
 import torch
 
 from everstep import kernels
-from everstep.engine.checkpoint import Checkpoint
+from everstep.engine.checkpoint.checkpoint import Checkpoint
+from everstep.engine.checkpoint.hub import resolve
 from everstep.engine.config import ModelConfig
-from everstep.engine.determinism import Laboratory, Trial
-from everstep.engine.hub import resolve
+from everstep.engine.core.plan import Row
 from everstep.engine.messages import Add
-from everstep.engine.plan import Row
+from everstep.engine.model.runner import ModelRunner
+from everstep.engine.model.weights import Weights, load_weights
+from everstep.engine.proofs.determinism import Laboratory, Trial
 from everstep.engine.rollout import SamplingParams
-from everstep.engine.runner import ModelRunner
-from everstep.engine.weights import Weights, load_weights
 from everstep.kernels import StepBatch, StepOutput
 
 STEPS = 20

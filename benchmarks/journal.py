@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 
 from everstep.engine.config import Durability, JournalConfig
-from everstep.engine.journal import Journal
-from everstep.engine.journal_ops import Accept, Append, End, Grown, Op, Origin
+from everstep.engine.journal.journal import Journal
+from everstep.engine.journal.ops import Accept, Append, End, Grown, Op, Origin
 from everstep.engine.rollout import (
     SAMPLED,
     TRUNCATED_SUPPORT,

@@ -28,11 +28,11 @@ from everstep.clients.llm import LLM
 from everstep.demo_children import Child
 from everstep.demo_progress import read_progress
 from everstep.demo_recipe import RUN, Files, Recipe, write_whole
+from everstep.engine.checkpoint.quantize import quantize_checkpoint
 from everstep.engine.config import PATIENCE
-from everstep.engine.quantize import quantize_checkpoint
 from everstep.engine.rollout import Rollout, SamplingParams
-from everstep.trainer_bridge import euclid
-from everstep.trainer_bridge.euclid_model import write_model
+from everstep.trainer_bridge.demo import euclid
+from everstep.trainer_bridge.demo.euclid_model import write_model
 
 ITERATIONS = 20
 ASKED_EVERY = 10

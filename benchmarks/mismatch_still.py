@@ -17,16 +17,16 @@ from mismatch import RECIPE, Seed
 from mismatch_report import figure, markdown, percent
 
 from everstep.clients.llm import LLM
-from everstep.engine.fp8_policy import Fp8Format
-from everstep.engine.quantize import quantize_checkpoint
+from everstep.engine.checkpoint.fp8_policy import Fp8Format
+from everstep.engine.checkpoint.quantize import quantize_checkpoint
 from everstep.engine.rollout import Rollout, SamplingParams
-from everstep.trainer_bridge import euclid
-from everstep.trainer_bridge.loss_config import LossConfig, LossName
-from everstep.trainer_bridge.loss_metrics import metrics_of
-from everstep.trainer_bridge.losses import LossInputs, make_loss
-from everstep.trainer_bridge.packing import pack
-from everstep.trainer_bridge.samples import sample_of
-from everstep.trainer_bridge.trainable import TrainableRing, open_trainable
+from everstep.trainer_bridge.demo import euclid
+from everstep.trainer_bridge.losses.config import LossConfig, LossName
+from everstep.trainer_bridge.losses.losses import LossInputs, make_loss
+from everstep.trainer_bridge.losses.metrics import metrics_of
+from everstep.trainer_bridge.trainer.packing import pack
+from everstep.trainer_bridge.trainer.trainable import TrainableRing, open_trainable
+from everstep.trainer_bridge.trajectories.samples import sample_of
 
 FORMS: tuple[tuple[str, Fp8Format | None, str], ...] = (
     ("bf16", None, "exact"),

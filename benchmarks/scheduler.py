@@ -25,22 +25,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from everstep.engine.checkpoint.manifest import Version
+from everstep.engine.checkpoint.random_tokenizer import special_tokens, write_tokenizer
 from everstep.engine.config import BatchConfig, ResolvedKV
-from everstep.engine.intake import Submission
-from everstep.engine.manager import RolloutManager
-from everstep.engine.manifest import Version
-from everstep.engine.messages import (
-    Add,
-    FromCore,
-    Ready,
-    ToCore,
-    decode_from_core,
-    encode,
-)
-from everstep.engine.plan import Draws, RowResult, StepPlan, StepResult
-from everstep.engine.random_tokenizer import special_tokens, write_tokenizer
+from everstep.engine.core.plan import Draws, RowResult, StepPlan, StepResult
+from everstep.engine.core.scheduler import Scheduler
+from everstep.engine.manager.intake import Submission
+from everstep.engine.manager.manager import RolloutManager
+from everstep.engine.messages import Add, FromCore, Ready, ToCore, decode_from_core, encode
 from everstep.engine.rollout import SAMPLED, SamplingParams
-from everstep.engine.scheduler import Scheduler
 from everstep.engine.tokenizer import Tokenizer
 
 BLOCK_SIZE = 16
@@ -189,7 +182,7 @@ def main() -> None:
     if args.no_gc:
         gc.disable()
     else:
-        gc.set_threshold(100_000, 20, 100)  # as engine/core.py does
+        gc.set_threshold(100_000, 20, 100)  # as engine/core/core.py does
     core = TimedCore(args.running, args.prompt, args.steps)
     asyncio.run(measure(core, make_tokenizer() if args.text else None, args.prompt))
     print(

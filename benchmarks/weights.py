@@ -39,18 +39,18 @@ import weights_engine
 from msgspec.structs import replace
 from torch import Tensor
 
-from everstep.engine.expected_tensors import expected_tensors
-from everstep.engine.make_checkpoint import make_checkpoint
-from everstep.engine.manifest import tensor_hash
-from everstep.engine.stored_format import StoredFormat
+from everstep.engine.checkpoint.expected_tensors import expected_tensors
+from everstep.engine.checkpoint.make_checkpoint import make_checkpoint
+from everstep.engine.checkpoint.manifest import tensor_hash
+from everstep.engine.checkpoint.stored_format import StoredFormat
 from everstep.kernels.checksum import crc32
 from everstep.trainer_bridge.curve import make_keys, read_keys
-from everstep.trainer_bridge.sharding import World, join_world
-from everstep.trainer_bridge.trainable import trainable_config
-from everstep.trainer_bridge.weight_chunks import CHUNK_BYTES, chunks
-from everstep.trainer_bridge.weight_folder import SHARED_MEMORY
-from everstep.trainer_bridge.weight_sender import Published, WeightSender
-from everstep.trainer_bridge.weight_targets import Elsewhere, Here, Target
+from everstep.trainer_bridge.trainer.sharding import World, join_world
+from everstep.trainer_bridge.trainer.trainable import trainable_config
+from everstep.trainer_bridge.weights.chunks import CHUNK_BYTES, chunks
+from everstep.trainer_bridge.weights.folder import SHARED_MEMORY
+from everstep.trainer_bridge.weights.sender import Published, WeightSender
+from everstep.trainer_bridge.weights.targets import Elsewhere, Here, Target
 from everstep.weights_receiving import Job, ReceiverChild
 
 WIDTH = 1024

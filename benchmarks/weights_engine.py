@@ -3,7 +3,7 @@
     python benchmarks/weights_engine.py [--model default] [--gigabytes 1] [--rounds 3] [--rollouts 4]
                                         [--canaries 2] [--processor-time]
 
-Drives the core's own loop (engine/core.py) in this process: every message is encoded as for a front,
+Drives the core's own loop (engine/core/core.py) in this process: every message is encoded as for a front,
 no server is needed. The next versions lie in shared memory, with canaries, as a trainer on this host
 publishes them.
 
@@ -34,14 +34,13 @@ from typing import TypeVar
 from msgspec import Struct
 from msgspec.structs import replace
 
-from everstep.engine.canaries import make_canary
-from everstep.engine.checkpoint import Checkpoint
+from everstep.engine.checkpoint.checkpoint import Checkpoint
+from everstep.engine.checkpoint.hub import resolve
+from everstep.engine.checkpoint.make_checkpoint import make_checkpoint, resize
+from everstep.engine.checkpoint.manifest import write_manifest
+from everstep.engine.checkpoint.manifest_maker import manifest_of
 from everstep.engine.config import BatchConfig, EngineConfig, KVConfig, ModelConfig
-from everstep.engine.core import Core, build
-from everstep.engine.hub import resolve
-from everstep.engine.make_checkpoint import make_checkpoint, resize
-from everstep.engine.manifest import write_manifest
-from everstep.engine.manifest_maker import manifest_of
+from everstep.engine.core.core import Core, build
 from everstep.engine.messages import (
     Add,
     Cancel,
@@ -56,8 +55,9 @@ from everstep.engine.messages import (
     Tokens,
     encode,
 )
+from everstep.engine.model.canaries import make_canary
+from everstep.engine.model.weights import load_weights
 from everstep.engine.rollout import SamplingParams
-from everstep.engine.weights import load_weights
 
 PROMPT, OUTPUT = 32, 128
 MAX_LEN = 256

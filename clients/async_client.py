@@ -9,7 +9,7 @@ from typing import Any, Self, TypeVar
 import httpx
 
 from ..engine.errors import EverstepError
-from ..engine.journal_ops import Budget
+from ..engine.journal.ops import Budget
 from ..engine.messages import KVPolicy, Priority, Staged
 from ..engine.rollout import Record, Rollout, RolloutState
 from ..engine.trajectory import Trajectory

@@ -23,7 +23,7 @@ from ..engine.errors import (
     Overloaded,
     WeightsRefused,
 )
-from ..engine.journal_ops import Budget, BudgetState
+from ..engine.journal.ops import Budget, BudgetState
 from ..engine.messages import Staged
 from ..engine.rollout import Record, Rollout, RolloutState, SamplingParams
 from ..engine.trajectory import Trajectory, decode, seal, unpack

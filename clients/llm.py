@@ -21,11 +21,11 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 
 from ..engine.backend import Backend
+from ..engine.checkpoint.hub import Progress, ignore_progress, resolve
 from ..engine.config import EngineConfig
 from ..engine.errors import ConfigError, EngineUnavailable, InvalidRequest
-from ..engine.hub import Progress, ignore_progress, resolve
-from ..engine.intake import Submission
-from ..engine.manager import Delta, RolloutManager
+from ..engine.manager.intake import Submission
+from ..engine.manager.manager import Delta, RolloutManager
 from ..engine.messages import Died, Loading, Ready
 from ..engine.native import ThreadBackend
 from ..engine.rollout import Rollout, SamplingParams, check_prompt

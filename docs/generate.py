@@ -26,9 +26,9 @@ from everstep.engine.errors import (
     InvalidRequest,
     MissingExtra,
 )
-from everstep.engine.journal_memory import MemoryJournal
-from everstep.engine.journal_thread import JournalThread
-from everstep.engine.manager import RolloutManager
+from everstep.engine.journal.memory import MemoryJournal
+from everstep.engine.journal.thread import JournalThread
+from everstep.engine.manager.manager import RolloutManager
 from everstep.engine.messages import Stats
 from everstep.engine.metrics import Registry
 from everstep.engine.rollout import SamplingParams
@@ -44,8 +44,8 @@ from everstep.server.media import UnsupportedMedia
 from everstep.server.operations import ALIASES, families
 from everstep.server.rollouts_requests import MAX_WAIT_S
 from everstep.server.stream import RolloutFailed
-from everstep.trainer_bridge.config import TrainConfig
-from everstep.trainer_bridge.trajectory_files import Line
+from everstep.trainer_bridge.trainer.config import TrainConfig
+from everstep.trainer_bridge.trajectories.files import Line
 
 REFERENCE = Path(__file__).parent / "reference"
 _NOTE = "<!-- made by docs/generate.py; change the code, then run it -->"
@@ -469,8 +469,8 @@ def training() -> str:
 
 def _metrics_file() -> list[Any]:
     """What a line of metrics.jsonl holds: names that a trainer really gives, or KeyError."""
-    from everstep.trainer_bridge.loss_metrics import ALIASES, GROUPS, NAMES
-    from everstep.trainer_bridge.trainer import Report
+    from everstep.trainer_bridge.losses.metrics import ALIASES, GROUPS, NAMES
+    from everstep.trainer_bridge.trainer.trainer import Report
 
     fields = [(f"`{name}`", _REPORT[name]) for name in Report.__struct_fields__]
     told = {name for names, _ in _LOSS_METRICS for name in names}

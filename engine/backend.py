@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-from .manifest import Version
+from .checkpoint.manifest import Version
 from .messages import FromCore, Ready, ToCore
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
-from .plan import Draws
+from .core.plan import Draws
 from .rollout import FinishReason, KVState, SamplingParams
 
 PROTOCOL_VERSION = 3

@@ -21,19 +21,10 @@ import zmq
 import zmq.asyncio
 
 from . import errors
+from .checkpoint.manifest import Version
 from .config import PATIENCE, EngineConfig
 from .errors import EngineDied, EverstepError
-from .manifest import Version
-from .messages import (
-    Died,
-    FromCore,
-    Loading,
-    Ready,
-    Shutdown,
-    ToCore,
-    decode_from_core,
-    encode,
-)
+from .messages import Died, FromCore, Loading, Ready, Shutdown, ToCore, decode_from_core, encode
 
 OnLoading = Callable[[Loading], None]
 GRACE_S = 5.0
@@ -154,7 +145,7 @@ def own_python(statement: str) -> list[str]:
 def _spawn() -> subprocess.Popen[bytes]:
     """Start a core."""
     return subprocess.Popen(
-        own_python("from everstep.engine.core import main; main()"),
+        own_python("from everstep.engine.core.core import main; main()"),
         stdin=subprocess.PIPE,
         stdout=sys.stderr.fileno() if hasattr(sys.stderr, "fileno") else None,
         env=PATIENCE | dict(os.environ),
@@ -239,7 +230,7 @@ def _run_on_thread(
     to_core: "queue.SimpleQueue[ToCore]",
     send: Callable[[list[FromCore]], None],
 ) -> None:
-    from .core import build
+    from .core.core import build
 
     def receive(timeout_s: float) -> list[ToCore]:
         found: list[ToCore] = []

@@ -1,7 +1,7 @@
 """The unit of everything: a rollout, its sampling parameters, its states.
 
 An OpenAI choice, a batch line and an RL sample are each one `Rollout`. Only the
-`RolloutManager` (engine/manager.py) writes one; everybody else reads.
+`RolloutManager` (engine/manager/manager.py) writes one; everybody else reads.
 """
 
 import hashlib

@@ -7,11 +7,10 @@ the public names below are loaded when they are first used.
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .clients.async_client import AsyncClient as AsyncClient
-    from .clients.client import Client as Client
-    from .clients.llm import LLM as LLM
-    from .engine.rollout import Rollout as Rollout
-    from .engine.rollout import SamplingParams as SamplingParams
+    from .clients.async_client import AsyncClient
+    from .clients.client import Client
+    from .clients.llm import LLM
+    from .engine.rollout import Rollout, SamplingParams
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "AsyncClient", "Client", "Rollout", "SamplingParams", "__version__"]

@@ -10,8 +10,8 @@ from .bench_report import Measured, Run
 from .bench_workload import Ask
 from .clients.llm import LLM
 from .engine.errors import ContextTooLong
-from .engine.intake import Submission
-from .engine.manager import RolloutManager
+from .engine.manager.intake import Submission
+from .engine.manager.manager import RolloutManager
 from .engine.rollout import SamplingParams, check_prompt
 
 Count = Callable[[int, int], None]

@@ -377,7 +377,7 @@ def convert(
 
     [dim]everstep convert ./smollm2-ring[/dim]
     """
-    from .engine.convert import convert_default
+    from .engine.checkpoint.convert import convert_default
     from .progress import Stages
 
     with Stages() as stages:

@@ -56,7 +56,7 @@ class Demo:
         """The model that has learned nothing; config.json is the last file of it."""
         start = self._files.start
         if not (start / "config.json").exists():
-            from .trainer_bridge.euclid_model import write_model
+            from .trainer_bridge.demo.euclid_model import write_model
 
             shutil.rmtree(start, ignore_errors=True)
             write_model(start, self._files.seed)

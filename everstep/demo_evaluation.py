@@ -7,9 +7,9 @@ from msgspec import Struct
 
 from .clients.llm import LLM
 from .engine.rollout import Rollout, SamplingParams
-from .trainer_bridge import euclid
-from .trainer_bridge.euclid import Pair, Verdict
-from .trainer_bridge.rollout_report import Lengths
+from .trainer_bridge.demo import euclid
+from .trainer_bridge.demo.euclid import Pair, Verdict
+from .trainer_bridge.run.report import Lengths
 
 
 class Answers(Struct, frozen=True):

@@ -10,10 +10,10 @@ import msgspec
 from msgspec import Meta, Struct
 
 from .engine.errors import ConfigError
-from .trainer_bridge import euclid
-from .trainer_bridge.euclid import Pair
-from .trainer_bridge.euclid_warm_up import Example, Habit, habit, skill
-from .trainer_bridge.loss_config import LossName
+from .trainer_bridge.demo import euclid
+from .trainer_bridge.demo.euclid import Pair
+from .trainer_bridge.demo.euclid_warm_up import Example, Habit, habit, skill
+from .trainer_bridge.losses.config import LossName
 
 RUN = "demo"
 EXAMPLES = 32

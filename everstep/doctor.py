@@ -53,7 +53,7 @@ def report(settings: "Settings") -> None:
 
 def determinism(model: ModelConfig) -> bool:
     """Print the comparison; True if no bit differs."""
-    from .engine.determinism import check
+    from .engine.proofs.determinism import check
 
     with Stages() as stages:
         found = check(model.path, dtype=model.dtype, on_progress=stages)
@@ -87,7 +87,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _machine() -> list[Row]:
-    from .engine.core import num_free_cores
+    from .engine.core.core import num_free_cores
 
     return [
         ("system", f"{platform.system()} {platform.release()} {platform.machine()}"),
@@ -125,7 +125,7 @@ def _memory() -> str:
 def _limits() -> list[Row]:
     import resource
 
-    from .engine.hub import cache_folder
+    from .engine.checkpoint.hub import cache_folder
 
     cache = cache_folder()
     parent = next(path for path in (cache, *cache.absolute().parents) if path.exists())
@@ -143,7 +143,7 @@ def _limits() -> list[Row]:
 
 def _left_runs() -> list[Row]:
     """Folders of runs in shared memory: some are left by runs that were killed."""
-    from .trainer_bridge.run_folders import runs_there, sizes_of
+    from .trainer_bridge.run.folders import runs_there, sizes_of
 
     rows = []
     for folder in runs_there():
@@ -177,7 +177,7 @@ def _folder(model: ModelConfig, stages: Stages) -> Iterator[str]:
     if model.path != ModelConfig().path:
         yield model.path
         return
-    from .engine.make_checkpoint import make_checkpoint
+    from .engine.checkpoint.make_checkpoint import make_checkpoint
 
     with tempfile.TemporaryDirectory(prefix="everstep-") as scratch:
         folder = Path(scratch, "tiny")

@@ -10,6 +10,7 @@ from msgspec import Struct
 
 from .clients.async_client import AsyncClient
 from .clients.client_flows import FIRST_CONTACT_S
+from .engine.checkpoint.manifest import Version
 from .engine.errors import (
     ConfigError,
     EngineUnavailable,
@@ -18,14 +19,13 @@ from .engine.errors import (
     StaleVersion,
     WeightsRefused,
 )
-from .engine.journal_ops import Budget as EngineBudget
-from .engine.journal_ops import BudgetState
-from .engine.manifest import Version
+from .engine.journal.ops import Budget as EngineBudget
+from .engine.journal.ops import BudgetState
 from .engine.messages import Flipped, KVPolicy, Priority
 from .engine.rollout import Rollout, RolloutState
 from .server.rollouts_types import RolloutSummary
-from .trainer_bridge.hosts import Prepared
-from .trainer_bridge.rollout_engine import Budget, Facts, Prompt, Seen, Work
+from .trainer_bridge.run.engine import Budget, Facts, Prompt, Seen, Work
+from .trainer_bridge.run.hosts import Prepared
 
 UNBOUNDED = 2**53
 PAUSE_S = 0.25

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import msgspec
 
-from .engine import journal_files as files
 from .engine.errors import ConfigError, JournalDamaged
-from .engine.journal import Journal
-from .engine.journal_ops import Query, Summary
+from .engine.journal import files
+from .engine.journal.journal import Journal
+from .engine.journal.ops import Query, Summary
 from .engine.trajectory import pack, seal
 
 _ALL = Query(limit=sys.maxsize)

@@ -87,8 +87,8 @@ async def _batch(
 ) -> "Counts":
     import msgspec
 
-    from .engine.hub import resolve
-    from .engine.manager import RolloutManager
+    from .engine.checkpoint.hub import resolve
+    from .engine.manager.manager import RolloutManager
     from .engine.metrics import Registry
     from .engine.native import ThreadBackend
     from .engine.tokenizer import Tokenizer
@@ -167,8 +167,8 @@ def show_table(
 
 def run_verify(checkpoint: str, *, dtype: str, numerics: str, num_tokens: int) -> bool:
     """Compare the engine with the reference; True if they agree."""
-    from .engine.hub import resolve
-    from .engine.verify import Dtype, Numerics, verify
+    from .engine.checkpoint.hub import resolve
+    from .engine.proofs.verify import Dtype, Numerics, verify
 
     with Stages() as stages:
         report = verify(
@@ -206,7 +206,7 @@ def run_make_checkpoint(
     mtp: int,
 ) -> Path:
     """Write a random checkpoint; returns its folder."""
-    from .engine.make_checkpoint import Format, make_checkpoint, resize
+    from .engine.checkpoint.make_checkpoint import Format, make_checkpoint, resize
 
     with Stages() as stages:
         return make_checkpoint(
@@ -223,9 +223,9 @@ def run_make_checkpoint(
 
 def run_quantize(checkpoint: str, out: Path, *, format: str, dtype: str) -> Path:
     """Write a checkpoint in FP8; returns its folder."""
-    from .engine.fp8_policy import Fp8Format
-    from .engine.hub import resolve
-    from .engine.quantize import Dtype, quantize_checkpoint
+    from .engine.checkpoint.fp8_policy import Fp8Format
+    from .engine.checkpoint.hub import resolve
+    from .engine.checkpoint.quantize import Dtype, quantize_checkpoint
 
     chosen = one_of(Fp8Format, format, "--format")
     stored = one_of(Dtype, dtype, "--dtype")

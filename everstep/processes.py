@@ -45,7 +45,7 @@ def is_server(pid: int) -> bool:
 def core_of(server: int) -> int | None:
     """The child of a server that is its core."""
     for pid in _pids():
-        if _parent(pid) == server and any("everstep.engine.core" in w for w in _command(pid)):
+        if _parent(pid) == server and any("everstep.engine.core.core" in w for w in _command(pid)):
             return pid
     return None
 

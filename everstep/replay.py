@@ -17,9 +17,9 @@ from .environment import forced_kernels
 from .progress import Stages
 
 if TYPE_CHECKING:
-    from .engine.capsule import Capsule
     from .engine.messages import Ready
-    from .engine.replay import Outcome, Span
+    from .engine.proofs.capsule import Capsule
+    from .engine.proofs.replay import Outcome, Span
     from .engine.rollout import Rollout, Segment
     from .flags import Settings
 
@@ -64,7 +64,7 @@ def run_capsule(
     with_metadata: bool,
 ) -> None:
     """Write the file and say what is in it."""
-    from .engine import capsule as capsules
+    from .engine.proofs import capsule as capsules
 
     found = _open(source, journal)
     rollout = capsules.strip(found.rollout(), with_text=with_text, with_metadata=with_metadata)
@@ -88,7 +88,7 @@ def run_capsule(
 
 def _open(source: str, journal: Path | None) -> "Capsule":
     """A file, or an id in a journal that no server holds."""
-    from .engine import capsule as capsules
+    from .engine.proofs import capsule as capsules
 
     path = Path(source)
     if path.is_file():
@@ -99,7 +99,7 @@ def _open(source: str, journal: Path | None) -> "Capsule":
         )
     if not journal.is_file():
         raise ConfigError(f"--journal {journal}: no such file")
-    from .engine.journal import Journal
+    from .engine.journal.journal import Journal
 
     with contextlib.closing(Journal.open(journal, JournalConfig())) as store:
         rollout = store.read(source)
@@ -166,12 +166,12 @@ async def _replay(
     names_model: bool,
     stages: Stages,
 ) -> Replayed:
-    from .engine.hub import resolve
-    from .engine.manifest import Version
+    from .engine.checkpoint.hub import resolve
+    from .engine.checkpoint.manifest import Version
+    from .engine.checkpoint.version_folders import find_versions
     from .engine.native import ThreadBackend
-    from .engine.replay import Replayer, chains_of, check_fits, missing_of, spans_of
+    from .engine.proofs.replay import Replayer, chains_of, check_fits, missing_of, spans_of
     from .engine.tokenizer import Tokenizer
-    from .engine.version_folders import find_versions
 
     versions = find_versions(weights, stages)
     known = [segment.digest for segment in rollout.segments if segment.digest in versions]
@@ -209,7 +209,7 @@ def _write(line: str) -> None:
 
 
 def _say(rollout: "Rollout", replayed: Replayed) -> int:
-    from .engine.replay import why, words
+    from .engine.proofs.replay import why, words
 
     spans, outcomes, ready = replayed.spans, replayed.outcomes, replayed.ready
     reason = rollout.finish_reason

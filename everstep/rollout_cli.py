@@ -12,7 +12,7 @@ from .engine.rollout import Record, SamplingParams
 from .engine.settings import load
 from .flags import Settings, with_settings
 from .rollout_what_if import what_if
-from .trainer_bridge.c3po_config import C3poConfig
+from .trainer_bridge.c3po.config import C3poConfig
 
 app = typer.Typer(name="rollout")
 app.command("what-if")(what_if)
@@ -251,7 +251,7 @@ def rollout(
     )
     from .rollout_run import RolloutRun
     from .rollout_training import Training
-    from .trainer_bridge.rewards import RewardConfig
+    from .trainer_bridge.rewards.rewards import RewardConfig
     from .weights_receiving import Job
 
     # without one a trainer is sent what the default makes of each sample

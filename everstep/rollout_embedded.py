@@ -6,11 +6,11 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
+from .engine.checkpoint.hub import resolve
 from .engine.errors import InvalidRequest
-from .engine.hub import resolve
-from .engine.journal import Journal
-from .engine.journal_thread import JournalThread
-from .engine.manager import RolloutManager
+from .engine.journal.journal import Journal
+from .engine.journal.thread import JournalThread
+from .engine.manager.manager import RolloutManager
 from .engine.messages import Priority
 from .engine.metrics import Registry
 from .engine.native import ProcessBackend
@@ -18,8 +18,8 @@ from .engine.tokenizer import Tokenizer
 from .progress import Stages
 from .server.config import ServeConfig
 from .server.conversation import render
-from .trainer_bridge.manager_engine import ManagerEngine
-from .trainer_bridge.rollout_engine import Prompt
+from .trainer_bridge.run.engine import Prompt
+from .trainer_bridge.run.manager_engine import ManagerEngine
 
 NAME = "here"
 

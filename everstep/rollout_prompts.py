@@ -25,8 +25,8 @@ from .server.generation import sampling_of
 from .server.json_values import check_metadata
 from .server.openai_types import Message, TokenId, Tool
 from .server.rollouts_types import Sampling, prompt_field
-from .trainer_bridge.rollout_engine import Prompt
-from .trainer_bridge.run_words import KeptPrompt, Position
+from .trainer_bridge.run.engine import Prompt
+from .trainer_bridge.run.words import KeptPrompt, Position
 
 _OPTIONS = (
     *("tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message"),

@@ -19,17 +19,17 @@ from .rollout_prompts import PromptFile, check_temperature
 from .rollout_training import Training
 from .rollout_view import RolloutView, books_rows, waste_text
 from .server.config import ServeConfig
-from .trainer_bridge.c3po_config import C3poConfig
-from .trainer_bridge.comparison import retention_without_purges
-from .trainer_bridge.rewards import RewardConfig
-from .trainer_bridge.rollout_driver import Learner, RolloutDriver
-from .trainer_bridge.rollout_engine import Engine
-from .trainer_bridge.rollout_report import Report
-from .trainer_bridge.run_file import RunFile
-from .trainer_bridge.run_folders import remove_versions
-from .trainer_bridge.run_state import RunState, run_path
-from .trainer_bridge.run_words import Header
-from .trainer_bridge.scoring import Scorer
+from .trainer_bridge.c3po.comparison import retention_without_purges
+from .trainer_bridge.c3po.config import C3poConfig
+from .trainer_bridge.rewards.rewards import RewardConfig
+from .trainer_bridge.run.driver import Learner, RolloutDriver
+from .trainer_bridge.run.engine import Engine
+from .trainer_bridge.run.file import RunFile
+from .trainer_bridge.run.folders import remove_versions
+from .trainer_bridge.run.report import Report
+from .trainer_bridge.run.scoring import Scorer
+from .trainer_bridge.run.state import RunState, run_path
+from .trainer_bridge.run.words import Header
 from .weights_receiving import ReceiverChild
 
 _SHOWN_TROUBLES = 20

@@ -7,12 +7,12 @@ from pathlib import Path
 from .engine.messages import KVPolicy, Priority
 from .http_engine import HttpEngine
 from .trainer_bridge.curve import Keys, check_endpoint, read_keys
-from .trainer_bridge.learner import BridgeLearner
-from .trainer_bridge.manager_engine import ManagerEngine
-from .trainer_bridge.rollout_engine import Engine
-from .trainer_bridge.scoring import Scorer
-from .trainer_bridge.spool import Spool
-from .trainer_bridge.trajectory_sender import TrajectorySender
+from .trainer_bridge.run.engine import Engine
+from .trainer_bridge.run.learner import BridgeLearner
+from .trainer_bridge.run.manager_engine import ManagerEngine
+from .trainer_bridge.run.scoring import Scorer
+from .trainer_bridge.trajectories.sender import TrajectorySender
+from .trainer_bridge.trajectories.spool import Spool
 from .weights_receiving import Job
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import IO, TYPE_CHECKING
 
 from .progress import LINE_EVERY_S, duration, live_view, panel
-from .trainer_bridge.ledger import Books
-from .trainer_bridge.rollout_report import EngineReport, Lengths, Report
+from .trainer_bridge.c3po.ledger import Books
+from .trainer_bridge.run.report import EngineReport, Lengths, Report
 
 if TYPE_CHECKING:
     from rich.live import Live

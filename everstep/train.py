@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .engine.errors import ConfigError
 from .engine.settings import Assignment, load
-from .trainer_bridge.config import read_config
+from .trainer_bridge.trainer.config import read_config
 
 
 def run_train(file: Path, changes: Sequence[str], *, explains: bool = False) -> None:

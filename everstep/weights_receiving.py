@@ -39,7 +39,7 @@ class Job(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, endpoint: str, run: str, root: Path | None, keys: Path | None) -> Self:
         """From flags: without a root the run's own folder in shared memory."""
-        from .trainer_bridge.weight_folder import default_root
+        from .trainer_bridge.weights.folder import default_root
 
         folder = default_root(run) if root is None else root.resolve()
         return cls(endpoint, run, str(folder), None if keys is None else str(keys))
@@ -167,7 +167,7 @@ def _watch_parent(stop: Callable[[], None]) -> None:
 def _receive(job: Job, watch: Callable[[Callable[[], None]], None], *, says_arrivals: bool) -> None:
     """watch  told how the receiver is stopped, when it has begun"""
     from .trainer_bridge.curve import read_keys
-    from .trainer_bridge.weight_receiver import WeightReceiver
+    from .trainer_bridge.weights.receiver import WeightReceiver
 
     receiver = WeightReceiver(
         Path(job.root),

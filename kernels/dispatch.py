@@ -25,13 +25,7 @@ from .gemm import Weight
 from .native_experts import ExpertTable
 from .native_ops import Ops, PagedPlan
 from .native_ops import plan_attention as plan_paged
-from .packed import (
-    PackedWeight,
-    packed_gate_up,
-    packed_linear,
-    packed_linear_float,
-    packing,
-)
+from .packed import PackedWeight, packed_gate_up, packed_linear, packed_linear_float, packing
 from .pieces import Pieces, at_once, drain
 from .sampling import Draw, DrawArrays, Rule
 

@@ -1,6 +1,6 @@
 """A whole step of the model as one call of the C++ library (cpu/step.cpp).
 
-`engine/model.py` is the definition; this runs the same functions of the library in the same order,
+`engine/model/model.py` is the definition; this runs the same functions of the library in the same order,
 without coming back to Python between them: the same bits, for the weights that the library has
 packed. What it does not cover (W8A8, a pair of two formats, forced routes) goes the other way.
 

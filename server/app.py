@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..engine import log
 from ..engine.errors import EverstepError
-from ..engine.manager import RolloutManager
+from ..engine.manager.manager import RolloutManager
 from ..engine.tokenizer import Tokenizer
 from .batch_queue import BatchQueue
 from .batches import BatchesFace

@@ -12,9 +12,9 @@ import time
 import msgspec
 
 from ..engine.errors import UnknownRollout
-from ..engine.intake import Submission
-from ..engine.journal_ops import Query, RequestKey
-from ..engine.manager import RolloutManager
+from ..engine.journal.ops import Query, RequestKey
+from ..engine.manager.intake import Submission
+from ..engine.manager.manager import RolloutManager
 from ..engine.rollout import Rollout, RolloutState
 from .batch_lines import Job
 

@@ -27,9 +27,9 @@ from ..engine.errors import (
     JournalError,
     Overloaded,
 )
-from ..engine.journal_ops import RequestKey
-from ..engine.manager import RolloutManager
-from ..engine.request_keys import check_same_body
+from ..engine.journal.ops import RequestKey
+from ..engine.manager.manager import RolloutManager
+from ..engine.manager.request_keys import check_same_body
 from ..engine.rollout import SamplingParams, derive_seed
 from ..engine.tokenizer import Tokenizer
 from .batch_input import check_lines, error_of, select

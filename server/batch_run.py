@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 from msgspec import Struct
 
 from ..engine.errors import ConfigError, EverstepError, InvalidRequest
-from ..engine.manager import RolloutManager
+from ..engine.manager.manager import RolloutManager
 from ..engine.rollout import RolloutState
 from ..engine.tokenizer import Tokenizer
 from .batch_jobs import Jobs

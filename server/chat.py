@@ -13,8 +13,8 @@ from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 
 from ..engine.errors import InvalidRequest
-from ..engine.journal_ops import RequestKey
-from ..engine.manager import Delta
+from ..engine.journal.ops import RequestKey
+from ..engine.manager.manager import Delta
 from ..engine.rollout import Rollout
 from .conversation import render
 from .generation import Generation, Service, sampling_of

@@ -6,8 +6,8 @@ from collections.abc import AsyncGenerator
 from starlette.requests import Request
 
 from ..engine.errors import InvalidRequest
-from ..engine.journal_ops import RequestKey
-from ..engine.manager import Delta
+from ..engine.journal.ops import RequestKey
+from ..engine.manager.manager import Delta
 from ..engine.rollout import LogprobsMode, Rollout
 from .generation import Generation, Service, sampling_of
 from .http import encode_json

@@ -20,7 +20,7 @@ import msgspec
 from msgspec import Struct
 
 from ..engine.errors import EverstepError
-from ..engine.journal_files import sync_folder
+from ..engine.journal.files import sync_folder
 from .batches_types import FileObject, Purpose
 
 T = TypeVar("T", bound=Struct)

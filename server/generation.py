@@ -9,9 +9,9 @@ from msgspec import UNSET, Struct, UnsetType, structs
 from starlette.requests import Request
 
 from ..engine.errors import InvalidRequest, UnknownModel
-from ..engine.intake import Submission
-from ..engine.journal_ops import RequestKey
-from ..engine.manager import Delta, RolloutManager
+from ..engine.journal.ops import RequestKey
+from ..engine.manager.intake import Submission
+from ..engine.manager.manager import Delta, RolloutManager
 from ..engine.messages import Ready
 from ..engine.rollout import (
     LogprobsMode,

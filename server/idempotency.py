@@ -14,7 +14,7 @@ import msgspec
 from starlette.requests import Request
 
 from ..engine.errors import InvalidRequest
-from ..engine.journal_ops import RequestKey
+from ..engine.journal.ops import RequestKey
 
 HEADER = "idempotency-key"
 MAX_KEY_CHARS = 255

@@ -22,9 +22,9 @@ import uvicorn
 from msgspec import Struct
 
 from ..engine import log
+from ..engine.checkpoint.hub import Progress, resolve
 from ..engine.errors import ConfigError, EngineDied, EngineUnavailable
-from ..engine.hub import Progress, resolve
-from ..engine.manager import RolloutManager
+from ..engine.manager.manager import RolloutManager
 from ..engine.messages import Loading, Ready, Stats
 from ..engine.metrics import Registry
 from ..engine.native import ProcessBackend

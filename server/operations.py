@@ -19,7 +19,7 @@ from starlette.routing import Route
 
 from .. import __version__
 from ..engine.errors import EngineUnavailable
-from ..engine.manager import RolloutManager
+from ..engine.manager.manager import RolloutManager
 from ..engine.messages import PROTOCOL_VERSION
 from ..engine.metrics import Counter, Gauge, Histogram
 from .generation import Service

@@ -13,7 +13,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from ..engine.errors import InvalidRequest
-from ..engine.intake import Accepted
+from ..engine.manager.intake import Accepted
 from ..engine.rollout import Rollout
 from ..engine.trajectory import encode, pack, seal, unpack
 from .decoding import decode_own, fields_of

@@ -8,8 +8,8 @@ from typing import Any
 from starlette.requests import Request
 
 from ..engine.errors import InvalidRequest, InvalidTrajectory
-from ..engine.intake import Submission
-from ..engine.journal_ops import Query
+from ..engine.journal.ops import Query
+from ..engine.manager.intake import Submission
 from ..engine.rollout import RolloutState
 from ..engine.trajectory import MAGIC, Trajectory, decode, encode, pack, unseal
 from .conversation import render

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from ..engine.errors import InvalidRequest
-from ..engine.journal_ops import Budget
+from ..engine.journal.ops import Budget
 from ..engine.rollout import (
     MAX_SAMPLES,
     FinishReason,

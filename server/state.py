@@ -8,8 +8,8 @@ from msgspec.structs import replace
 
 from ..engine.config import JournalConfig
 from ..engine.errors import ConfigError
-from ..engine.journal import Journal
-from ..engine.journal_thread import JournalThread
+from ..engine.journal.journal import Journal
+from ..engine.journal.thread import JournalThread
 from ..engine.metrics import Registry
 
 OFF = "off"

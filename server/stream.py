@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from ..engine.errors import EngineDied, EverstepError
-from ..engine.manager import Delta, RolloutManager
+from ..engine.manager.manager import Delta, RolloutManager
 from ..engine.rollout import FinishReason, Rollout, RolloutState
 
 HEARTBEAT = b": keep-alive\n\n"

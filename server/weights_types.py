@@ -4,7 +4,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from ..engine.manifest import Version
+from ..engine.checkpoint.manifest import Version
 from ..engine.messages import Flipped, KVPolicy, Priority, Staged, Staging
 
 Path = Annotated[str, Meta(min_length=1)]

@@ -27,6 +27,6 @@ def state_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random bf16 checkpoint of a few hundred kB, with tokenizer and template."""
-    from everstep.engine.make_checkpoint import make_checkpoint
+    from everstep.engine.checkpoint.make_checkpoint import make_checkpoint
 
     return make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny", shape="tiny", seed=1)

@@ -11,15 +11,17 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from everstep.engine.config import ResolvedKV
-from everstep.engine.errors import WeightsRefused
-from everstep.engine.manifest import (
+from everstep.engine.checkpoint.manifest import (
     Manifest,
     TensorRecord,
     combine_digests,
     read_manifest,
     write_manifest,
 )
+from everstep.engine.config import ResolvedKV
+from everstep.engine.core.plan import Row, RowResult, Sampled, StepPlan, StepResult
+from everstep.engine.core.swap import Part
+from everstep.engine.errors import WeightsRefused
 from everstep.engine.messages import (
     Add,
     FromCore,
@@ -30,9 +32,7 @@ from everstep.engine.messages import (
     StateChanged,
     Tokens,
 )
-from everstep.engine.plan import Row, RowResult, Sampled, StepPlan, StepResult
 from everstep.engine.rollout import SAMPLED, KVState, Rollout, RolloutState, SamplingParams
-from everstep.engine.swap import Part
 
 ROUTING_RECORD = 2
 """Bytes of routing ids per token; the weights take four times as many."""

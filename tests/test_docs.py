@@ -15,9 +15,10 @@ import typer
 from everstep.cli import app
 from everstep.engine.settings import settings_of
 from everstep.server.config import ServeConfig
-from everstep.trainer_bridge import protocol, weight_protocol
-from everstep.trainer_bridge.config import TrainConfig
-from everstep.trainer_bridge.rewards import RewardConfig
+from everstep.trainer_bridge import protocol
+from everstep.trainer_bridge.rewards.rewards import RewardConfig
+from everstep.trainer_bridge.trainer.config import TrainConfig
+from everstep.trainer_bridge.weights import protocol as weight_protocol
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), ROOT / "llms.txt", *ROOT.glob("docs/**/*.md")])

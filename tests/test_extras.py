@@ -9,8 +9,8 @@ from everstep.cli import run
 from everstep.demo import Demo
 from everstep.demo_evaluation import Answers, Evaluation
 from everstep.demo_recipe import Recipe
-from everstep.trainer_bridge import fp8_operations
-from everstep.trainer_bridge.rollout_report import Lengths
+from everstep.trainer_bridge.run.report import Lengths
+from everstep.trainer_bridge.trainer import fp8_operations
 
 from .trainer_bridge.training_runs import make_run, write_config
 

@@ -4,7 +4,7 @@
 
 The output folder holds everything of a run, and the same command goes on from it:
 
-    checkpoints/    what it goes on from (checkpointing.py)
+    checkpoints/    what it goes on from (trainer/checkpointing.py)
     metrics.jsonl   a line per iteration (trainer.Report)
     final/          the trained model, as `everstep serve` loads it
 """
@@ -20,16 +20,16 @@ import torch
 from msgspec import Struct
 
 from ..engine import log
+from ..engine.checkpoint.hub import resolve
 from ..engine.errors import ConfigError, EverstepError
-from ..engine.hub import resolve
-from .checkpointing import Checkpoints, TrainerState
-from .config import TrainConfig, read_config
-from .export import export
-from .loss_alarms import Alarms
-from .sharding import World, join_world
-from .sources import BridgeSource, FileSource, Source, stored_as, where
-from .trainer import Report, Trainer, sharded
-from .weight_layout import WeightLayout
+from .losses.alarms import Alarms
+from .trainer.checkpointing import Checkpoints, TrainerState
+from .trainer.config import TrainConfig, read_config
+from .trainer.export import export
+from .trainer.sharding import World, join_world
+from .trainer.sources import BridgeSource, FileSource, Source, stored_as, where
+from .trainer.trainer import Report, Trainer, sharded
+from .weights.layout import WeightLayout
 
 Say = Callable[[str], None]
 

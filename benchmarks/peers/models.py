@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from everstep.engine.convert import convert_default
-from everstep.engine.hub import resolve
-from everstep.engine.make_checkpoint import Format, RingShape, make_checkpoint
+from everstep.engine.checkpoint.convert import convert_default
+from everstep.engine.checkpoint.hub import resolve
+from everstep.engine.checkpoint.make_checkpoint import Format, RingShape, make_checkpoint
 
 SEED = 0
 

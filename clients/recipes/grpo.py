@@ -15,19 +15,19 @@ from pathlib import Path
 import torch
 
 from everstep import Client
-from everstep.engine.stored_format import StoredFormat
-from everstep.trainer_bridge.loss_config import LossConfig
-from everstep.trainer_bridge.loss_metrics import metrics_of
-from everstep.trainer_bridge.losses import LossInputs, make_loss
-from everstep.trainer_bridge.packing import pack
-from everstep.trainer_bridge.reward_workers import Rewards
-from everstep.trainer_bridge.rewards import RewardConfig, reward_sample
-from everstep.trainer_bridge.samples import Group, sample_of
-from everstep.trainer_bridge.sharding import join_world, shard
-from everstep.trainer_bridge.trainable import TrainableRing, trainable_config
-from everstep.trainer_bridge.trainer_canaries import make_canaries, texts_of
-from everstep.trainer_bridge.weight_sender import WeightSender
-from everstep.trainer_bridge.weight_targets import Here
+from everstep.engine.checkpoint.stored_format import StoredFormat
+from everstep.trainer_bridge.losses.config import LossConfig
+from everstep.trainer_bridge.losses.losses import LossInputs, make_loss
+from everstep.trainer_bridge.losses.metrics import metrics_of
+from everstep.trainer_bridge.rewards.rewards import RewardConfig, reward_sample
+from everstep.trainer_bridge.rewards.workers import Rewards
+from everstep.trainer_bridge.trainer.canaries import make_canaries, texts_of
+from everstep.trainer_bridge.trainer.packing import pack
+from everstep.trainer_bridge.trainer.sharding import join_world, shard
+from everstep.trainer_bridge.trainer.trainable import TrainableRing, trainable_config
+from everstep.trainer_bridge.trajectories.samples import Group, sample_of
+from everstep.trainer_bridge.weights.sender import WeightSender
+from everstep.trainer_bridge.weights.targets import Here
 
 PROMPTS, GROUP, LR = 16, 8, 1e-5
 SAMPLING = {"temperature": 1.0, "max_tokens": 512}

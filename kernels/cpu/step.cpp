@@ -1,6 +1,6 @@
 // One step of the model in one call: packed tokens in, hidden states and logits out.
 //
-// engine/model.py is the readable definition. The functions called here are those that it calls one
+// engine/model/model.py is the readable definition. The functions called here are those that it calls one
 // by one through ctypes, in the same order on the same numbers, so the bits are the same; what is
 // saved is some ten calls, allocations and checks per layer and step.
 //

@@ -14,7 +14,7 @@ import mismatch_report
 from mismatch_report import Asked, Result
 
 from everstep.demo_recipe import write_whole
-from everstep.trainer_bridge.config import read_config
+from everstep.trainer_bridge.trainer.config import read_config
 
 
 @pytest.fixture

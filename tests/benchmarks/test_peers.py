@@ -20,9 +20,9 @@ from peers.models import (
     ring_shape,
 )
 
-from everstep.engine.expected_tensors import expected_tensors
-from everstep.engine.make_checkpoint import config_json
-from everstep.engine.ring_config import parse_config
+from everstep.engine.checkpoint.expected_tensors import expected_tensors
+from everstep.engine.checkpoint.make_checkpoint import config_json
+from everstep.engine.checkpoint.ring_config import parse_config
 
 FAKE = f"""
 import sys, time

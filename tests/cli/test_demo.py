@@ -23,12 +23,12 @@ from everstep.demo_recipe import Files, Recipe
 from everstep.demo_view import DemoView, iteration_line, picture_rows, plot, sparkline
 from everstep.engine.errors import ConfigError
 from everstep.rollout_view import iteration_line as engine_line
-from everstep.trainer_bridge import euclid
-from everstep.trainer_bridge.config import read_config
-from everstep.trainer_bridge.euclid import Verdict
-from everstep.trainer_bridge.euclid_model import write_model
-from everstep.trainer_bridge.ledger import Books
-from everstep.trainer_bridge.rollout_report import Lengths
+from everstep.trainer_bridge.c3po.ledger import Books
+from everstep.trainer_bridge.demo import euclid
+from everstep.trainer_bridge.demo.euclid import Verdict
+from everstep.trainer_bridge.demo.euclid_model import write_model
+from everstep.trainer_bridge.run.report import Lengths
+from everstep.trainer_bridge.trainer.config import read_config
 
 TINY = {
     "skill_updates": 4,

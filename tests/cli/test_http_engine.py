@@ -10,21 +10,21 @@ from typing import Any
 import msgspec
 import pytest
 
+from everstep.engine.checkpoint.manifest import Version, read_manifest
 from everstep.engine.config import EngineConfig, KVConfig, ModelConfig
 from everstep.engine.errors import ConfigError, EngineUnavailable, WeightsRefused
-from everstep.engine.journal_memory import MemoryJournal
-from everstep.engine.journal_thread import JournalThread
-from everstep.engine.manager import RolloutManager
-from everstep.engine.manifest import Version, read_manifest
+from everstep.engine.journal.memory import MemoryJournal
+from everstep.engine.journal.thread import JournalThread
+from everstep.engine.manager.manager import RolloutManager
 from everstep.engine.native import ThreadBackend
 from everstep.engine.rollout import SamplingParams
 from everstep.engine.trajectory import encode, pack
 from everstep.http_engine import HttpEngine
 from everstep.server.app import create_app
 from everstep.server.config import HttpConfig, ServeConfig
-from everstep.trainer_bridge.hosts import serve
-from everstep.trainer_bridge.manager_engine import ManagerEngine
-from everstep.trainer_bridge.rollout_engine import Prompt, Work
+from everstep.trainer_bridge.run.engine import Prompt, Work
+from everstep.trainer_bridge.run.hosts import serve
+from everstep.trainer_bridge.run.manager_engine import ManagerEngine
 from tests.engine.flips import make_versions
 from tests.engine.inline_backend import InlineBackend
 from tests.fakes import make_version

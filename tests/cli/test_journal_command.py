@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from everstep.cli import run
-from everstep.engine.journal import Journal
-from everstep.engine.journal_ops import Accept, Ack, End
+from everstep.engine.journal.journal import Journal
+from everstep.engine.journal.ops import Accept, Ack, End
 from everstep.engine.trajectory import unpack, unseal
 from tests.engine.journal.drawn import end, make_rollout
 from tests.engine.journal.test_journal_file import fill, killed

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from everstep import LLM
 from everstep.cli import run
 from everstep.engine.config import JournalConfig
-from everstep.engine.journal import Journal
-from everstep.engine.journal_ops import Accept, Ack, End
+from everstep.engine.journal.journal import Journal
+from everstep.engine.journal.ops import Accept, Ack, End
 from everstep.engine.rollout import Rollout, RolloutState, SamplingParams, Segment
 from everstep.engine.trajectory import pack, seal
 

@@ -10,8 +10,8 @@ import pytest
 
 from everstep.cli import run
 from everstep.engine.config import EngineConfig, KVConfig, ModelConfig
-from everstep.engine.intake import Submission
-from everstep.engine.manager import RolloutManager
+from everstep.engine.manager.intake import Submission
+from everstep.engine.manager.manager import RolloutManager
 from everstep.engine.messages import KVPolicy
 from everstep.engine.native import ThreadBackend
 from everstep.engine.rollout import Rollout, SamplingParams

@@ -13,13 +13,13 @@ import pytest
 
 from everstep import rollout_embedded
 from everstep.cli import run
+from everstep.engine.checkpoint.ring_config import read_config
 from everstep.engine.native import ThreadBackend
-from everstep.engine.ring_config import read_config
-from everstep.trainer_bridge.config import SourceConfig, TrainConfig
-from everstep.trainer_bridge.rollout_record import Trajectory, decode_line
-from everstep.trainer_bridge.run_file import RunFile
-from everstep.trainer_bridge.run_words import Tally
-from everstep.trainer_bridge.trajectory_files import TrajectoryFiles
+from everstep.trainer_bridge.run.file import RunFile
+from everstep.trainer_bridge.run.words import Tally
+from everstep.trainer_bridge.trainer.config import SourceConfig, TrainConfig
+from everstep.trainer_bridge.trajectories.files import TrajectoryFiles
+from everstep.trainer_bridge.trajectories.record import Trajectory, decode_line
 
 GROUP = 3
 NUM_PROMPTS = 14

@@ -25,10 +25,10 @@ from everstep.rollout_view import (
     picture,
     picture_rows,
 )
-from everstep.trainer_bridge.c3po_config import C3poConfig
-from everstep.trainer_bridge.ledger import Books
-from everstep.trainer_bridge.rollout_report import EngineReport, Lengths, Report
-from everstep.trainer_bridge.run_words import Position
+from everstep.trainer_bridge.c3po.config import C3poConfig
+from everstep.trainer_bridge.c3po.ledger import Books
+from everstep.trainer_bridge.run.report import EngineReport, Lengths, Report
+from everstep.trainer_bridge.run.words import Position
 
 
 def write(path: Path, *lines: Any) -> Path:

@@ -13,8 +13,8 @@ from statistics import fmean
 import pytest
 import torch
 
-from everstep.engine.make_checkpoint import make_checkpoint
-from everstep.trainer_bridge.rewards import FunctionConfig, RewardConfig
+from everstep.engine.checkpoint.make_checkpoint import make_checkpoint
+from everstep.trainer_bridge.rewards.rewards import FunctionConfig, RewardConfig
 
 RECIPES = Path(__file__).parents[2] / "clients" / "recipes"
 REWARD = """

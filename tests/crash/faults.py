@@ -57,7 +57,7 @@ def wrap(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..
 def around_commits(point: str, fuse: Fuse) -> None:
     """before_KIND and after_KIND: a transaction that holds an op of this kind, on the journal's
     thread; after: it is durable, and nobody has been told."""
-    from everstep.engine.journal_thread import JournalThread
+    from everstep.engine.journal.thread import JournalThread
 
     moment, kind = point.split("_", 1)
 
@@ -97,49 +97,49 @@ def passing(owner: Callable[[], Any], name: str, *, is_after: bool) -> Callable[
 
 
 def journal() -> Any:
-    from everstep.engine.journal import Journal
+    from everstep.engine.journal.journal import Journal
 
     return Journal
 
 
 def draft() -> Any:
-    from everstep.engine.journal_draft import Draft
+    from everstep.engine.journal.draft import Draft
 
     return Draft
 
 
 def compaction() -> Any:
-    from everstep.engine.journal_merge import Compaction
+    from everstep.engine.journal.merge import Compaction
 
     return Compaction
 
 
 def growth() -> Any:
-    from everstep.engine.growth import Growth
+    from everstep.engine.manager.growth import Growth
 
     return Growth
 
 
 def collector() -> Any:
-    from everstep.engine.collector import Collector
+    from everstep.engine.manager.collector import Collector
 
     return Collector
 
 
 def core() -> Any:
-    from everstep.engine.core import Core
+    from everstep.engine.core.core import Core
 
     return Core
 
 
 def swap() -> Any:
-    from everstep.engine.swap import Swap
+    from everstep.engine.core.swap import Swap
 
     return Swap
 
 
 def stager() -> Any:
-    from everstep.engine.staging import WeightStager
+    from everstep.engine.model.staging import WeightStager
 
     return WeightStager
 
@@ -164,7 +164,7 @@ POINTS: dict[str, tuple[str, Callable[[str, Fuse], None]]] = {
 
 
 def compact_often() -> None:
-    from everstep.engine.journal_thread import JournalThread
+    from everstep.engine.journal.thread import JournalThread
 
     defaults = JournalThread.__init__.__kwdefaults__
     assert defaults is not None
@@ -180,7 +180,7 @@ def done_early(kinds: Sequence[str]) -> Patch:
     def patch() -> None:
         import asyncio
 
-        from everstep.engine.journal_thread import JournalThread
+        from everstep.engine.journal.thread import JournalThread
 
         def make(inner: Callable[..., Any]) -> Callable[..., Any]:
             def commit(self: Any, op: Any) -> Any:
@@ -266,7 +266,7 @@ def compact_too_much() -> None:
 
     def make(inner: Callable[..., Any]) -> Callable[..., Any]:
         def compact(self: Any, **kwargs: Any) -> None:
-            from everstep.engine.journal_ops import Ack, Query
+            from everstep.engine.journal.ops import Ack, Query
 
             ended = [s for s in self.list(Query(limit=10000)) if s.state.is_ended]
             unread = [s.id for s in ended if not s.is_acked]
@@ -300,7 +300,7 @@ _RESUMED: dict[str, int] = {}
 
 
 def note_resumed() -> None:
-    from everstep.engine.scheduler import Scheduler
+    from everstep.engine.core.scheduler import Scheduler
 
     def make(inner: Callable[..., Any]) -> Callable[..., Any]:
         def add(self: Any, add: Any) -> None:
@@ -315,7 +315,7 @@ def note_resumed() -> None:
 
 def next_noise() -> None:
     """A rollout that another core began draws with the counter of the token after."""
-    from everstep.engine import drawing
+    from everstep.engine.model import drawing
 
     note_resumed()
     drawn: list[Any] = []
@@ -344,7 +344,7 @@ def shifted_border() -> None:
     """To penalties, what another core has sampled is prompt."""
     import msgspec
 
-    from everstep.engine import drawing
+    from everstep.engine.model import drawing
 
     note_resumed()
 
@@ -362,7 +362,7 @@ def shifted_border() -> None:
 
 def stale_prefixes() -> None:
     """A block that is handed out again is still found under what it held before."""
-    from everstep.engine.block_pool import BlockPool
+    from everstep.engine.core.block_pool import BlockPool
 
     def forget(self: Any, block: int) -> None:
         self._contents.pop(block, None)

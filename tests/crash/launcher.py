@@ -40,9 +40,9 @@ sys.path.append(str(Path(__file__).parent))
 def preload() -> None:
     """Import what a server and a core import; start no thread and run no operation."""
     import everstep.cli
-    import everstep.engine.core
-    import everstep.engine.runner
-    import everstep.engine.weights
+    import everstep.engine.core.core
+    import everstep.engine.model.runner
+    import everstep.engine.model.weights
     import everstep.kernels.native
     import everstep.offline
     import everstep.progress
@@ -102,7 +102,7 @@ def run_core(faults: Sequence[str]) -> None:
     code = 1
     try:
         install(faults, "core")
-        from everstep.engine.core import main
+        from everstep.engine.core.core import main
 
         main()
         code = 0

@@ -28,7 +28,7 @@ SAMPLINGS = [
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    from everstep.engine.make_checkpoint import make_checkpoint, resize
+    from everstep.engine.checkpoint.make_checkpoint import make_checkpoint, resize
 
     folder = tmp_path_factory.mktemp("crash") / "model"
     return make_checkpoint(

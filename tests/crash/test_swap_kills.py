@@ -13,12 +13,12 @@ import pytest
 
 from everstep import Client
 from everstep.cli import run
-from everstep.engine.canaries import make_canary
-from everstep.engine.checkpoint import Checkpoint
+from everstep.engine.checkpoint.checkpoint import Checkpoint
+from everstep.engine.checkpoint.make_checkpoint import make_checkpoint, resize
+from everstep.engine.checkpoint.manifest import write_manifest
+from everstep.engine.checkpoint.manifest_maker import manifest_of
 from everstep.engine.errors import EverstepError
-from everstep.engine.make_checkpoint import make_checkpoint, resize
-from everstep.engine.manifest import write_manifest
-from everstep.engine.manifest_maker import manifest_of
+from everstep.engine.model.canaries import make_canary
 from tests.engine.flips import weights_of
 
 HERE = Path(__file__).parent

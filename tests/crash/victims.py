@@ -15,7 +15,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 START_S = 60.0
-CORE_NAMES = ("everstep-core", "everstep.engine.core")
+CORE_NAMES = ("everstep-core", "everstep.engine.core.core")
 
 
 class Server:

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 import msgspec
 
 from everstep.engine.config import BatchConfig, OnPause, ResolvedKV
+from everstep.engine.core.plan import Row, StepPlan
+from everstep.engine.core.scheduler import Scheduler
 from everstep.engine.messages import Add, FromCore, KVPolicy, Meter, Tokens
-from everstep.engine.plan import Row, StepPlan
 from everstep.engine.rollout import Rollout, RolloutState, SamplingParams
-from everstep.engine.scheduler import Scheduler
 
 from ..fakes import FakeFront, FakeRunner
 from ..strategies import VOCAB_SIZE

@@ -17,16 +17,16 @@ from typing import Any
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as HFTokenizer
 
+from everstep.engine.checkpoint.manifest import Version
 from everstep.engine.config import BatchConfig, ResolvedKV, RestartConfig
-from everstep.engine.core import Core
+from everstep.engine.core.core import Core
+from everstep.engine.core.scheduler import Scheduler
 from everstep.engine.errors import EverstepError, JournalError, JournalFull
-from everstep.engine.journal_memory import MemoryJournal
-from everstep.engine.journal_ops import NEW, Accept, Append, CloseBudget, End, Op, OpenBudget
-from everstep.engine.manager import RolloutManager
-from everstep.engine.manifest import Version
+from everstep.engine.journal.memory import MemoryJournal
+from everstep.engine.journal.ops import NEW, Accept, Append, CloseBudget, End, Op, OpenBudget
+from everstep.engine.manager.manager import RolloutManager
 from everstep.engine.messages import Died, FromCore, Ready, ToCore
 from everstep.engine.rollout import FinishReason, Rollout
-from everstep.engine.scheduler import Scheduler
 from everstep.engine.tokenizer import Tokenizer
 from tests.fakes import FakeRunner, draw
 

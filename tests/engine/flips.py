@@ -7,14 +7,13 @@ from pathlib import Path
 import torch
 from msgspec import Struct
 
-from everstep.engine import model
-from everstep.engine.canaries import make_canary
-from everstep.engine.checkpoint import Checkpoint
+from everstep.engine.checkpoint.checkpoint import Checkpoint
+from everstep.engine.checkpoint.make_checkpoint import make_checkpoint
+from everstep.engine.checkpoint.manifest import write_manifest
+from everstep.engine.checkpoint.manifest_maker import manifest_of
 from everstep.engine.config import BatchConfig, ModelConfig, ResolvedKV
-from everstep.engine.core import Core
-from everstep.engine.make_checkpoint import make_checkpoint
-from everstep.engine.manifest import write_manifest
-from everstep.engine.manifest_maker import manifest_of
+from everstep.engine.core.core import Core
+from everstep.engine.core.scheduler import Scheduler
 from everstep.engine.messages import (
     Add,
     Flip,
@@ -29,12 +28,13 @@ from everstep.engine.messages import (
     Staging,
     Tokens,
 )
-from everstep.engine.model import KVStore
-from everstep.engine.rotary import rotary_tables
-from everstep.engine.runner import ModelRunner
-from everstep.engine.scheduler import Scheduler
-from everstep.engine.staging import WeightStager
-from everstep.engine.weights import Weights, load_weights
+from everstep.engine.model import model
+from everstep.engine.model.canaries import make_canary
+from everstep.engine.model.model import KVStore
+from everstep.engine.model.rotary import rotary_tables
+from everstep.engine.model.runner import ModelRunner
+from everstep.engine.model.staging import WeightStager
+from everstep.engine.model.weights import Weights, load_weights
 from everstep.kernels import QuerySpan, log_softmax
 
 BLOCK = 4

@@ -4,12 +4,12 @@ import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 
+from everstep.engine.checkpoint.manifest import Version
 from everstep.engine.config import BatchConfig, ResolvedKV
-from everstep.engine.core import Core
+from everstep.engine.core.core import Core
+from everstep.engine.core.scheduler import Scheduler
 from everstep.engine.errors import CheckpointError, EngineDied
-from everstep.engine.manifest import Version
 from everstep.engine.messages import Died, FromCore, Ready, ToCore, Tokens
-from everstep.engine.scheduler import Scheduler
 from tests.fakes import FakeRunner, FakeStager
 
 KV = ResolvedKV(

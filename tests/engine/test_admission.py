@@ -2,8 +2,8 @@
 
 import random
 
-from everstep.engine.admission import LiveRollout, Shares, WaitingQueue
-from everstep.engine.kv_cache import RolloutKV
+from everstep.engine.core.admission import LiveRollout, Shares, WaitingQueue
+from everstep.engine.core.kv_cache import RolloutKV
 from everstep.engine.messages import Add
 from everstep.engine.rollout import SamplingParams
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from everstep.engine import model
-from everstep.engine.checkpoint import Checkpoint
-from everstep.engine.manifest import FILE, combine_digests, read_manifest, write_manifest
-from everstep.engine.manifest_maker import manifest_of
+from everstep.engine.checkpoint.checkpoint import Checkpoint
+from everstep.engine.checkpoint.manifest import FILE, combine_digests, read_manifest, write_manifest
+from everstep.engine.checkpoint.manifest_maker import manifest_of
 from everstep.engine.messages import Add, Refused, StageReport
-from everstep.engine.model import KVStore
+from everstep.engine.model import model
+from everstep.engine.model.model import KVStore
+from everstep.engine.model.rotary import rotary_tables
 from everstep.engine.rollout import SamplingParams
-from everstep.engine.rotary import rotary_tables
 from everstep.kernels import QuerySpan
 
 from .flips import CANARY, FlippingCore, describe, make_versions, weights_of

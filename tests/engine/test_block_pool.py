@@ -5,7 +5,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from everstep.engine.block_pool import BlockPool, Content
+from everstep.engine.core.block_pool import BlockPool, Content
 
 
 def full(key: bytes, tokens=(1, 2), parent=b"root") -> Content:

@@ -14,9 +14,9 @@ from everstep.engine.errors import (
     KeyReused,
     UnknownBudget,
 )
-from everstep.engine.intake import Submission
-from everstep.engine.journal_ops import RequestKey
-from everstep.engine.manager import RolloutManager
+from everstep.engine.journal.ops import RequestKey
+from everstep.engine.manager.intake import Submission
+from everstep.engine.manager.manager import RolloutManager
 from everstep.engine.rollout import RolloutState, SamplingParams
 
 from .arena import make_batch, make_kv

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from everstep.engine import capsule as capsules
-from everstep.engine.capsule import FORMAT, MAGIC, Capsule, parse, strip
 from everstep.engine.errors import InvalidTrajectory
+from everstep.engine.proofs import capsule as capsules
+from everstep.engine.proofs.capsule import FORMAT, MAGIC, Capsule, parse, strip
 from everstep.engine.rollout import FinishReason, Rollout, RolloutState, SamplingParams, Segment
 from everstep.engine.trajectory import pack, seal
 

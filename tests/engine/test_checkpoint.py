@@ -9,17 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from everstep.engine.checkpoint import (
+from everstep.engine.checkpoint.checkpoint import (
     Checkpoint,
     StoredLinear,
     dequantize,
     tensor_digest,
 )
+from everstep.engine.checkpoint.expected_tensors import expected_tensors
+from everstep.engine.checkpoint.make_checkpoint import make_checkpoint
+from everstep.engine.checkpoint.manifest import combine_digests
+from everstep.engine.checkpoint.quant_format import is_ignored
 from everstep.engine.errors import CheckpointError
-from everstep.engine.expected_tensors import expected_tensors
-from everstep.engine.make_checkpoint import make_checkpoint
-from everstep.engine.manifest import combine_digests
-from everstep.engine.quant_format import is_ignored
 
 EXPERT = "model.layers.1.mlp.experts.3.up_proj"
 
@@ -573,8 +573,8 @@ def test_digest_is_the_documented_one():
 def test_parameter_counts_of_published_sizes_are_the_published_ones():
     import math
 
-    from everstep.engine.make_checkpoint import SHAPES, config_json
-    from everstep.engine.ring_config import parse_config
+    from everstep.engine.checkpoint.make_checkpoint import SHAPES, config_json
+    from everstep.engine.checkpoint.ring_config import parse_config
 
     for name, billions in (("mini", 16.256), ("flash", 102.890), ("1T", 999.705)):
         config = parse_config(config_json(SHAPES[name], "bf16", 0, 156892))

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
-from everstep.engine import convert
-from everstep.engine.checkpoint import Checkpoint
-from everstep.engine.convert import NUM_EXPERTS, convert_default
+from everstep.engine.checkpoint import convert
+from everstep.engine.checkpoint.checkpoint import Checkpoint
+from everstep.engine.checkpoint.convert import NUM_EXPERTS, convert_default
 from everstep.engine.errors import CheckpointError
 
 

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from everstep import kernels
-from everstep.engine import drawing
-from everstep.engine.drawing import Drawer, columns_of, rule_of, sampled_of
-from everstep.engine.plan import Row
+from everstep.engine.core.plan import Row
+from everstep.engine.model import drawing
+from everstep.engine.model.drawing import Drawer, columns_of, rule_of, sampled_of
 from everstep.engine.rollout import SAMPLED, TRUNCATED_SUPPORT, SamplingParams
 from everstep.kernels import Rule
 

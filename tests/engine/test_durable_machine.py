@@ -19,19 +19,19 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from everstep import kernels
-from everstep.engine.checkpoint import Checkpoint
+from everstep.engine.checkpoint.checkpoint import Checkpoint
 from everstep.engine.config import BatchConfig, ModelConfig, ResolvedKV
-from everstep.engine.core import Core
-from everstep.engine.determinism import Laboratory, Outcome
+from everstep.engine.core.core import Core
+from everstep.engine.core.scheduler import Scheduler
 from everstep.engine.errors import Conflict, IllegalState, JournalFull, UnknownRollout
-from everstep.engine.intake import Submission
-from everstep.engine.journal_ops import BudgetState, RequestKey
+from everstep.engine.journal.ops import BudgetState, RequestKey
+from everstep.engine.manager.intake import Submission
 from everstep.engine.messages import Add, Ready
+from everstep.engine.model.runner import ModelRunner
+from everstep.engine.model.weights import Weights
+from everstep.engine.proofs.determinism import Laboratory, Outcome
 from everstep.engine.rollout import Rollout, RolloutState, SamplingParams
-from everstep.engine.runner import ModelRunner
-from everstep.engine.scheduler import Scheduler
 from everstep.engine.tokenizer import Tokenizer
-from everstep.engine.weights import Weights
 from tests.engine.durable_world import (
     STOPS,
     VOCAB,

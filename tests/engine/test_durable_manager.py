@@ -21,12 +21,12 @@ from everstep.engine.errors import (
     KeyReused,
     UnknownRollout,
 )
-from everstep.engine.growth import Growth
-from everstep.engine.intake import Submission
-from everstep.engine.journal_memory import MemoryJournal
-from everstep.engine.journal_ops import Accept, Flip, Origin, Query, RequestKey
-from everstep.engine.journal_thread import JournalThread
-from everstep.engine.manager import RolloutManager
+from everstep.engine.journal.memory import MemoryJournal
+from everstep.engine.journal.ops import Accept, Flip, Origin, Query, RequestKey
+from everstep.engine.journal.thread import JournalThread
+from everstep.engine.manager.growth import Growth
+from everstep.engine.manager.intake import Submission
+from everstep.engine.manager.manager import RolloutManager
 from everstep.engine.messages import RolloutTokens
 from everstep.engine.rollout import FinishReason, Rollout, RolloutState, SamplingParams
 from tests.engine.inline_backend import InlineBackend

@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from everstep import kernels
-from everstep.engine import invariance, model
-from everstep.engine.checkpoint import Checkpoint
+from everstep.engine.checkpoint.checkpoint import Checkpoint
 from everstep.engine.config import ModelConfig
-from everstep.engine.determinism import BLOCK, Laboratory, Outcome, Trial, check_weights
 from everstep.engine.messages import Add, Cancel, Pause, Resume
+from everstep.engine.model import model
+from everstep.engine.model.weights import Weights, load_weights
+from everstep.engine.proofs import invariance
+from everstep.engine.proofs.determinism import BLOCK, Laboratory, Outcome, Trial, check_weights
 from everstep.engine.rollout import SamplingParams
-from everstep.engine.weights import Weights, load_weights
 
 from ..levels import EMULATED, LEVELS, REAL, quick, use_level
 
@@ -237,7 +238,7 @@ def test_the_user_check_names_an_operation_that_sees_its_neighbours(
     monkeypatch.setattr(model.KernelOperations, "gate_up", lambda _, *given: leaky(*given))
     monkeypatch.setattr(invariance, "gate_up", leaky)
     # operation by operation: the C++ step does not come back to Python in between
-    monkeypatch.setattr("everstep.engine.step.compile_step", lambda *_: None)
+    monkeypatch.setattr("everstep.engine.model.step.compile_step", lambda *_: None)
     report = check_weights(weights_of(tiny_checkpoint, "float32"), on_progress=lambda *_: None)
     assert not report.is_exact
     assert report.operations == ["gate_up"]

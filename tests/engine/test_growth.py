@@ -1,7 +1,7 @@
 """A growth between what is prepared and what is shown."""
 
-from everstep.engine.growth import Growth
-from everstep.engine.journal_ops import Origin
+from everstep.engine.journal.ops import Origin
+from everstep.engine.manager.growth import Growth
 from everstep.engine.messages import Ready, RolloutTokens
 from everstep.engine.rollout import FinishReason, Rollout, RolloutState, SamplingParams
 

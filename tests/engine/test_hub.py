@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import errors as hub_errors
 
-from everstep.engine import convert, hub
+from everstep.engine.checkpoint import convert, hub
+from everstep.engine.checkpoint.hub import cache_folder, default_folder, resolve, scratch_folder
 from everstep.engine.errors import CheckpointError
-from everstep.engine.hub import cache_folder, default_folder, resolve, scratch_folder
 
 
 def refusal(word):

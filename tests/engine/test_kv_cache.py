@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from everstep.engine.kv_cache import KVCacheManager, Match, RolloutKV, common_prefix
-from everstep.engine.plan import Copy
+from everstep.engine.core.kv_cache import KVCacheManager, Match, RolloutKV, common_prefix
+from everstep.engine.core.plan import Copy
 
 from .arena import make_kv
 

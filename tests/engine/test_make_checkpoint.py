@@ -11,11 +11,11 @@ import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer, pre_tokenizers
 
-from everstep.engine.checkpoint import Checkpoint, dequantize
+from everstep.engine.checkpoint.checkpoint import Checkpoint, dequantize
+from everstep.engine.checkpoint.make_checkpoint import SHAPES, config_json, make_checkpoint, resize
+from everstep.engine.checkpoint.random_tokenizer import byte_alphabet, special_tokens
+from everstep.engine.checkpoint.safetensors_writer import Part, Unit, write_shards
 from everstep.engine.errors import CheckpointError
-from everstep.engine.make_checkpoint import SHAPES, config_json, make_checkpoint, resize
-from everstep.engine.random_tokenizer import byte_alphabet, special_tokens
-from everstep.engine.safetensors_writer import Part, Unit, write_shards
 from everstep.kernels.quant import quantize_block, quantize_channel
 
 FORMATS = ["bf16", "f32", "fp8-block", "fp8-channel"]
@@ -361,7 +361,7 @@ def test_disk_that_fills_up_is_one_line_and_can_be_retried(tmp_path, monkeypatch
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("everstep.engine.safetensors_writer._write_shard", full_disk)
+    monkeypatch.setattr("everstep.engine.checkpoint.safetensors_writer._write_shard", full_disk)
     assert "No space left" in refusal(tmp_path / "m")
     assert list((tmp_path / "m").iterdir()) == []
     monkeypatch.undo()

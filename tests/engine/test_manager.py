@@ -14,8 +14,8 @@ from everstep.engine.errors import (
     Overloaded,
     UnknownRollout,
 )
-from everstep.engine.intake import Submission
-from everstep.engine.manager import RolloutManager
+from everstep.engine.manager.intake import Submission
+from everstep.engine.manager.manager import RolloutManager
 from everstep.engine.messages import StateChanged
 from everstep.engine.rollout import RolloutState, SamplingParams
 from tests.engine.inline_backend import InlineBackend

@@ -15,7 +15,7 @@ How far they may differ, with scale = max |logit| and std = the logits' standard
 
 The engine's choice of experts is replayed, and must be the reference's own in each layer wherever
 that decision is wider than 1e-5 (in float32 nearly everywhere). Every reference here is the float64 or bf16 one of
-engine/reference.py, whose own tests use no engine.
+engine/proofs/reference.py, whose own tests use no engine.
 """
 
 from dataclasses import replace
@@ -25,10 +25,10 @@ import pytest
 from hypothesis import given, settings
 from safetensors.torch import load_file, save_file
 
-from everstep.engine import teacher
 from everstep.engine.errors import InvalidRequest
-from everstep.engine.reference import Reference
-from everstep.engine.verify import bounds_for, equal_choices, log_softmax, verify
+from everstep.engine.model import teacher
+from everstep.engine.proofs.reference import Reference
+from everstep.engine.proofs.verify import bounds_for, equal_choices, log_softmax, verify
 
 from .ring_draws import Draw, base_config, ring_checkpoints, write_checkpoint
 

@@ -13,8 +13,8 @@ import pytest
 
 from everstep.engine.config import EngineConfig, KVConfig, ModelConfig
 from everstep.engine.errors import CheckpointError, ConfigError, EngineDied
-from everstep.engine.intake import Submission
-from everstep.engine.manager import RolloutManager
+from everstep.engine.manager.intake import Submission
+from everstep.engine.manager.manager import RolloutManager
 from everstep.engine.messages import Died
 from everstep.engine.native import ProcessBackend, ThreadBackend
 from everstep.engine.rollout import SamplingParams

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from everstep.engine import reference as ref
 from everstep.engine.errors import CheckpointError
-from everstep.engine.reference import MLP, Reference, dense
+from everstep.engine.proofs import reference as ref
+from everstep.engine.proofs.reference import MLP, Reference, dense
 
 from .ring_draws import (
     Draw,

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from everstep.engine import log
+from everstep.engine.checkpoint.make_checkpoint import SHAPES, config_json
+from everstep.engine.checkpoint.ring_config import context_length, parse_config, read_config
+from everstep.engine.checkpoint.rope_config import LinearScaling, YarnScaling
 from everstep.engine.errors import CheckpointError
-from everstep.engine.make_checkpoint import SHAPES, config_json
-from everstep.engine.ring_config import context_length, parse_config, read_config
-from everstep.engine.rope_config import LinearScaling, YarnScaling
 
 ARCHITECTURE = "BailingMoeV2ForCausalLM"
 

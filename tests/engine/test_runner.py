@@ -9,17 +9,17 @@ import pytest
 import torch
 
 from everstep import kernels
-from everstep.engine import teacher
-from everstep.engine.checkpoint import Checkpoint
+from everstep.engine.checkpoint.checkpoint import Checkpoint
 from everstep.engine.config import EngineConfig, KVConfig, ModelConfig
-from everstep.engine.core import build
-from everstep.engine.determinism import Laboratory
-from everstep.engine.intake import Submission
-from everstep.engine.manager import RolloutManager
+from everstep.engine.core.core import build
+from everstep.engine.manager.intake import Submission
+from everstep.engine.manager.manager import RolloutManager
 from everstep.engine.messages import Add, Tokens
+from everstep.engine.model import teacher
+from everstep.engine.model.weights import load_weights
 from everstep.engine.native import ThreadBackend
+from everstep.engine.proofs.determinism import Laboratory
 from everstep.engine.rollout import FinishReason, Rollout, SamplingParams
-from everstep.engine.weights import load_weights
 
 PROMPT = [(11 * i * i + 5) % 250 for i in range(40)]
 
@@ -217,7 +217,7 @@ def test_a_row_that_cannot_be_run_ends_its_rollout_and_the_others_keep_their_bit
             raise IndexError("no such\nindex")
         return kernels.draw(logits, rules, seeds=seeds, **columns)
 
-    monkeypatch.setattr("everstep.engine.drawing.draw", draw)
+    monkeypatch.setattr("everstep.engine.model.drawing.draw", draw)
     params = SamplingParams(max_tokens=max_tokens, prompt_logprobs=1, record=("routing",))
     prompts = [PROMPT, PROMPT[:9], PROMPT[:20]]
     seeds = [msgspec.structs.replace(params, seed=seed) for seed in (1, 13, 2)]

@@ -2,9 +2,9 @@
 
 import pytest
 
+from everstep.engine.core.plan import RowResult, StepPlan
 from everstep.engine.errors import ContextTooLong, InvalidRequest
 from everstep.engine.messages import Tokens
-from everstep.engine.plan import RowResult, StepPlan
 from everstep.engine.rollout import SamplingParams
 
 from .arena import Arena, make_batch, make_kv

@@ -9,17 +9,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from everstep import kernels
-from everstep.engine import checkpoint as checkpoints
-from everstep.engine.canaries import make_canary
-from everstep.engine.checkpoint import Checkpoint
+from everstep.engine.checkpoint import checkpoint as checkpoints
+from everstep.engine.checkpoint.checkpoint import Checkpoint
+from everstep.engine.checkpoint.make_checkpoint import SHAPES, make_checkpoint, resize
+from everstep.engine.checkpoint.manifest import write_manifest
+from everstep.engine.checkpoint.manifest_maker import manifest_of
 from everstep.engine.config import ModelConfig, ResolvedKV
-from everstep.engine.make_checkpoint import SHAPES, make_checkpoint, resize
-from everstep.engine.manifest import write_manifest
-from everstep.engine.manifest_maker import manifest_of
 from everstep.engine.messages import Stage
-from everstep.engine.pacing import rows_at_once
-from everstep.engine.runner import ModelRunner
-from everstep.engine.staging import FREE_BYTES, WeightStager
+from everstep.engine.model.canaries import make_canary
+from everstep.engine.model.pacing import rows_at_once
+from everstep.engine.model.runner import ModelRunner
+from everstep.engine.model.staging import FREE_BYTES, WeightStager
 from everstep.kernels import native, packed, pieces
 
 from .flips import weights_of

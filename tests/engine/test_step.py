@@ -8,15 +8,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from everstep import kernels
-from everstep.engine.checkpoint import Checkpoint
+from everstep.engine.checkpoint.checkpoint import Checkpoint
+from everstep.engine.checkpoint.ring_config import context_length
 from everstep.engine.config import ModelConfig
-from everstep.engine.model import KVStore
-from everstep.engine.plan import Row
-from everstep.engine.ring_config import context_length
+from everstep.engine.core.plan import Row
+from everstep.engine.model.model import KVStore
+from everstep.engine.model.rotary import rotary_tables
+from everstep.engine.model.step import ForwardPass, batch_of
+from everstep.engine.model.weights import load_weights
 from everstep.engine.rollout import SamplingParams
-from everstep.engine.rotary import rotary_tables
-from everstep.engine.step import ForwardPass, batch_of
-from everstep.engine.weights import load_weights
 from everstep.kernels import native
 
 from ..levels import NATIVE, quick, use_level

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from everstep.engine.flipping import FlipCounts
+from everstep.engine.core.flipping import FlipCounts
+from everstep.engine.core.swap import FULL_SLICE_S, SLICE_S, Swap
 from everstep.engine.messages import Flip, Flipped, Refused, Stage, Staged, StageReport
-from everstep.engine.swap import FULL_SLICE_S, SLICE_S, Swap
 from tests.fakes import FakeClock, FakeWeights
 
 SHARE = 0.08

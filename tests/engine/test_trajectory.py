@@ -12,7 +12,7 @@ from tests.engine.journal.drawn import end, make_grown, make_rollout, rollouts
 
 
 def grown_rollout():
-    from everstep.engine.journal_ops import grow
+    from everstep.engine.journal.ops import grow
     from tests.engine.journal.drawn import ORIGINS
 
     rollout = make_rollout("ro-1", metadata={"a": [1, 2.5, None, "x"]})

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from everstep.engine.checkpoint.manifest import read_manifest, write_manifest
 from everstep.engine.errors import (
     CheckpointError,
     EngineDied,
@@ -16,11 +17,10 @@ from everstep.engine.errors import (
     StaleVersion,
     WeightsRefused,
 )
-from everstep.engine.intake import Submission
-from everstep.engine.journal_memory import MemoryJournal
-from everstep.engine.journal_thread import JournalThread
-from everstep.engine.manager import RolloutManager
-from everstep.engine.manifest import read_manifest, write_manifest
+from everstep.engine.journal.memory import MemoryJournal
+from everstep.engine.journal.thread import JournalThread
+from everstep.engine.manager.intake import Submission
+from everstep.engine.manager.manager import RolloutManager
 from everstep.engine.messages import Resume
 from everstep.engine.rollout import RolloutState, SamplingParams
 from tests.engine.inline_backend import InlineBackend

@@ -15,7 +15,6 @@ from .draws import (
     dtypes,
     few,
     many,
-    poisoned,  # noqa: F401
     random,
     seeds,
     sizes,

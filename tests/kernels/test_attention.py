@@ -11,17 +11,7 @@ from everstep.kernels import QuerySpan, reference
 from everstep.kernels.attention import attention, plan_attention, tokens_per_tile
 
 from ..tolerances import TOLERANCES, assert_close
-from .draws import (
-    DTYPES,
-    NAN,
-    assert_same_bits,
-    dtypes,
-    many,
-    poisoned,  # noqa: F401
-    random,
-    seeds,
-    strided,
-)
+from .draws import DTYPES, NAN, assert_same_bits, dtypes, many, random, seeds, strided
 
 # (query heads, kv heads, head size): groups of 1, 2, 3, 5, 8, 16 and more than a tile holds
 HEADS = [

@@ -10,16 +10,7 @@ from everstep.kernels import Weight, reference
 from everstep.kernels.packed import PackedWeight
 
 from ..levels import LEVELS, SUFFIX, use_level
-from .draws import (
-    assert_same_bits,
-    dtypes,
-    few,
-    make_weight,
-    poisoned,  # noqa: F401
-    random,
-    seeds,
-    threads,
-)
+from .draws import assert_same_bits, dtypes, few, make_weight, random, seeds, threads
 from .test_experts import assert_experts_close, make_experts, make_routes, terms_of
 
 FORMATS = ("plain", "block", "channel", "block-group", "channel-token")

@@ -16,7 +16,6 @@ from .draws import (
     dtypes,
     make_weight,
     many,
-    poisoned,  # noqa: F401
     random,
     seeds,
     strided,

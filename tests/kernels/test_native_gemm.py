@@ -31,7 +31,6 @@ from .draws import (
     make_weight,
     many,
     misaligned,
-    poisoned,  # noqa: F401
     random,
     seeds,
     sizes,

@@ -27,7 +27,6 @@ from .draws import (
     few,
     many,
     misaligned,
-    poisoned,  # noqa: F401
     random,
     seeds,
     strided,

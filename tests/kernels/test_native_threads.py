@@ -14,13 +14,7 @@ import torch
 from everstep.kernels import native
 from everstep.kernels.packed import pack, packed_linear
 
-from .draws import (
-    assert_same_bits,
-    make_weight,
-    poisoned,  # noqa: F401
-    random,
-    threads,
-)
+from .draws import assert_same_bits, make_weight, random, threads
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ library here")
 TASKS = Path("/proc/self/task")

@@ -16,7 +16,6 @@ from .draws import (
     few,
     folded,
     many,
-    poisoned,  # noqa: F401
     random,
     seeds,
     sizes,

@@ -11,15 +11,7 @@ from everstep.kernels import paced, pieces
 from everstep.kernels.pieces import at_once, drain
 
 from ..levels import LEVELS, use_level
-from .draws import (
-    assert_same_bits,
-    dtypes,
-    few,
-    make_weight,
-    poisoned,  # noqa: F401
-    random,
-    seeds,
-)
+from .draws import assert_same_bits, dtypes, few, make_weight, random, seeds
 from .test_dispatch import FORMATS, bank_of
 from .test_experts import make_experts, make_routes
 

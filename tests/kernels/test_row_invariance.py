@@ -31,7 +31,6 @@ from .draws import (
     few,
     make_weight,
     misaligned,
-    poisoned,  # noqa: F401
     random,
     seeds,
     threads,

@@ -8,7 +8,7 @@ import asyncio
 import hashlib
 from collections.abc import Sequence
 
-from everstep.engine.manifest import Version
+from everstep.engine.checkpoint.manifest import Version
 from everstep.engine.messages import (
     Add,
     Cancel,

@@ -15,9 +15,9 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
 from everstep.engine.config import EngineConfig, ModelConfig, RestartConfig
-from everstep.engine.journal_memory import MemoryJournal
-from everstep.engine.journal_thread import JournalThread
-from everstep.engine.manager import RolloutManager
+from everstep.engine.journal.memory import MemoryJournal
+from everstep.engine.journal.thread import JournalThread
+from everstep.engine.manager.manager import RolloutManager
 from everstep.engine.messages import Add
 from everstep.engine.tokenizer import Tokenizer
 from everstep.server.app import create_app

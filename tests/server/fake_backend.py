@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
-from everstep.engine.manifest import Version
+from everstep.engine.checkpoint.manifest import Version
 from everstep.engine.messages import (
     Add,
     Cancel,

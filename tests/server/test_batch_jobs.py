@@ -7,10 +7,10 @@ import pytest
 
 from everstep.engine.config import RestartConfig
 from everstep.engine.errors import EngineDied
-from everstep.engine.journal_memory import MemoryJournal
-from everstep.engine.journal_ops import Query
-from everstep.engine.journal_thread import JournalThread
-from everstep.engine.manager import RolloutManager
+from everstep.engine.journal.memory import MemoryJournal
+from everstep.engine.journal.ops import Query
+from everstep.engine.journal.thread import JournalThread
+from everstep.engine.manager.manager import RolloutManager
 from everstep.engine.messages import Add
 from everstep.engine.rollout import SamplingParams
 from everstep.server.batch_lines import Defaults

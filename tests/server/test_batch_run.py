@@ -12,7 +12,7 @@ import pytest
 
 from everstep.engine.config import RestartConfig
 from everstep.engine.errors import ConfigError, EngineUnavailable
-from everstep.engine.manager import RolloutManager
+from everstep.engine.manager.manager import RolloutManager
 from everstep.engine.rollout import SamplingParams
 from everstep.server.batch_lines import Defaults
 from everstep.server.batch_output import BatchOutput, IdSet

@@ -10,10 +10,10 @@ import httpx
 import openai
 import pytest
 
-from everstep.engine.journal_memory import MemoryJournal
-from everstep.engine.journal_ops import Query
-from everstep.engine.journal_thread import JournalThread
-from everstep.engine.manager import RolloutManager
+from everstep.engine.journal.memory import MemoryJournal
+from everstep.engine.journal.ops import Query
+from everstep.engine.journal.thread import JournalThread
+from everstep.engine.manager.manager import RolloutManager
 from everstep.server.app import create_app
 from everstep.server.batch_queue import BatchQueue
 from everstep.server.config import ServeConfig

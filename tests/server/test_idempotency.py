@@ -6,7 +6,7 @@ import json
 import openai
 import pytest
 
-from everstep.engine.journal_memory import MemoryJournal
+from everstep.engine.journal.memory import MemoryJournal
 
 from .conftest import KeptJournal, call, serve
 

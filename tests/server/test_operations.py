@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from everstep import __version__
-from everstep.engine.manager import RolloutManager
+from everstep.engine.manager.manager import RolloutManager
 from everstep.engine.messages import Stats
 from everstep.server.app import create_app
 from everstep.server.config import ServeConfig

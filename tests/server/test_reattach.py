@@ -11,7 +11,7 @@ import pytest
 
 from everstep import AsyncClient, Client
 from everstep.engine.errors import EngineUnavailable
-from everstep.engine.journal_memory import MemoryJournal
+from everstep.engine.journal.memory import MemoryJournal
 
 from ..listening import listening
 from ..proxy import Proxy, proxied

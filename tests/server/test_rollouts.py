@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from everstep.engine.config import JournalConfig
-from everstep.engine.journal_memory import MemoryJournal
+from everstep.engine.journal.memory import MemoryJournal
 from everstep.engine.rollout import Rollout
 from everstep.engine.trajectory import decode, encode, seal, unpack, unseal
 from everstep.server.rollouts_types import RolloutAnswer

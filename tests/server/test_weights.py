@@ -10,8 +10,8 @@ import pytest
 from everstep import AsyncClient
 from everstep.engine.config import EngineConfig, ModelConfig
 from everstep.engine.errors import ConfigError, StaleVersion, WeightsRefused
-from everstep.engine.intake import Submission
-from everstep.engine.manager import RolloutManager
+from everstep.engine.manager.intake import Submission
+from everstep.engine.manager.manager import RolloutManager
 from everstep.engine.messages import Stage
 from everstep.engine.rollout import SamplingParams
 from everstep.server.app import create_app

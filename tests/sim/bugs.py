@@ -8,20 +8,20 @@ from collections.abc import Callable
 import pytest
 from msgspec.structs import replace
 
-from everstep.engine import keeping, manager
-from everstep.engine.budgets import Budgets, Lease
-from everstep.engine.collector import Collector
+from everstep.engine.core.kv_cache import KVCacheManager
+from everstep.engine.core.roster import Roster
 from everstep.engine.errors import JournalFull
-from everstep.engine.journal_ops import Ack
-from everstep.engine.journal_thread import JournalThread
-from everstep.engine.keeping import Keeper
-from everstep.engine.kv_cache import KVCacheManager
+from everstep.engine.journal.ops import Ack
+from everstep.engine.journal.thread import JournalThread
+from everstep.engine.manager import keeping, manager
+from everstep.engine.manager.budgets import Budgets, Lease
+from everstep.engine.manager.collector import Collector
+from everstep.engine.manager.keeping import Keeper
+from everstep.engine.manager.request_keys import RequestKeys
+from everstep.engine.manager.versions import Versions
 from everstep.engine.messages import Resume
-from everstep.engine.request_keys import RequestKeys
-from everstep.engine.roster import Roster
-from everstep.engine.versions import Versions
-from everstep.trainer_bridge.c3po_samples import Samples
-from everstep.trainer_bridge.ledger import Account, Ledger
+from everstep.trainer_bridge.c3po.ledger import Account, Ledger
+from everstep.trainer_bridge.c3po.samples import Samples
 
 Bug = Callable[[pytest.MonkeyPatch], None]
 

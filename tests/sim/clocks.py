@@ -11,9 +11,10 @@ from typing import Any
 from unittest import mock
 
 from everstep import rollout_output
-from everstep.engine import log, versions
-from everstep.engine.request_keys import RequestKeys
-from everstep.trainer_bridge import rollout_fleet
+from everstep.engine import log
+from everstep.engine.manager import versions
+from everstep.engine.manager.request_keys import RequestKeys
+from everstep.trainer_bridge.run import fleet as rollout_fleet
 
 from .driver_disk import SYSTEM
 from .language import read_manifest

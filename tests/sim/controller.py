@@ -15,9 +15,9 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from everstep.trainer_bridge.c3po import C3po
-from everstep.trainer_bridge.c3po_config import C3poConfig
-from everstep.trainer_bridge.c3po_words import (
+from everstep.trainer_bridge.c3po.c3po import C3po
+from everstep.trainer_bridge.c3po.config import C3poConfig
+from everstep.trainer_bridge.c3po.words import (
     Abandoned,
     C3poState,
     Command,

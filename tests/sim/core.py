@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 
 from msgspec import Struct
 
+from everstep.engine.checkpoint.manifest import Version
 from everstep.engine.config import BatchConfig, ResolvedKV
-from everstep.engine.core import STATS_EVERY_S, Core
+from everstep.engine.core.core import STATS_EVERY_S, Core
 from everstep.engine.errors import EngineDied
-from everstep.engine.manifest import Version
 from everstep.engine.messages import (
     Died,
     FromCore,

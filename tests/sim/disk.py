@@ -14,9 +14,9 @@ import msgspec
 
 from everstep.engine.config import JournalConfig
 from everstep.engine.errors import JournalFull
-from everstep.engine.journal import Journal
-from everstep.engine.journal_memory import MemoryJournal, _State
-from everstep.engine.journal_ops import Append, JournalStore, Op, Query
+from everstep.engine.journal.journal import Journal
+from everstep.engine.journal.memory import MemoryJournal, _State
+from everstep.engine.journal.ops import Append, JournalStore, Op, Query
 from tests.engine.journal.disk import Change, Disk, DiskVFS, Files, after_kill, after_power_loss
 from tests.engine.journal.disk import vfs as _vfs
 

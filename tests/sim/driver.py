@@ -18,13 +18,13 @@ from everstep.engine.errors import (
 )
 from everstep.engine.messages import KVPolicy
 from everstep.engine.rollout import SamplingParams
-from everstep.trainer_bridge.c3po_config import C3poConfig
-from everstep.trainer_bridge.manager_engine import ManagerEngine
-from everstep.trainer_bridge.rollout_driver import RolloutDriver
-from everstep.trainer_bridge.rollout_engine import Prompt
-from everstep.trainer_bridge.run_file import Changes
-from everstep.trainer_bridge.run_state import RunState
-from everstep.trainer_bridge.run_words import Header, KeptPrompt, Position
+from everstep.trainer_bridge.c3po.config import C3poConfig
+from everstep.trainer_bridge.run.driver import RolloutDriver
+from everstep.trainer_bridge.run.engine import Prompt
+from everstep.trainer_bridge.run.file import Changes
+from everstep.trainer_bridge.run.manager_engine import ManagerEngine
+from everstep.trainer_bridge.run.state import RunState
+from everstep.trainer_bridge.run.words import Header, KeptPrompt, Position
 
 from .driver_disk import DriverDisk, SimOutput
 from .driver_engine import Meddler, SimServer, WatchedEngine

@@ -6,12 +6,12 @@ from collections.abc import Callable
 import pytest
 
 from everstep.rollout_output import RolloutOutput
-from everstep.trainer_bridge import run_state
-from everstep.trainer_bridge.rollout_driver import RolloutDriver
-from everstep.trainer_bridge.rollout_errands import Errands
-from everstep.trainer_bridge.rollout_fleet import Fleet
-from everstep.trainer_bridge.rollout_record import encode_line, trajectory_of
-from everstep.trainer_bridge.run_state import RunState
+from everstep.trainer_bridge.run import state as run_state
+from everstep.trainer_bridge.run.driver import RolloutDriver
+from everstep.trainer_bridge.run.errands import Errands
+from everstep.trainer_bridge.run.fleet import Fleet
+from everstep.trainer_bridge.run.state import RunState
+from everstep.trainer_bridge.trajectories.record import encode_line, trajectory_of
 
 from .driver_engine import WatchedEngine
 

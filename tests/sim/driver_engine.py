@@ -10,13 +10,13 @@ from typing import Any, Protocol
 
 from everstep.clients.client_flows import Patience, error_from
 from everstep.engine.errors import EngineUnavailable, EverstepError, UnknownRollout
-from everstep.engine.journal_ops import BudgetState, Query
+from everstep.engine.journal.ops import BudgetState, Query
 from everstep.engine.messages import KVPolicy, Priority
 from everstep.engine.rollout import Rollout, RolloutState
 from everstep.engine.trajectory import decode, unpack
 from everstep.http_engine import HttpEngine
-from everstep.trainer_bridge.hosts import Host
-from everstep.trainer_bridge.rollout_engine import Budget, Engine, Work
+from everstep.trainer_bridge.run.engine import Budget, Engine, Work
+from everstep.trainer_bridge.run.hosts import Host
 
 from .front import snapshot
 from .history import History

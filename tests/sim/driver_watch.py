@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import msgspec
 
-from everstep.trainer_bridge.run_file import Changes
-from everstep.trainer_bridge.run_state import RunState
-from everstep.trainer_bridge.run_words import OutputMark, Place, key_of
+from everstep.trainer_bridge.run.file import Changes
+from everstep.trainer_bridge.run.state import RunState
+from everstep.trainer_bridge.run.words import OutputMark, Place, key_of
 
 from .history import History
 

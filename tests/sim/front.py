@@ -10,16 +10,11 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from everstep.engine.config import RestartConfig
-from everstep.engine.errors import (
-    EngineUnavailable,
-    EverstepError,
-    StaleVersion,
-    WeightsRefused,
-)
-from everstep.engine.intake import Submission
-from everstep.engine.journal_ops import Budget, BudgetState, JournalStore, Query, RequestKey
-from everstep.engine.journal_thread import JournalThread, _call_soon
-from everstep.engine.manager import RolloutManager
+from everstep.engine.errors import EngineUnavailable, EverstepError, StaleVersion, WeightsRefused
+from everstep.engine.journal.ops import Budget, BudgetState, JournalStore, Query, RequestKey
+from everstep.engine.journal.thread import JournalThread, _call_soon
+from everstep.engine.manager.intake import Submission
+from everstep.engine.manager.manager import RolloutManager
 from everstep.engine.messages import Flipped, KVPolicy
 from everstep.engine.rollout import Rollout, RolloutState, SamplingParams
 from everstep.engine.trajectory import encode, pack, seal, unseal

@@ -12,16 +12,16 @@ from pathlib import Path
 
 from msgspec import Struct
 
+from everstep.engine.checkpoint.manifest import Manifest, Version
 from everstep.engine.config import BatchConfig, ResolvedKV
-from everstep.engine.core import Core
+from everstep.engine.core.core import Core
+from everstep.engine.core.plan import Row, Sampled
+from everstep.engine.core.scheduler import Scheduler
+from everstep.engine.core.swap import Part
 from everstep.engine.errors import CheckpointError, WeightsRefused
-from everstep.engine.manifest import Manifest, Version
+from everstep.engine.manager.versions import NOTHING_DONE
 from everstep.engine.messages import Ready, Stage, StageReport
-from everstep.engine.plan import Row, Sampled
 from everstep.engine.rollout import SAMPLED
-from everstep.engine.scheduler import Scheduler
-from everstep.engine.swap import Part
-from everstep.engine.versions import NOTHING_DONE
 from tests.fakes import FakeRunner
 
 VOCAB = 24

@@ -10,7 +10,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from everstep.engine.config import BatchConfig, ResolvedKV
-from everstep.trainer_bridge.c3po_config import C3poConfig
+from everstep.trainer_bridge.c3po.config import C3poConfig
 
 from .controller import C3poSettings
 from .core import CoreSettings

@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Struct
 
 from everstep.engine.config import JournalConfig
-from everstep.engine.journal_ops import JournalStore, Query, Recovered
+from everstep.engine.journal.ops import JournalStore, Query, Recovered
 
 from .c3po_checker import C3poChecker
 from .checker import Checker

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from everstep.trainer_bridge.losses import LossInputs
+from everstep.trainer_bridge.losses.losses import LossInputs
 
 from .loss_reference import Token
 

@@ -16,19 +16,13 @@ from typing import Any, TypeVar
 from msgspec import Struct, structs
 
 from everstep.engine.errors import EngineUnavailable, InvalidRequest, UnknownRollout
-from everstep.engine.rollout import (
-    FinishReason,
-    Rollout,
-    RolloutState,
-    SamplingParams,
-    Segment,
-)
-from everstep.trainer_bridge.c3po_config import C3poConfig
-from everstep.trainer_bridge.rollout_driver import Delivered, Groups, RolloutDriver, Taught
-from everstep.trainer_bridge.rollout_engine import Budget, Facts, Prompt, Seen, Work
-from everstep.trainer_bridge.run_file import RunFile
-from everstep.trainer_bridge.run_state import RunState
-from everstep.trainer_bridge.run_words import Header, KeptPrompt, Position
+from everstep.engine.rollout import FinishReason, Rollout, RolloutState, SamplingParams, Segment
+from everstep.trainer_bridge.c3po.config import C3poConfig
+from everstep.trainer_bridge.run.driver import Delivered, Groups, RolloutDriver, Taught
+from everstep.trainer_bridge.run.engine import Budget, Facts, Prompt, Seen, Work
+from everstep.trainer_bridge.run.file import RunFile
+from everstep.trainer_bridge.run.state import RunState
+from everstep.trainer_bridge.run.words import Header, KeptPrompt, Position
 
 T = TypeVar("T")
 STEP_S = 0.01

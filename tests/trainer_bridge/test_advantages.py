@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from everstep.engine.errors import InvalidRequest
-from everstep.trainer_bridge.advantages import group_advantages, has_spread
+from everstep.trainer_bridge.losses.advantages import group_advantages, has_spread
 
 rewards = st.lists(st.floats(-100, 100).map(lambda x: round(x, 3)), min_size=1, max_size=9)
 

@@ -9,8 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from everstep.kernels.quant import block_amax, block_codes, block_scale
-from everstep.trainer_bridge.block_scales import CutBlocks, corners_of, part_of
-from everstep.trainer_bridge.reshard import Block, plan, rows_of
+from everstep.trainer_bridge.weights.block_scales import CutBlocks, corners_of, part_of
+from everstep.trainer_bridge.weights.reshard import Block, plan, rows_of
 
 from ..fp8_reference import block_reference
 

@@ -3,9 +3,9 @@
 import pytest
 
 from everstep.engine.errors import ConfigError, IllegalState, LedgerError
-from everstep.trainer_bridge.c3po import C3po
-from everstep.trainer_bridge.c3po_config import C3poConfig
-from everstep.trainer_bridge.c3po_words import (
+from everstep.trainer_bridge.c3po.c3po import C3po
+from everstep.trainer_bridge.c3po.config import C3poConfig
+from everstep.trainer_bridge.c3po.words import (
     Abandoned,
     Done,
     Open,

@@ -3,8 +3,8 @@
 import pytest
 
 from everstep.engine.errors import ConfigError
-from everstep.trainer_bridge.c3po import C3po
-from everstep.trainer_bridge.c3po_config import C3poConfig
+from everstep.trainer_bridge.c3po.c3po import C3po
+from everstep.trainer_bridge.c3po.config import C3poConfig
 
 
 def config(**values) -> C3poConfig:

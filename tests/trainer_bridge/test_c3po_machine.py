@@ -15,10 +15,10 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from everstep.engine.errors import EverstepError
-from everstep.trainer_bridge import c3po_words as words
-from everstep.trainer_bridge.c3po import C3po
-from everstep.trainer_bridge.c3po_config import C3poConfig
-from everstep.trainer_bridge.c3po_words import Sample
+from everstep.trainer_bridge.c3po import words
+from everstep.trainer_bridge.c3po.c3po import C3po
+from everstep.trainer_bridge.c3po.config import C3poConfig
+from everstep.trainer_bridge.c3po.words import Sample
 
 ACCOUNTS = ("carried", "held", "delivered", "purged", "regenerated", "cancelled")
 

@@ -1,8 +1,8 @@
 """The tables of PAPER.md §2.5, cell by cell, through the tick simulator."""
 
-from everstep.trainer_bridge.c3po_config import C3poConfig
-from everstep.trainer_bridge.c3po_words import Live, Sample
-from everstep.trainer_bridge.simulator import Iteration, Simulator
+from everstep.trainer_bridge.c3po.config import C3poConfig
+from everstep.trainer_bridge.c3po.simulator import Iteration, Simulator
+from everstep.trainer_bridge.c3po.words import Live, Sample
 
 
 def segments(live: Live) -> str:

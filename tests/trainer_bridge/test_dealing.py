@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from everstep.engine.errors import BridgeError
-from everstep.trainer_bridge.dealing import Dealer, Next, deal
 from everstep.trainer_bridge.protocol import (
     PROTOCOL_VERSION,
     Bye,
@@ -21,6 +20,7 @@ from everstep.trainer_bridge.protocol import (
     Trained,
     Welcome,
 )
+from everstep.trainer_bridge.trajectories.dealing import Dealer, Next, deal
 
 
 def hello(**fields: object) -> Hello:

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from everstep.trainer_bridge import euclid
-from everstep.trainer_bridge.euclid import Pair
+from everstep.trainer_bridge.demo import euclid
+from everstep.trainer_bridge.demo.euclid import Pair
 
 drawn_pairs = st.integers(0, 10**6).map(lambda seed: next(euclid.pairs(random.Random(seed))))
 

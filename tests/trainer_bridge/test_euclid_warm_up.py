@@ -6,8 +6,8 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from everstep.trainer_bridge import euclid
-from everstep.trainer_bridge.euclid_warm_up import Example, Habit, habit, skill
+from everstep.trainer_bridge.demo import euclid
+from everstep.trainer_bridge.demo.euclid_warm_up import Example, Habit, habit, skill
 
 
 def kind(example: Example) -> str:

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from everstep.engine.errors import ConfigError, MissingExtra
-from everstep.trainer_bridge import fp8_operations
-from everstep.trainer_bridge.packing import TrainSequence, pack
-from everstep.trainer_bridge.trainable import open_trainable
+from everstep.trainer_bridge.trainer import fp8_operations
+from everstep.trainer_bridge.trainer.packing import TrainSequence, pack
+from everstep.trainer_bridge.trainer.trainable import open_trainable
 
 from ..engine.ring_draws import Draw as Drawn
 from ..engine.ring_draws import base_config, write_checkpoint

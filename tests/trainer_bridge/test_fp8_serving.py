@@ -8,22 +8,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from everstep.engine.canaries import BOUNDS, LEAST_DRIFT
-from everstep.engine.checkpoint import Checkpoint
+from everstep.engine.checkpoint.checkpoint import Checkpoint
+from everstep.engine.checkpoint.fp8_policy import Fp8Format
+from everstep.engine.checkpoint.make_checkpoint import make_checkpoint
+from everstep.engine.checkpoint.manifest import combine_digests, read_manifest, write_manifest
+from everstep.engine.checkpoint.manifest_maker import manifest_of
+from everstep.engine.checkpoint.quantize import quantize_checkpoint
+from everstep.engine.checkpoint.stored_format import StoredFormat
 from everstep.engine.config import ModelConfig
-from everstep.engine.fp8_policy import Fp8Format
-from everstep.engine.make_checkpoint import make_checkpoint
-from everstep.engine.manifest import combine_digests, read_manifest, write_manifest
-from everstep.engine.manifest_maker import manifest_of
 from everstep.engine.messages import Add, Refused, StageReport
-from everstep.engine.quantize import quantize_checkpoint
+from everstep.engine.model.canaries import BOUNDS, LEAST_DRIFT
 from everstep.engine.rollout import SamplingParams
-from everstep.engine.stored_format import StoredFormat
-from everstep.trainer_bridge.sharding import join_world, shard
-from everstep.trainer_bridge.trainable import TrainableRing, trainable_config
-from everstep.trainer_bridge.trainer_canaries import make_canaries
-from everstep.trainer_bridge.weight_sender import WeightSender
-from everstep.trainer_bridge.weight_targets import Here
+from everstep.trainer_bridge.trainer.canaries import make_canaries
+from everstep.trainer_bridge.trainer.sharding import join_world, shard
+from everstep.trainer_bridge.trainer.trainable import TrainableRing, trainable_config
+from everstep.trainer_bridge.weights.sender import WeightSender
+from everstep.trainer_bridge.weights.targets import Here
 
 from ..engine.flips import FlippingCore, weights_of
 

@@ -7,20 +7,20 @@ import numpy as np
 import pytest
 import torch
 
-from everstep.engine.checkpoint import Checkpoint, dequantize
+from everstep.engine.checkpoint.checkpoint import Checkpoint, dequantize
+from everstep.engine.checkpoint.fp8_policy import Fp8Format, has_power_of_two_scales
+from everstep.engine.checkpoint.json_keys import read_json
+from everstep.engine.checkpoint.make_checkpoint import SHAPES, make_checkpoint
+from everstep.engine.checkpoint.manifest import read_manifest
+from everstep.engine.checkpoint.quantize import quantize_checkpoint
+from everstep.engine.checkpoint.stored_format import StoredFormat
 from everstep.engine.errors import CheckpointError
-from everstep.engine.fp8_policy import Fp8Format, has_power_of_two_scales
-from everstep.engine.json_keys import read_json
-from everstep.engine.make_checkpoint import SHAPES, make_checkpoint
-from everstep.engine.manifest import read_manifest
-from everstep.engine.quantize import quantize_checkpoint
-from everstep.engine.stored_format import StoredFormat
-from everstep.trainer_bridge.export import export
-from everstep.trainer_bridge.optimiser import local_of
-from everstep.trainer_bridge.sharding import World, join_world, shard
-from everstep.trainer_bridge.trainable import TrainableRing, trainable_config
-from everstep.trainer_bridge.weight_sender import WeightSender
-from everstep.trainer_bridge.weight_targets import Here
+from everstep.trainer_bridge.trainer.export import export
+from everstep.trainer_bridge.trainer.optimiser import local_of
+from everstep.trainer_bridge.trainer.sharding import World, join_world, shard
+from everstep.trainer_bridge.trainer.trainable import TrainableRing, trainable_config
+from everstep.trainer_bridge.weights.sender import WeightSender
+from everstep.trainer_bridge.weights.targets import Here
 
 from ..fp8_reference import block_reference
 from .weight_runs import start_ranks

@@ -14,19 +14,19 @@ from safetensors.torch import load_file
 
 from everstep.clients.llm import LLM
 from everstep.engine.errors import CheckpointError, ConfigError
+from everstep.engine.proofs.verify import verify
 from everstep.engine.rollout import SamplingParams
-from everstep.engine.verify import verify
-from everstep.trainer_bridge.checkpointing import STABLE, Checkpoints
-from everstep.trainer_bridge.config import read_config
-from everstep.trainer_bridge.export import export
 from everstep.trainer_bridge.fsdp_trainer import train
-from everstep.trainer_bridge.losses import LossInputs, make_loss
-from everstep.trainer_bridge.optimiser import whole_of
-from everstep.trainer_bridge.packing import TrainSequence, pack
-from everstep.trainer_bridge.samples import Group, Sample, sample_of
-from everstep.trainer_bridge.sharding import join_world
-from everstep.trainer_bridge.trainable import open_trainable
-from everstep.trainer_bridge.trainer import Trainer
+from everstep.trainer_bridge.losses.losses import LossInputs, make_loss
+from everstep.trainer_bridge.trainer.checkpointing import STABLE, Checkpoints
+from everstep.trainer_bridge.trainer.config import read_config
+from everstep.trainer_bridge.trainer.export import export
+from everstep.trainer_bridge.trainer.optimiser import whole_of
+from everstep.trainer_bridge.trainer.packing import TrainSequence, pack
+from everstep.trainer_bridge.trainer.sharding import join_world
+from everstep.trainer_bridge.trainer.trainable import open_trainable
+from everstep.trainer_bridge.trainer.trainer import Trainer
+from everstep.trainer_bridge.trajectories.samples import Group, Sample, sample_of
 
 from ..engine.ring_draws import Draw as Drawn
 from ..engine.ring_draws import base_config, write_checkpoint

@@ -7,15 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from everstep.engine.errors import (
-    CheckpointError,
-    EngineUnavailable,
-    EverstepError,
-    WeightsRefused,
-)
-from everstep.engine.manifest import Version
+from everstep.engine.checkpoint.manifest import Version
+from everstep.engine.errors import CheckpointError, EngineUnavailable, EverstepError, WeightsRefused
 from everstep.engine.messages import Flipped, KVPolicy, StageReport
-from everstep.trainer_bridge.hosts import Prepared, Served, serve
+from everstep.trainer_bridge.run.hosts import Prepared, Served, serve
 
 OLD = Version(number=3, digest="old", folder="/old")
 NEW = Version(number=4, digest="new", folder="/new")

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from everstep.engine.errors import LedgerError
-from everstep.trainer_bridge.ledger import LEGAL, Account, Ledger, LedgerState
+from everstep.trainer_bridge.c3po.ledger import LEGAL, Account, Ledger, LedgerState
 
 postings = st.lists(
     st.tuples(st.integers(-1, 9), st.sampled_from(list(Account)), st.sampled_from(list(Account)))

@@ -2,7 +2,7 @@
 
 import msgspec
 
-from everstep.trainer_bridge.loss_alarms import AlarmConfig, Alarms, AlarmState
+from everstep.trainer_bridge.losses.alarms import AlarmConfig, Alarms, AlarmState
 
 HEALTHY = {"kl_k3": 1e-3, "mask_fraction": 1e-3, "exp_log_ratio_abs": 1.01, "invalid": 0.0}
 

@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 
-from everstep.trainer_bridge.advantages import group_advantages
-from everstep.trainer_bridge.corrections import bernoulli_kl
-from everstep.trainer_bridge.loss_config import (
+from everstep.trainer_bridge.losses.advantages import group_advantages
+from everstep.trainer_bridge.losses.config import (
     ClipConfig,
     GatesConfig,
     IcePopConfig,
@@ -17,7 +16,8 @@ from everstep.trainer_bridge.loss_config import (
     MisConfig,
     TisConfig,
 )
-from everstep.trainer_bridge.losses import LossInputs, make_loss, old_logprobs
+from everstep.trainer_bridge.losses.corrections import bernoulli_kl
+from everstep.trainer_bridge.losses.losses import LossInputs, make_loss, old_logprobs
 
 from .loss_batches import log_tokens, padded, per_sequence
 

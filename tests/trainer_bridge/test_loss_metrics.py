@@ -13,9 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from everstep.trainer_bridge.loss_config import GatesConfig, KlConfig, LossConfig
-from everstep.trainer_bridge.loss_metrics import ALIASES, GROUPS, NAMES, LossMetrics, metrics_of
-from everstep.trainer_bridge.losses import make_loss
+from everstep.trainer_bridge.losses.config import GatesConfig, KlConfig, LossConfig
+from everstep.trainer_bridge.losses.losses import make_loss
+from everstep.trainer_bridge.losses.metrics import ALIASES, GROUPS, NAMES, LossMetrics, metrics_of
 
 from .loss_batches import log_tokens, packed, padded
 from .loss_reference import Token, is_valid
@@ -212,9 +212,9 @@ def test_infinite_ratios_are_too_low_or_too_high():
 
 RANK = """
 import sys, torch, torch.distributed as dist
-from everstep.trainer_bridge.loss_metrics import LossMetrics
-from everstep.trainer_bridge.losses import LossInputs, make_loss
-from everstep.trainer_bridge.loss_config import LossConfig
+from everstep.trainer_bridge.losses.metrics import LossMetrics
+from everstep.trainer_bridge.losses.losses import LossInputs, make_loss
+from everstep.trainer_bridge.losses.config import LossConfig
 
 rank, file = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)

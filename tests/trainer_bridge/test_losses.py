@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from everstep.engine.errors import ConfigError
-from everstep.trainer_bridge.corrections import bernoulli_kl
-from everstep.trainer_bridge.loss_config import (
+from everstep.trainer_bridge.losses.config import (
     ClipConfig,
     GatesConfig,
     IcePopConfig,
@@ -20,7 +19,8 @@ from everstep.trainer_bridge.loss_config import (
     MisConfig,
     TisConfig,
 )
-from everstep.trainer_bridge.losses import BatchSize, LossInputs, make_loss
+from everstep.trainer_bridge.losses.corrections import bernoulli_kl
+from everstep.trainer_bridge.losses.losses import BatchSize, LossInputs, make_loss
 
 from . import loss_reference as reference
 from .loss_batches import packed, padded, per_sequence

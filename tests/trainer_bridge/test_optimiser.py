@@ -5,8 +5,8 @@ import math
 import torch
 from torch import nn
 
-from everstep.trainer_bridge.config import OptimConfig
-from everstep.trainer_bridge.optimiser import Optimiser
+from everstep.trainer_bridge.trainer.config import OptimConfig
+from everstep.trainer_bridge.trainer.optimiser import Optimiser
 
 CONFIG = OptimConfig(lr=1e-2, warmup_steps=8)
 

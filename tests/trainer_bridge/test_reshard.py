@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from everstep.engine.errors import BridgeError
-from everstep.trainer_bridge.reshard import Block, explain, plan, rows_of, runs_of
+from everstep.trainer_bridge.weights.reshard import Block, explain, plan, rows_of, runs_of
 
 shapes = st.lists(st.integers(1, 7), min_size=1, max_size=4).map(tuple)
 

@@ -13,14 +13,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from everstep.engine.errors import ConfigError, MissingExtra
-from everstep.trainer_bridge.reward_workers import RewardPool, Rewards
-from everstep.trainer_bridge.rewards import (
+from everstep.trainer_bridge.rewards.rewards import (
     FunctionConfig,
     HttpConfig,
     RegexConfig,
     RewardConfig,
     RewardSample,
 )
+from everstep.trainer_bridge.rewards.workers import RewardPool, Rewards
 
 MODULE = """
 import asyncio, ctypes, os, subprocess, sys, time
@@ -225,8 +225,8 @@ def test_where_no_process_can_be_had_it_costs_the_sample_alone(module, monkeypat
 
 PARENT = """
 import asyncio, sys
-from everstep.trainer_bridge.reward_workers import RewardPool
-from everstep.trainer_bridge.rewards import FunctionConfig, RewardConfig, RewardSample
+from everstep.trainer_bridge.rewards.workers import RewardPool
+from everstep.trainer_bridge.rewards.rewards import FunctionConfig, RewardConfig, RewardSample
 
 async def main():
     config = RewardConfig(name="function", function=FunctionConfig(path="my_rewards:score"))
@@ -357,9 +357,9 @@ def test_a_reward_server_that_is_not_there_is_named():
 
 def test_the_rewards_need_no_torch():
     code = (
-        "import sys; import everstep.trainer_bridge.reward_workers, everstep.trainer_bridge.rewards,"
-        " everstep.trainer_bridge.advantages, everstep.trainer_bridge.loss_config,"
-        " everstep.trainer_bridge.loss_alarms;"
+        "import sys; import everstep.trainer_bridge.rewards.workers, everstep.trainer_bridge.rewards.rewards,"
+        " everstep.trainer_bridge.losses.advantages, everstep.trainer_bridge.losses.config,"
+        " everstep.trainer_bridge.losses.alarms;"
         "print([m for m in ('torch', 'numpy', 'sympy') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -10,8 +10,8 @@ import pytest
 
 from everstep.engine.errors import ConfigError, MissingExtra
 from everstep.engine.rollout import FinishReason, Rollout, SamplingParams
-from everstep.trainer_bridge import rewards
-from everstep.trainer_bridge.rewards import (
+from everstep.trainer_bridge.rewards import rewards
+from everstep.trainer_bridge.rewards.rewards import (
     ExactConfig,
     FunctionConfig,
     HttpConfig,

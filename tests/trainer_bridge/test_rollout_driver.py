@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from everstep.engine.errors import ConfigError, EngineUnavailable
 from everstep.engine.rollout import RolloutState
-from everstep.trainer_bridge.c3po_config import C3poConfig
-from everstep.trainer_bridge.c3po_words import Sample
-from everstep.trainer_bridge.rollout_record import trajectory_of
-from everstep.trainer_bridge.run_state import RunState
-from everstep.trainer_bridge.run_words import KeptPrompt
+from everstep.trainer_bridge.c3po.config import C3poConfig
+from everstep.trainer_bridge.c3po.words import Sample
+from everstep.trainer_bridge.run.state import RunState
+from everstep.trainer_bridge.run.words import KeptPrompt
+from everstep.trainer_bridge.trajectories.record import trajectory_of
 
 from .rollout_world import STEP_S, FakeEngine, FakeSource, Killed, World, digest, run, token_of
 

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from everstep.engine.errors import EngineUnavailable, IllegalState
-from everstep.trainer_bridge.rollout_driver import Groups, Taught
-from everstep.trainer_bridge.run_state import RunState
+from everstep.trainer_bridge.run.driver import Groups, Taught
+from everstep.trainer_bridge.run.state import RunState
 
 from .rollout_world import FakeEngine, FakeLearner, Killed, World, digest, run
 from .test_rollout_driver import check, config, in_memory, nothing_is_left

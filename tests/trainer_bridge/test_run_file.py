@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from msgspec import Struct
 
 from everstep.engine.errors import ConfigError, JournalDamaged, JournalError
-from everstep.trainer_bridge.leases import emptiest, left_of, slices
-from everstep.trainer_bridge.run_file import RunFile
-from everstep.trainer_bridge.run_words import Lease
+from everstep.trainer_bridge.c3po.leases import emptiest, left_of, slices
+from everstep.trainer_bridge.run.file import RunFile
+from everstep.trainer_bridge.run.words import Lease
 
 
 class Thing(Struct):
@@ -58,7 +58,7 @@ def test_what_was_not_flushed_was_never_written(tmp_path: Path) -> None:
 def test_one_process_has_it(tmp_path: Path) -> None:
     path = tmp_path / "run"
     code = (
-        "from pathlib import Path; from everstep.trainer_bridge.run_file import RunFile; "
+        "from pathlib import Path; from everstep.trainer_bridge.run.file import RunFile; "
         f"RunFile.open(Path({str(path)!r}))"
     )
     with RunFile.open(path):

@@ -5,13 +5,8 @@ from pathlib import Path
 import pytest
 
 from everstep.engine.errors import ConfigError
-from everstep.trainer_bridge.run_folders import (
-    hold,
-    remove_versions,
-    runs_there,
-    sizes_of,
-)
-from everstep.trainer_bridge.weight_folder import default_root
+from everstep.trainer_bridge.run.folders import hold, remove_versions, runs_there, sizes_of
+from everstep.trainer_bridge.weights.folder import default_root
 
 
 def fill(root: Path, *names: str) -> None:

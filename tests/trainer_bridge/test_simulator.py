@@ -8,18 +8,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from everstep.trainer_bridge.baselines import stop_at, synchronous
-from everstep.trainer_bridge.c3po_config import C3poConfig
-from everstep.trainer_bridge.c3po_words import Sample
-from everstep.trainer_bridge.comparison import (
+from everstep.trainer_bridge.c3po.baselines import stop_at, synchronous
+from everstep.trainer_bridge.c3po.comparison import (
     Setting,
     retention_without_purges,
     run_baseline,
     run_c3po,
     step_speed_up,
 )
-from everstep.trainer_bridge.length_model import CappedLognormal
-from everstep.trainer_bridge.simulator import Fate, Simulator, StepCost
+from everstep.trainer_bridge.c3po.config import C3poConfig
+from everstep.trainer_bridge.c3po.length_model import CappedLognormal
+from everstep.trainer_bridge.c3po.simulator import Fate, Simulator, StepCost
+from everstep.trainer_bridge.c3po.words import Sample
 
 
 def naive(mode, budget, capacity, retention, lengths):

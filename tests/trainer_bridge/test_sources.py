@@ -6,15 +6,15 @@ from contextlib import contextmanager
 
 import pytest
 
-from everstep.engine.canaries import make_canary
-from everstep.engine.checkpoint import Checkpoint
+from everstep.engine.checkpoint.checkpoint import Checkpoint
+from everstep.engine.checkpoint.manifest import read_manifest
 from everstep.engine.config import ModelConfig
 from everstep.engine.errors import BridgeError, ConfigError
-from everstep.engine.manifest import read_manifest
-from everstep.engine.weights import load_weights
-from everstep.trainer_bridge.config import read_config
+from everstep.engine.model.canaries import make_canary
+from everstep.engine.model.weights import load_weights
 from everstep.trainer_bridge.fsdp_trainer import train
-from everstep.trainer_bridge.trajectory_sender import TrajectorySender
+from everstep.trainer_bridge.trainer.config import read_config
+from everstep.trainer_bridge.trajectories.sender import TrajectorySender
 
 from .bridge_groups import ListSource
 from .training_runs import make_run, reports, write_config

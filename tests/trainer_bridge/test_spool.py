@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from everstep.engine.errors import BridgeError
-from everstep.trainer_bridge.spool import Serving, Spool
+from everstep.trainer_bridge.trajectories.spool import Serving, Spool
 
 from .bridge_groups import group
 

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 
 from everstep.clients.llm import LLM
 from everstep.engine.errors import CheckpointError
-from everstep.engine.reference import Reference
+from everstep.engine.proofs.reference import Reference
+from everstep.engine.proofs.verify import log_softmax
 from everstep.engine.rollout import SamplingParams
-from everstep.engine.verify import log_softmax
-from everstep.trainer_bridge import target_logprobs
-from everstep.trainer_bridge.packing import KeptIds, TrainSequence, pack, split
-from everstep.trainer_bridge.trainable import open_trainable, trainable_config
+from everstep.trainer_bridge.trainer import target_logprobs
+from everstep.trainer_bridge.trainer.packing import KeptIds, TrainSequence, pack, split
+from everstep.trainer_bridge.trainer.trainable import open_trainable, trainable_config
 
 from ..engine.ring_draws import Draw as Drawn
 from ..engine.ring_draws import base_config, ring_checkpoints, write_checkpoint

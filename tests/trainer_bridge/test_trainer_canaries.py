@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from everstep.trainer_bridge.packing import TrainSequence
-from everstep.trainer_bridge.samples import Group, Sample
-from everstep.trainer_bridge.trainer_canaries import texts_of
+from everstep.trainer_bridge.trainer.canaries import texts_of
+from everstep.trainer_bridge.trainer.packing import TrainSequence
+from everstep.trainer_bridge.trajectories.samples import Group, Sample
 
 
 def group(num_prompt: int, num_response: int) -> Group:

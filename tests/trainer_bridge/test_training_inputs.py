@@ -10,9 +10,9 @@ from everstep import cli
 from everstep.engine.errors import ConfigError
 from everstep.engine.rollout import Rollout, SamplingParams, Segment
 from everstep.engine.trajectory import pack, seal
-from everstep.trainer_bridge.config import OptimConfig, read_config
-from everstep.trainer_bridge.trainable import trainable_config
-from everstep.trainer_bridge.trajectory_files import TrajectoryFiles
+from everstep.trainer_bridge.trainer.config import OptimConfig, read_config
+from everstep.trainer_bridge.trainer.trainable import trainable_config
+from everstep.trainer_bridge.trajectories.files import TrajectoryFiles
 
 from .training_runs import make_run, write_config
 

@@ -21,8 +21,8 @@ import zmq
 from everstep.engine.errors import BridgeError, ConfigError, PeerMissing, PeerRefused
 from everstep.trainer_bridge import protocol
 from everstep.trainer_bridge.curve import make_keys, read_keys
-from everstep.trainer_bridge.trajectory_receiver import Iteration, TrajectoryReceiver
-from everstep.trainer_bridge.trajectory_sender import TrajectorySender
+from everstep.trainer_bridge.trajectories.receiver import Iteration, TrajectoryReceiver
+from everstep.trainer_bridge.trajectories.sender import TrajectorySender
 
 from ..proxy import Proxy
 from .bridge_groups import ListSource
@@ -171,7 +171,7 @@ async def test_garbage_disturbs_nobody() -> None:
 @in_loop
 async def test_another_version_is_refused_with_both_named(monkeypatch: Any) -> None:
     async with sending(ListSource([])) as (_, endpoint):
-        monkeypatch.setattr("everstep.trainer_bridge.trajectory_receiver.PROTOCOL_VERSION", 2)
+        monkeypatch.setattr("everstep.trainer_bridge.trajectories.receiver.PROTOCOL_VERSION", 2)
         with (
             receiver_of(endpoint) as receiver,
             pytest.raises(PeerRefused, match="speaks bridge protocol 2, this side 1"),
@@ -248,7 +248,7 @@ async def test_an_address_that_is_taken_is_named() -> None:
 TRAINER = """
 import json, os, sys, time
 from pathlib import Path
-from everstep.trainer_bridge.trajectory_receiver import TrajectoryReceiver
+from everstep.trainer_bridge.trajectories.receiver import TrajectoryReceiver
 
 endpoint, folder, total = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 saved = json.loads((folder / "saved").read_text()) if (folder / "saved").exists() else []

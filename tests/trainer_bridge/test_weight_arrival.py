@@ -9,11 +9,11 @@ import msgspec
 import pytest
 import torch
 
+from everstep.engine.checkpoint.safetensors_writer import Part, layout
 from everstep.engine.errors import CheckpointError, WeightsRefused
-from everstep.engine.safetensors_writer import Part, layout
-from everstep.trainer_bridge.weight_arrival import Arrival, Workers
-from everstep.trainer_bridge.weight_checksum import piece_crc
-from everstep.trainer_bridge.weight_protocol import Offer, Piece
+from everstep.trainer_bridge.weights.arrival import Arrival, Workers
+from everstep.trainer_bridge.weights.checksum import piece_crc
+from everstep.trainer_bridge.weights.protocol import Offer, Piece
 
 PARTS = [
     Part("a", torch.float32, (4,)),

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from everstep.trainer_bridge import weight_chunks
-from everstep.trainer_bridge.weight_chunks import chunks
-from everstep.trainer_bridge.weight_layout import Piece
+from everstep.trainer_bridge.weights import chunks as weight_chunks
+from everstep.trainer_bridge.weights.chunks import chunks
+from everstep.trainer_bridge.weights.layout import Piece
 
 CHUNK, SPANS = 64, 5
 

@@ -13,20 +13,18 @@ import msgspec
 import pytest
 import zmq
 
+from everstep.engine.checkpoint.make_checkpoint import make_checkpoint
+from everstep.engine.checkpoint.manifest import Manifest
 from everstep.engine.errors import BridgeError, ConfigError, PeerMissing, PeerRefused
-from everstep.engine.make_checkpoint import make_checkpoint
-from everstep.engine.manifest import Manifest
-from everstep.trainer_bridge import (
-    weight_chunks,
-    weight_folder,
-    weight_link,
-    weight_receiver,
-)
 from everstep.trainer_bridge.curve import Keys, make_keys, read_keys
 from everstep.trainer_bridge.protocol import encode
-from everstep.trainer_bridge.weight_protocol import WeightsHello
-from everstep.trainer_bridge.weight_receiver import WeightReceiver
-from everstep.trainer_bridge.weight_targets import Elsewhere
+from everstep.trainer_bridge.weights import chunks as weight_chunks
+from everstep.trainer_bridge.weights import folder as weight_folder
+from everstep.trainer_bridge.weights import link as weight_link
+from everstep.trainer_bridge.weights import receiver as weight_receiver
+from everstep.trainer_bridge.weights.protocol import WeightsHello
+from everstep.trainer_bridge.weights.receiver import WeightReceiver
+from everstep.trainer_bridge.weights.targets import Elsewhere
 
 from ..proxy import Proxy
 from .weight_runs import files_of, names_of, sending, taking

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from everstep.engine.checkpoint import Checkpoint
+from everstep.engine.checkpoint.checkpoint import Checkpoint
+from everstep.engine.checkpoint.make_checkpoint import make_checkpoint
+from everstep.engine.checkpoint.manifest import read_manifest
+from everstep.engine.checkpoint.stored_format import StoredFormat
 from everstep.engine.errors import CheckpointError
-from everstep.engine.make_checkpoint import make_checkpoint
-from everstep.engine.manifest import read_manifest
-from everstep.engine.stored_format import StoredFormat
-from everstep.trainer_bridge import weight_folder
-from everstep.trainer_bridge.export import export
-from everstep.trainer_bridge.sharding import join_world
-from everstep.trainer_bridge.weight_sender import WeightSender
-from everstep.trainer_bridge.weight_targets import Here
+from everstep.trainer_bridge.trainer.export import export
+from everstep.trainer_bridge.trainer.sharding import join_world
+from everstep.trainer_bridge.weights import folder as weight_folder
+from everstep.trainer_bridge.weights.sender import WeightSender
+from everstep.trainer_bridge.weights.targets import Here
 
 from .training_runs import free_port, make_run, start, write_config
 from .weight_runs import ring_of, start_ranks

@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 
+from everstep.engine.checkpoint.fp8_policy import Fp8Format
+from everstep.engine.checkpoint.make_checkpoint import make_checkpoint
 from everstep.engine.errors import EverstepError
-from everstep.engine.fp8_policy import Fp8Format
-from everstep.engine.make_checkpoint import make_checkpoint
-from everstep.trainer_bridge import weight_chunks
-from everstep.trainer_bridge.sharding import join_world
-from everstep.trainer_bridge.weight_targets import Elsewhere, Here
+from everstep.trainer_bridge.trainer.sharding import join_world
+from everstep.trainer_bridge.weights import chunks as weight_chunks
+from everstep.trainer_bridge.weights.targets import Elsewhere, Here
 
 from .training_runs import free_port
 from .weight_runs import (
@@ -165,7 +165,7 @@ def test_a_rank_that_is_killed_ends_the_others_with_a_line(source: Path, tmp_pat
 RECEIVER = """
 import sys
 from pathlib import Path
-from everstep.trainer_bridge.weight_receiver import WeightReceiver
+from everstep.trainer_bridge.weights.receiver import WeightReceiver
 
 receiver = WeightReceiver(Path("versions"), run="run", endpoint=sys.argv[1], patience_s=1.0)
 receiver.start()
@@ -177,9 +177,9 @@ import sys, time
 from itertools import count
 from pathlib import Path
 from everstep.trainer_bridge import weight_chunks
-from everstep.trainer_bridge.sharding import join_world
-from everstep.trainer_bridge.weight_link import WeightLink
-from everstep.trainer_bridge.weight_targets import Elsewhere
+from everstep.trainer_bridge.trainer.sharding import join_world
+from everstep.trainer_bridge.weights.link import WeightLink
+from everstep.trainer_bridge.weights.targets import Elsewhere
 from tests.trainer_bridge.weight_runs import change, ring_of, sender_of
 
 source, lineage, first, pause_s, *endpoints = sys.argv[1:]

@@ -3,10 +3,10 @@
 import pytest
 
 from everstep.engine.errors import ConfigError
-from everstep.trainer_bridge.c3po_words import Sample
-from everstep.trainer_bridge.length_model import CappedLognormal
-from everstep.trainer_bridge.simulator import StepCost
-from everstep.trainer_bridge.what_if import Question, Trace, what_if
+from everstep.trainer_bridge.c3po.length_model import CappedLognormal
+from everstep.trainer_bridge.c3po.simulator import StepCost
+from everstep.trainer_bridge.c3po.what_if import Question, Trace, what_if
+from everstep.trainer_bridge.c3po.words import Sample
 
 
 def drawn(ratio: float, *, groups: int = 40, size: int = 4) -> Trace:

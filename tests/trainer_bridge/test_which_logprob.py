@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from everstep import LLM, SamplingParams
+from everstep.engine.model.teacher import score
 from everstep.engine.rollout import Rollout
-from everstep.engine.teacher import score
-from everstep.trainer_bridge.loss_config import LossConfig
-from everstep.trainer_bridge.losses import LossInputs, make_loss
+from everstep.trainer_bridge.losses.config import LossConfig
+from everstep.trainer_bridge.losses.losses import LossInputs, make_loss
 
 # a float32 logprob: what its own rounding and that of the logits leave
 ROUNDING = 4e-6

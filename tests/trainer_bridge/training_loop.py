@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from everstep.engine.make_checkpoint import make_checkpoint
+from everstep.engine.checkpoint.make_checkpoint import make_checkpoint
 from everstep.trainer_bridge.curve import make_keys
 
 from .training_runs import free_port

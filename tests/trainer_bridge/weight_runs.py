@@ -9,14 +9,14 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from everstep.engine.fp8_policy import Fp8Format
-from everstep.engine.stored_format import StoredFormat
-from everstep.trainer_bridge.run_folders import sizes_of
-from everstep.trainer_bridge.sharding import World, join_world, shard
-from everstep.trainer_bridge.trainable import TrainableRing, trainable_config
-from everstep.trainer_bridge.weight_receiver import WeightReceiver, receiving
-from everstep.trainer_bridge.weight_sender import WeightSender
-from everstep.trainer_bridge.weight_targets import Elsewhere, Here, Target
+from everstep.engine.checkpoint.fp8_policy import Fp8Format
+from everstep.engine.checkpoint.stored_format import StoredFormat
+from everstep.trainer_bridge.run.folders import sizes_of
+from everstep.trainer_bridge.trainer.sharding import World, join_world, shard
+from everstep.trainer_bridge.trainer.trainable import TrainableRing, trainable_config
+from everstep.trainer_bridge.weights.receiver import WeightReceiver, receiving
+from everstep.trainer_bridge.weights.sender import WeightSender
+from everstep.trainer_bridge.weights.targets import Elsewhere, Here, Target
 
 from .training_runs import free_port
 

@@ -12,9 +12,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parents[2]))
 
-from everstep.engine.journal import Journal  # noqa: E402
-from everstep.engine.journal_files import SCHEMA  # noqa: E402
-from everstep.engine.journal_ops import (  # noqa: E402
+from everstep.engine.journal.files import SCHEMA  # noqa: E402
+from everstep.engine.journal.journal import Journal  # noqa: E402
+from everstep.engine.journal.ops import (  # noqa: E402
     Accept,
     Ack,
     Append,

@@ -5,15 +5,8 @@ from array import array
 
 from hypothesis import strategies as st
 
-from everstep.engine.journal_ops import Extra, Grown, Origin
-from everstep.engine.rollout import (
-    ENDED,
-    LIVE,
-    FinishReason,
-    Rollout,
-    RolloutState,
-    SamplingParams,
-)
+from everstep.engine.journal.ops import Extra, Grown, Origin
+from everstep.engine.rollout import ENDED, LIVE, FinishReason, Rollout, RolloutState, SamplingParams
 
 ORIGINS = (
     Origin(1, "aa", "cpu-f32", "core-1"),
@@ -84,7 +77,7 @@ def rollouts(
     records: bool | None = None,
 ) -> Rollout:
     """A whole rollout, as a manager holds it. records: whether every optional column is there."""
-    from everstep.engine.journal_ops import grow
+    from everstep.engine.journal.ops import grow
 
     prompt = draw(st.lists(ids, min_size=1, max_size=4))
     rollout = Rollout(

@@ -8,8 +8,8 @@ import random
 
 import pytest
 
-from everstep.engine import journal_files
 from everstep.engine.errors import JournalError
+from everstep.engine.journal import files as journal_files
 from tests.engine.journal import workloads as w
 from tests.engine.journal.disk import Disk
 from tests.engine.journal.model import replace

@@ -9,7 +9,7 @@ import random
 
 import pytest
 
-from everstep.engine import journal as journal_module
+from everstep.engine.journal import journal as journal_module
 from tests.engine.journal import workloads as w
 from tests.engine.journal.disk import Disk
 from tests.engine.journal.model import Model

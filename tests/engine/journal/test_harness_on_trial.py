@@ -7,10 +7,10 @@ import time
 
 import pytest
 
-from everstep.engine import journal_draft
-from everstep.engine.journal import Journal
-from everstep.engine.journal_budgets import BudgetDraft
-from everstep.engine.journal_draft import Draft
+from everstep.engine.journal import draft as journal_draft
+from everstep.engine.journal.budgets import BudgetDraft
+from everstep.engine.journal.draft import Draft
+from everstep.engine.journal.journal import Journal
 from tests.engine.journal import workloads as w
 
 
@@ -60,7 +60,7 @@ def counter_reset(patch):
         memory.books.num_accepted = 0
         return memory
 
-    patch.setattr("everstep.engine.journal.load_memory", forgetful)
+    patch.setattr("everstep.engine.journal.journal.load_memory", forgetful)
 
 
 def lost_sibling(patch):

@@ -5,9 +5,9 @@ from msgspec.structs import replace
 
 from everstep.engine.config import JournalConfig
 from everstep.engine.errors import Conflict, IllegalState, JournalError, JournalFull
-from everstep.engine.journal import Journal
-from everstep.engine.journal_memory import MemoryJournal
-from everstep.engine.journal_ops import (
+from everstep.engine.journal.journal import Journal
+from everstep.engine.journal.memory import MemoryJournal
+from everstep.engine.journal.ops import (
     Accept,
     Ack,
     Append,

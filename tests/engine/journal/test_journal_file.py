@@ -11,9 +11,9 @@ import pytest
 
 from everstep.engine.config import JournalConfig
 from everstep.engine.errors import JournalError, JournalFull
-from everstep.engine.journal import Journal
-from everstep.engine.journal_files import SCHEMA
-from everstep.engine.journal_ops import Accept, Ack, Append, End, Flip, Pause, RequestKey
+from everstep.engine.journal.files import SCHEMA
+from everstep.engine.journal.journal import Journal
+from everstep.engine.journal.ops import Accept, Ack, Append, End, Flip, Pause, RequestKey
 from everstep.engine.rollout import RolloutState
 from tests.engine.journal.drawn import ORIGINS, end, make_grown, make_rollout
 
@@ -56,7 +56,7 @@ def test_everything_is_there_again_after_reopening(tmp_path):
 def killed(path):
     """A journal at `path` whose process just ended: all of it is in the WAL."""
     code = (
-        "import os, sys; from everstep.engine.journal import Journal; "
+        "import os, sys; from everstep.engine.journal.journal import Journal; "
         "from tests.engine.journal.test_journal_file import fill; "
         f"journal = Journal.open({str(path)!r}); fill(journal); os._exit(9)"
     )
@@ -96,7 +96,7 @@ def test_commits_that_a_damaged_log_would_hide_are_missed(tmp_path, damage):
 def test_another_machine_start_asks_for_what_was_synced_only(tmp_path, monkeypatch):
     path = tmp_path / "journal.db"
     log = killed(path)
-    monkeypatch.setattr("everstep.engine.journal_files._boot_id", lambda: "another")
+    monkeypatch.setattr("everstep.engine.journal.files._boot_id", lambda: "another")
     whole = log.read_bytes()
     log.write_bytes(whole[:-1])
     journal = Journal.open(path)

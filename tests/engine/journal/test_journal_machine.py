@@ -9,9 +9,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from everstep.engine.config import JournalConfig
 from everstep.engine.errors import EverstepError
-from everstep.engine.journal import Journal
-from everstep.engine.journal_memory import MemoryJournal
-from everstep.engine.journal_ops import (
+from everstep.engine.journal.journal import Journal
+from everstep.engine.journal.memory import MemoryJournal
+from everstep.engine.journal.ops import (
     Accept,
     Ack,
     Append,

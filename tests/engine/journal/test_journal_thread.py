@@ -6,9 +6,9 @@ import threading
 import pytest
 
 from everstep.engine.errors import Conflict, IllegalState, JournalError, JournalFull
-from everstep.engine.journal_memory import MemoryJournal
-from everstep.engine.journal_ops import Accept, Append, End, Flip, Pause, Query
-from everstep.engine.journal_thread import JournalThread
+from everstep.engine.journal.memory import MemoryJournal
+from everstep.engine.journal.ops import Accept, Append, End, Flip, Pause, Query
+from everstep.engine.journal.thread import JournalThread
 from everstep.engine.metrics import Registry
 from tests.engine.journal.drawn import ORIGINS, end, make_grown, make_rollout
 

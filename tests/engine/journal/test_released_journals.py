@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from everstep.engine.journal import Journal
-from everstep.engine.journal_files import SCHEMA
-from everstep.engine.journal_ops import Append, End
+from everstep.engine.journal.files import SCHEMA
+from everstep.engine.journal.journal import Journal
+from everstep.engine.journal.ops import Append, End
 from tests.engine.journal.drawn import ORIGINS, end, make_grown
 
 FOLDER = Path(__file__).parents[2] / "data" / "journals"

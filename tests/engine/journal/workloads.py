@@ -9,8 +9,8 @@ import apsw
 
 from everstep.engine.config import JournalConfig
 from everstep.engine.errors import EverstepError, JournalError, JournalFull
-from everstep.engine.journal import Journal
-from everstep.engine.journal_ops import (
+from everstep.engine.journal.journal import Journal
+from everstep.engine.journal.ops import (
     Accept,
     Ack,
     Append,

@@ -1,0 +1,1 @@
+"""Durable rollouts in one SQLite file (docs/explain/journal.md). Torch-free."""

@@ -1,0 +1,1 @@
+"""What shows that the engine computes what it should: references, replays, checks for users."""

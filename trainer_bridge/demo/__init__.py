@@ -1,0 +1,1 @@
+"""The task and the model of `everstep train --demo`."""

@@ -1,0 +1,1 @@
+"""The objective of a policy update, and what is measured of it."""

@@ -1,0 +1,1 @@
+"""A rank of the trainer: model, optimiser, batches, checkpoints."""

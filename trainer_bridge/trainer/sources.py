@@ -1,0 +1,236 @@
+"""Where a run's groups come from: files that are read whole, or an engine that goes on sampling."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from secrets import token_hex
+from typing import BinaryIO, Protocol
+
+import torch
+
+from ...engine.checkpoint.ring_config import RingConfig
+from ...engine.checkpoint.stored_format import StoredFormat
+from ...engine.errors import BridgeError, ConfigError, InvalidTrajectory
+from ...engine.trajectory import unpack
+from ..curve import read_keys
+from ..protocol import Trained, TrajectoryGroup
+from ..run.folders import hold, remove_versions, sizes_of
+from ..trajectories.files import TrajectoryFiles
+from ..trajectories.receiver import TrajectoryReceiver
+from ..trajectories.samples import Group, Sample, sample_of
+from ..weights.folder import default_root
+from ..weights.sender import WeightSender
+from ..weights.targets import Elsewhere, Here, Target
+from .canaries import make_canaries, texts_of
+from .config import TrainConfig
+from .sharding import World
+from .trainable import TrainableRing
+from .trainer import Report, Trainer
+
+
+class Source(Protocol):
+    """Iterations are numbered as the versions that they are trained on: from 0."""
+
+    def share(self, iteration: int) -> Sequence[Group] | None:
+        """This rank's groups of an iteration; None: there are no more."""
+
+    def trained(self, report: Report, groups: Sequence[Group]) -> None:
+        """These groups were trained, and `report.version` is in the weights."""
+
+    def durable(self, checkpoint: Path, version: int, oldest: int) -> None:
+        """A checkpoint holds this version; the run may go back to `oldest`, and not further."""
+
+    def finish(self) -> str:
+        """Everything is trained: what nobody needs any more is removed. Returns a line about what
+        is left, or nothing."""
+
+    def close(self) -> None: ...
+
+
+class FileSource:
+    """Groups of files, again and again for some epochs."""
+
+    def __init__(self, config: TrainConfig, world: World, ring: RingConfig) -> None:
+        self._config, self._world = config, world
+        self._files = TrajectoryFiles.read(config, ring)
+
+    def share(self, iteration: int) -> Sequence[Group] | None:
+        size = self._config.batch.groups
+        groups = self._files.batch(iteration, size, self._config.source.epochs)
+        return None if groups is None else groups[self._world.rank :: self._world.size]
+
+    def trained(self, report: Report, groups: Sequence[Group]) -> None:
+        """Files need not know."""
+
+    def durable(self, checkpoint: Path, version: int, oldest: int) -> None:
+        """Files stay."""
+
+    def finish(self) -> str:
+        return ""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class BridgeSource:
+    """Groups that an engine deals to the ranks (protocol.py), once each; versions for it.
+
+    checkpoint  that the trainer goes on from, None for the model that the run began with
+    oldest      version that it may go back to one day, and not further
+
+    A lineage is one life of the trainer: what the checkpoint does not hold is dealt anew.
+    Raises PeerMissing, PeerRefused and ConfigError, in one line each.
+    """
+
+    def __init__(self, trainer: Trainer, checkpoint: Path | None, oldest: int) -> None:
+        self._trainer, config = trainer, trainer.config
+        world, source = trainer.world, config.source
+        lineage = world.same(token_hex(8))
+        self._root = None if config.publish.endpoints else _root(config).resolve()
+        self._held = None if self._root is None else _hold(self._root, world)
+        self._sender = WeightSender(
+            trainer.ring,
+            world,
+            _target(config, world, lineage),
+            source=trainer.folder,
+            stored=stored_as(config, trainer.ring, trainer.dtype),
+            lineage=lineage,
+        )
+        begun = None
+        if checkpoint is not None:
+            # the engine may be ahead of it, and goes back to these weights
+            first = self._sender.publish(trainer.version)
+            begun = Trained(trainer.version - 1, trainer.version, first.digest, first.path)
+        self._receiver = TrajectoryReceiver(
+            source.endpoint,
+            run=source.run,
+            lineage=lineage,
+            rank=world.rank,
+            world=world.size,
+            checkpoint="" if checkpoint is None else checkpoint.name,
+            done_through=trainer.version - 1,
+            oldest_through=oldest - 1,
+            begun=begun,
+            keys=read_keys(Path(source.keys), "trainer") if source.keys else None,
+        )
+        try:
+            self._receiver.connect(source.deadline_s)
+        except BaseException:
+            self._receiver.close("it could not begin")
+            self._sender.close()
+            raise
+
+    def share(self, iteration: int) -> Sequence[Group] | None:
+        self._receiver.doing = f"waits for iteration {iteration}"
+        deadline_s = self._trainer.config.source.deadline_s
+        found = self._receiver.next_iteration(deadline_s)
+        if found is None:
+            return None
+        if found.number != iteration:
+            raise BridgeError(
+                f"the engine at {self._receiver.endpoint} goes on with iteration {found.number}, the "
+                f"weights here hold those before {iteration}: what lies between is gone"
+            )
+        groups = [self._group(group) for group in found]
+        self._receiver.doing = f"trains iteration {iteration}"
+        return groups
+
+    def trained(self, report: Report, groups: Sequence[Group]) -> None:
+        trainer = self._trainer
+        texts = texts_of(groups, trainer.config.publish.canaries)
+        canaries = make_canaries(trainer.ring, trainer.world, texts, self._sender.layout)
+        published = self._sender.publish(report.version, canaries)
+        self._receiver.trained(report.version - 1, report.version, published.digest, published.path)
+
+    def durable(self, checkpoint: Path, version: int, oldest: int) -> None:
+        self._receiver.durable(checkpoint.name, version - 1, oldest - 1)
+
+    def finish(self) -> str:
+        """Versions that an engine serves, or may start with again, stay; where that is not known,
+        all do."""
+        if self._root is None or not self._trainer.world.is_first:
+            return ""
+        ended = self._receiver.ended
+        if ended is not None and ended.needs is not None:
+            remove_versions(self._root, ended.needs)
+        found = sizes_of(self._root)
+        if not found:
+            return ""
+        return (
+            f"{', '.join(sorted(found))} of the weights stay in {self._root} "
+            f"({sum(found.values()) / 1e6:.1f} MB): an engine may start with them again"
+        )
+
+    def close(self) -> None:
+        self._receiver.close()
+        self._sender.close()
+        if self._held is not None:
+            self._held.close()
+
+    def _group(self, group: TrajectoryGroup) -> Group:
+        """Responses of no tokens count in the group's baseline, and have nothing to train."""
+        samples: list[Sample] = []
+        others: list[float] = []
+        try:
+            for member in group.members:
+                rollout = unpack(member.trajectory)
+                if not rollout.output_ids:
+                    others += [] if member.reward is None else [member.reward]
+                    continue
+                samples.append(
+                    sample_of(
+                        rollout,
+                        self._trainer.ring.config,
+                        replay=self._trainer.config.routing_replay,
+                        reward=member.reward,
+                        mask=member.mask,
+                    )
+                )
+        except InvalidTrajectory as error:
+            raise BridgeError(f"group {group.name}: {error}") from None
+        return Group.of(group.name, samples, self._trainer.config.advantage_std, others=others)
+
+
+def _target(config: TrainConfig, world: World, lineage: str) -> Target:
+    """Raises ConfigError for endpoints or keys that cannot be used."""
+    publish, source = config.publish, config.source
+    if not publish.endpoints:
+        return Here(world, _root(config), publish.keep)
+    keys = publish.keys or source.keys
+    return Elsewhere(
+        world,
+        publish.endpoints,
+        run=source.run,
+        lineage=lineage,
+        keys=read_keys(Path(keys), "trainer") if keys else None,
+        keep=publish.keep,
+        deadline_s=publish.deadline_s,
+    )
+
+
+def stored_as(config: TrainConfig, ring: TrainableRing, dtype: torch.dtype) -> StoredFormat:
+    """In what form versions are published; dtype: of the model."""
+    fp8 = None if config.publish.format == "model" else config.publish.format
+    return StoredFormat(ring.config, dtype, fp8)
+
+
+def where(config: TrainConfig) -> str:
+    """Versions go there."""
+    return ", ".join(config.publish.endpoints) or str(_root(config))
+
+
+def _root(config: TrainConfig) -> Path:
+    root = config.publish.root
+    return Path(root) if root else default_root(config.source.run)
+
+
+def _hold(root: Path, world: World) -> BinaryIO | None:
+    """By the first rank, for all of them; all raise what it raises."""
+    held, why = None, ""
+    if world.is_first:
+        try:
+            held = hold(root)
+        except ConfigError as error:
+            why = str(error)
+    if why := world.same(why):
+        raise ConfigError(why)
+    return held

@@ -1,0 +1,379 @@
+"""One rank of a trainer: batches of groups in, new weights out. What to train on, and when to save,
+is for whoever drives it (fsdp_trainer.py has the loop over files).
+
+An iteration trains the groups of all ranks once and makes the next version of the weights:
+
+    score old policies      where the loss needs them, with the weights before the update
+    for each update         microbatches: forward, loss over the whole update's denominators, backward
+                            clip, AdamW
+
+Ranks may hold different numbers of groups and tokens: they agree on the number of microbatches, and
+those who have none left run an empty one, since the layers are gathered together.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from msgspec import Struct
+
+from ...engine.errors import ConfigError
+from ..losses.losses import BatchSize, LossInputs, make_loss, old_logprobs
+from ..losses.metrics import LossMetrics
+from ..trajectories.samples import Group, Sample
+from .checkpointing import TrainerState, read_state, read_tensors
+from .config import TrainConfig
+from .fp8_operations import check_fp8
+from .held_weights import HeldWeights
+from .optimiser import Optimiser
+from .packing import PackedBatch, TrainSequence, pack, split
+from .sharding import World, reshard, shard
+from .trainable import Scores, TrainableRing, trainable_config
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_REFERENCE = "reference"
+
+
+class Report(Struct, frozen=True, kw_only=True):
+    """An iteration, over all ranks.
+
+    version        of the weights that it made
+    loss           its sum over the updates' mean
+    reward         mean over samples that have one; None: none has
+    grad_norm      of each update, before clipping
+    metrics        of `loss_metrics`; empty for objective sft
+    rows           tokens that went through the layers, forward and backward
+    """
+
+    version: int
+    loss: float
+    lr: float
+    grad_norm: list[float]
+    samples: int
+    tokens: int
+    rows: int
+    trained_groups: int
+    reward: float | None
+    seconds: float
+    metrics: dict[str, float]
+
+
+class Trainer:
+    """The model, its optimiser, and the versions that it made.
+
+    folder  the checkpoint to begin with
+    Raises CheckpointError for one that cannot be trained, ConfigError for contradicting settings.
+    """
+
+    def __init__(self, config: TrainConfig, world: World, folder: Path) -> None:
+        config.check()
+        self.config, self.world, self.folder = config, world, folder
+        if config.numerics.fp8:
+            check_fp8(world.device)
+        self.ring, self.dtype = sharded(config, world, folder)
+        self.ring.load(folder)
+        named = dict(self.ring.named_parameters())
+        self.optimiser = Optimiser(named, config.optim)
+        self._held = HeldWeights(named)
+        self._loss = make_loss(config.loss)
+        self.version = 0
+        if self._has_reference:
+            self._held.hold(_REFERENCE)
+        self._hold_version()
+
+    # -- training
+
+    def step(self, groups: Sequence[Group]) -> Report:
+        """Train this rank's groups of one iteration; every rank must call, with groups or without.
+
+        Raises ConfigError where the old policy `exact` needs weights that are no longer held.
+        """
+        began = time.perf_counter()
+        rate = self.config.optim.rate(self.optimiser.num_updates)
+        num = self.config.batch.updates
+        # whole groups, in turn: each update has its share of them on every rank
+        parts = [groups[n::num] for n in range(num)]
+        items = [
+            [_Item(s) for group in part if self._takes_part(group) for s in group.samples]
+            for part in parts
+        ]
+        if self.is_rl:
+            self._score_before([item for part in items for item in part])
+        tally = _Tally()
+        for part, own in zip(parts, items, strict=True):
+            self._update([s for group in part for s in group.samples], own, tally)
+        self.version += 1
+        self._hold_version()
+        return self._report(groups, tally, rate, began)
+
+    @torch.no_grad()
+    def score(self, sequences: Sequence[TrainSequence]) -> list[torch.Tensor]:
+        """Logprobs (scored tokens,) float32 of each sequence, as the weights are. Collective."""
+        found = [torch.empty(0)] * len(sequences)
+        for places in self._microbatches(sequences):
+            batch = self._pack([sequences[n] for n in places])
+            scores = self.ring(batch)
+            if places:
+                counts = torch.bincount(batch.responses[0], minlength=len(places)).tolist()
+                for n, lp in zip(places, torch.split(scores.lp, counts), strict=True):
+                    found[n] = lp
+        # without a backward pass the outermost parameters would stay gathered, as they were
+        reshard(self.ring)
+        return found
+
+    @property
+    def is_rl(self) -> bool:
+        return self.config.objective == "rl"
+
+    @property
+    def _has_reference(self) -> bool:
+        return self.is_rl and self.config.loss.kl.coef > 0
+
+    def _takes_part(self, group: Group) -> bool:
+        """Whether a group is computed at all; one that teaches nothing is in denominators alone."""
+        return not self.is_rl or group.teaches or self._has_reference
+
+    def _update(self, samples: Sequence[Sample], items: Sequence["_Item"], tally: "_Tally") -> None:
+        """One update: `samples` are all of it, `items` those that are computed."""
+        sums = self.world.sums(len(samples), sum(s.num_tokens for s in samples))
+        size = BatchSize(sequences=int(sums[0]), tokens=int(sums[1]))
+        is_any = False
+        for places in self._microbatches([item.sample.sequence for item in items]):
+            is_any = True
+            picked = [items[n] for n in places]
+            batch = self._pack([item.sample.sequence for item in picked])
+            scores = self.ring(batch)
+            loss = scores.lp.sum()  # of nothing, where none is picked
+            if picked and self.is_rl:
+                inputs = self._inputs(picked, batch, scores, size)
+                output = self._loss(inputs)
+                tally.metrics.add(inputs, output)
+                loss = output.loss
+            elif picked:
+                loss = -loss / max(1, size.tokens)
+            # the gradient is averaged over ranks, and each has its part of one sum
+            (loss * self.world.size).backward()
+            tally.loss += float(loss.detach())
+            tally.rows += batch.num_rows if picked else 0
+        if is_any:
+            tally.norms.append(self.optimiser.step())
+
+    def _inputs(
+        self, items: Sequence["_Item"], batch: PackedBatch, scores: Scores, size: BatchSize
+    ) -> LossInputs:
+        """All sequences in one row: every token of it is a response token."""
+
+        def row(columns: Sequence[npt.NDArray[Any]]) -> torch.Tensor:
+            return torch.from_numpy(np.concatenate(columns)).to(self.world.device)[None]
+
+        samples = [item.sample for item in items]
+        versions = row([s.scored(s.versions) for s in samples])
+        return LossInputs(
+            lp_new=scores.lp[None],
+            lp_infer=row([s.scored(s.lp_infer) for s in samples]),
+            advantages=row([np.full(s.num_tokens, s.advantage, np.float32) for s in samples]),
+            mask=torch.ones_like(scores.lp, dtype=torch.bool)[None],
+            lp_old=_row([item.lp_old for item in items]),
+            lp_ref=_row([item.lp_ref for item in items]),
+            sequence_ids=batch.responses[0][None],
+            lag=self.version - versions,
+            entropy=scores.entropy[None],
+            batch=size,
+        )
+
+    def _score_before(self, items: Sequence["_Item"]) -> None:
+        """What the loss compares with, by the weights before the update, or by older ones."""
+        if self._has_reference:
+            with self._held.use(_REFERENCE):
+                for item, lp in zip(items, self._score(items), strict=True):
+                    item.lp_ref = lp
+        if self.config.loss.old_policy == "exact":
+            self._score_by_version(items)
+        elif self.config.batch.updates > 1:
+            for item, lp in zip(items, self._score(items), strict=True):
+                item.lp_old = lp
+
+    def _score_by_version(self, items: Sequence["_Item"]) -> None:
+        held = [label for label in self._held.labels if label != _REFERENCE]
+        versions = [torch.from_numpy(i.sample.scored(i.sample.versions)) for i in items]
+        known = [sum(int((own == int(label)).sum()) for own in versions) for label in held]
+        others = sum(map(len, versions)) - sum(known)
+        *counts, unknown = self.world.sums(*known, others)
+        if unknown:
+            raise ConfigError(
+                f"loss.old_policy = 'exact' needs the weights of every version of the batch, and "
+                f"{unknown:.0f} tokens are of none of {', '.join(held)}; hold_versions is "
+                f"{self.config.hold_versions}: `everstep rollout --max-lag` keeps older tokens out, "
+                "and 'proximal' can train these"
+            )
+        found: list[dict[int, torch.Tensor]] = [{} for _ in items]
+        for label, count in zip(held, counts, strict=True):
+            if not count:
+                continue
+            chosen = [n for n, own in enumerate(versions) if bool((own == int(label)).any())]
+            with self._held.use(label):
+                scored = self._score([items[n] for n in chosen])
+            for n, lp in zip(chosen, scored, strict=True):
+                found[n][int(label)] = lp
+        for item, own, lps in zip(items, versions, found, strict=True):
+            if lps:
+                newest = next(reversed(lps.values()))
+                item.lp_old = old_logprobs("exact", newest, own.to(newest.device), lps)
+
+    def _score(self, items: Sequence["_Item"]) -> list[torch.Tensor]:
+        return self.score([item.sample.sequence for item in items])
+
+    # -- batches
+
+    def _microbatches(self, sequences: Sequence[TrainSequence]) -> Iterator[list[int]]:
+        """Places into `sequences`; as many lists on every rank, the last ones empty."""
+        groups = split([s.num_rows for s in sequences], self.config.batch.max_rows)
+        for n in range(self.world.largest(len(groups))):
+            yield groups[n] if n < len(groups) else []
+
+    def _pack(self, sequences: Sequence[TrainSequence]) -> PackedBatch:
+        return pack(sequences or [_NOTHING]).to(self.world.device)
+
+    # -- weights and checkpoints
+
+    def _hold_version(self) -> None:
+        """Keep the newest weights, for tokens that they will sample."""
+        if not self.is_rl or self.config.loss.old_policy != "exact":
+            return
+        self._held.hold(str(self.version))
+        versions = [label for label in self._held.labels if label != _REFERENCE]
+        for label in versions[: -self.config.hold_versions]:
+            self._held.drop(label)
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(checkpoint name, DTensor or tensor) in float32: what is sent to engines."""
+        return self.ring.tensors()
+
+    def checkpoint_tensors(self) -> dict[str, torch.Tensor]:
+        """Everything that a resumed run needs, by name; they alias what is in use."""
+        return self._tensors_with(self._held.labels)
+
+    def _tensors_with(self, labels: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Of a checkpoint that holds these weights beside the ones in training."""
+        found = {f"model.{name}": tensor.detach() for name, tensor in self.ring.tensors()}
+        found |= {f"optim.{name}": tensor for name, tensor in self.optimiser.state().items()}
+        for label in labels:
+            held = self._held.tensors(label)
+            found |= {f"held.{label}.{name}": tensor for name, tensor in held.items()}
+        return found
+
+    def state(self) -> TrainerState:
+        """What a checkpoint holds beside tensors."""
+        return TrainerState(
+            version=self.version,
+            num_updates=self.optimiser.num_updates,
+            held=tuple(self._held.labels),
+        )
+
+    def restore(self, folder: Path) -> TrainerState:
+        """Go on from a checkpoint. Raises CheckpointError where it is not of this model.
+
+        What its settings did not ask for and ours do: a reference is the model that the run began
+        with, and the old policy `exact` begins with the weights of the checkpoint.
+        """
+        state = read_state(folder)
+        for label in self._held.labels:
+            if label != _REFERENCE:
+                self._held.drop(label)
+        for label in state.held:
+            self._held.hold(label)
+        tensors = self._tensors_with(state.held)
+        read_tensors(folder, tensors)
+        prefix = "optim."
+        moments = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        self.optimiser.load(moments, state.num_updates)
+        self.version = state.version
+        self._hold_version()
+        return state
+
+    # -- telling
+
+    def _report(
+        self, groups: Sequence[Group], tally: "_Tally", rate: float, began: float
+    ) -> Report:
+        samples = [s for group in groups for s in group.samples]
+        rewards = [s.reward for s in samples if s.reward is not None]
+        loss, rows, count, tokens, teaching, rewarded, reward = self.world.sums(
+            tally.loss,
+            tally.rows,
+            len(samples),
+            sum(s.num_tokens for s in samples),
+            sum(map(self._takes_part, groups)),
+            len(rewards),
+            math.fsum(rewards),
+        )
+        metrics: dict[str, float] = {}
+        if self.is_rl:
+            tally.metrics.gather(self.world.device)
+            metrics = tally.metrics.values(aliases=False)
+        return Report(
+            version=self.version,
+            loss=loss / self.config.batch.updates,
+            lr=rate,
+            grad_norm=tally.norms,
+            samples=int(count),
+            tokens=int(tokens),
+            rows=int(rows),
+            trained_groups=int(teaching),
+            reward=reward / rewarded if rewarded else None,
+            seconds=time.perf_counter() - began,
+            metrics=metrics,
+        )
+
+
+def sharded(config: TrainConfig, world: World, folder: Path) -> tuple[TrainableRing, torch.dtype]:
+    """The model of this folder spread over the ranks, its memory not filled; and the type in which
+    it is used and stored."""
+    ring_config = trainable_config(folder)
+    auto = "bfloat16" if ring_config.dtype == "bfloat16" else "float32"
+    dtype = DTYPES[auto if config.numerics.dtype == "auto" else config.numerics.dtype]
+    ring = TrainableRing(
+        ring_config,
+        numerics="fp8" if config.numerics.fp8 else config.numerics.kernels,
+        device="meta",
+        recompute_layers=config.numerics.recompute,
+    )
+    shard(ring, world, dtype)
+    return ring, dtype
+
+
+@dataclass
+class _Item:
+    """A sample that is computed, and the logprobs (scored tokens,) that it is compared with."""
+
+    sample: Sample
+    lp_old: torch.Tensor | None = None
+    lp_ref: torch.Tensor | None = None
+
+
+@dataclass
+class _Tally:
+    """What this rank counts in an iteration."""
+
+    loss: float = 0.0
+    rows: int = 0
+    norms: list[float] = field(default_factory=list)
+    metrics: LossMetrics = field(default_factory=LossMetrics)
+
+
+# what a rank runs whose microbatches are over: one row, of which nothing is scored
+_NOTHING = TrainSequence(
+    ids=np.zeros(2, dtype=np.int64), num_prompt=1, mask=np.zeros(1, dtype=np.bool_)
+)
+
+
+def _row(columns: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """(1, tokens) of what every item has, or None."""
+    found = [column for column in columns if column is not None]
+    return torch.cat(found)[None] if found else None

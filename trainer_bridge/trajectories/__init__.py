@@ -1,0 +1,1 @@
+"""Complete groups on their way from an engine to the ranks of a trainer. Torch-free."""

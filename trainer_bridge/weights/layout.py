@@ -1,0 +1,205 @@
+"""Where a sharded model's values go in a version's file, and the bytes that this rank has of it.
+
+FP8 weights are quantised here, in the ranks that hold them: half the bytes travel, and what arrives
+has digests of its own. Codes and scales are parts of the file like any other.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from ...engine.checkpoint.expected_tensors import expected_tensors
+from ...engine.checkpoint.fp8_policy import BLOCK, has_power_of_two_scales
+from ...engine.checkpoint.safetensors_writer import Part, layout
+from ...engine.checkpoint.stored_format import StoredFormat
+from ...engine.errors import BridgeError
+from ...kernels.quant import block_amax, block_codes, block_scale, dequantize_block
+from ..trainer.sharding import World
+from ..trainer.trainable import TrainableRing
+from .block_scales import CutBlocks, corners_of, part_of
+from .reshard import Block, Run, explain, plan, rows_of
+
+PIECE_BYTES = 1 << 20
+
+
+class Piece(NamedTuple):
+    """Consecutive values of the file, at most `PIECE_BYTES`: `data` (one-dimensional, contiguous, in
+    the stored type) from byte `offset` on."""
+
+    offset: int
+    data: Tensor
+
+
+class WeightLayout:
+    """One safetensors file of a model's tensors, and who writes what of it. Made once, by all ranks."""
+
+    def __init__(self, ring: TrainableRing, world: World, stored: StoredFormat) -> None:
+        """Raises BridgeError for shards that do not make whole tensors."""
+        self._world, self._stored = world, stored
+        self._tensors = dict(ring.tensors())
+        self.parts: dict[str, Part] = {}
+        self._weights: dict[str, str] = {}
+        """The weight of each scale."""
+        for spec in expected_tensors(ring.config):
+            first, *others = stored.parts(spec)
+            self.parts[first.name] = first
+            self.parts |= {scale.name: scale for scale in others}
+            self._weights |= {scale.name: first.name for scale in others}
+        self.head, self._offsets = layout(list(self.parts.values()))
+        self.num_bytes = len(self.head) + sum(part.num_bytes for part in self.parts.values())
+        self._blocks = {name: _block_of(tensor) for name, tensor in self._tensors.items()}
+        blocks: list[dict[str, Block]] = [{} for _ in range(world.size)]
+        dist.all_gather_object(blocks, self._blocks)
+        quantised = {name: self.parts[name].shape for name in self._weights.values()}
+        self._cut = CutBlocks(quantised, blocks, world.rank)
+        for held in blocks:
+            held |= {scale: corners_of(held[name]) for scale, name in self._weights.items()}
+        self._itemsizes = {name: part.dtype.itemsize for name, part in self.parts.items()}
+        self.plan = plan(
+            {name: part.shape for name, part in self.parts.items()}, self._itemsizes, blocks
+        )
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether weights are stored in FP8."""
+        return bool(self._weights)
+
+    def explain(self) -> str:
+        """Who writes what."""
+        said = explain(self.plan, self._itemsizes)
+        if not self._cut.count:
+            return said
+        return (
+            f"{said}\n{self._cut.count} blocks of 128×128 are cut by shards: {4 * self._cut.count} "
+            "bytes are compared for their scales"
+        )
+
+    def pieces(self) -> Iterator[Piece]:
+        """What this rank writes, as the weights are now, in file order; a piece is good until the
+        weights change.
+
+        The call is collective (scales of blocks that are cut), to go through the pieces is not: each
+        rank calls as often as the others, also one that has nothing to write.
+        """
+        return self._pieces(self._scales())
+
+    @contextmanager
+    def as_stored(self) -> Iterator[None]:
+        """Inside, the model's FP8 weights have the values that a version of it holds. Collective,
+        and for scoring alone: a copy of those weights is kept meanwhile."""
+        kept: list[tuple[Tensor, Tensor]] = []
+        for name, scale in self._scales().items():
+            local, start = _local(self._tensors[name]), self._start(name)
+            kept.append((local, local.clone()))
+            codes = block_codes(local.to(self._stored.dtype), scale, start)
+            local.copy_(dequantize_block(codes, scale, local.dtype, start))
+        try:
+            yield
+        finally:
+            for local, values in kept:
+                local.copy_(values)
+
+    def _pieces(self, scales: dict[str, Tensor]) -> Iterator[Piece]:
+        shares = self.plan[self._world.rank]
+        for share in sorted(shares, key=lambda share: self._offsets[share.name]):
+            itemsize = self._itemsizes[share.name]
+            for target, data in _cut(self._chunks(share.name, scales), share.runs, itemsize):
+                yield Piece(self._offsets[share.name] + target * itemsize, data)
+
+    def _chunks(self, name: str, scales: dict[str, Tensor]) -> Iterator[Tensor]:
+        """What is here of a part, flat, in order, in the stored type; each made when it is asked
+        for, so that a conversion's result is still in the cache when it is copied."""
+        if (weight := self._weights.get(name)) is not None:
+            yield part_of(scales[weight], self._blocks[weight]).reshape(-1)
+            return
+        local = _local(self._tensors[name])
+        if name in scales:
+            top, left = self._start(name)
+            for first, rows in zip(*_bands(local, top), strict=True):
+                cells = scales[name][(top + first) // BLOCK - top // BLOCK :]
+                codes = block_codes(rows.to(self._stored.dtype), cells, (top + first, left))
+                yield codes.reshape(-1)
+            return
+        dtype = self.parts[name].dtype
+        for values in torch.split(local.reshape(-1), PIECE_BYTES // dtype.itemsize):
+            yield values.to(dtype)
+
+    def _scales(self) -> dict[str, Tensor]:
+        """Of the blocks of each weight here that is stored in FP8. Collective."""
+        amax: dict[str, Tensor] = {}
+        for name in self._weights.values():
+            if self._blocks[name].size:
+                largest = block_amax(_local(self._tensors[name]), self._start(name))
+                # of what was rounded the largest is what was largest, rounded
+                amax[name] = largest.to(self._stored.dtype).float()
+        if self._cut.count:
+            vector = self._cut.fill(amax, self._world.device)
+            dist.all_reduce(vector, op=dist.ReduceOp.MAX)
+            self._cut.take(vector, amax)
+        return {
+            name: block_scale(values, power_of_two=has_power_of_two_scales(name))
+            for name, values in amax.items()
+        }
+
+    def _start(self, name: str) -> tuple[int, int]:
+        """Where in the whole weight the part begins that is here."""
+        row, column = self._blocks[name].offset
+        return row, column
+
+
+def _bands(local: Tensor, top: int) -> tuple[list[int], tuple[Tensor, ...]]:
+    """Rows of a shard that begins at row `top` of the whole, so that no block is in two: (the first
+    row of each part, the part), of about `PIECE_BYTES` codes."""
+    count, width = local.shape
+    step = max(BLOCK, PIECE_BYTES // width // BLOCK * BLOCK)
+    edges = [0, *range(step - top % BLOCK, count, step)]
+    sizes = [end - start for start, end in pairwise([*edges, count])]
+    return edges, torch.split(local, sizes)
+
+
+def _cut(
+    chunks: Iterable[Tensor], runs: Sequence[Run], itemsize: int
+) -> Iterator[tuple[int, Tensor]]:
+    """(place in the whole tensor, values) of at most `PIECE_BYTES`: the chunks, one after the other,
+    are the runs."""
+    most = PIECE_BYTES // itemsize
+    left = iter(runs)
+    run, used = next(left), 0
+    for chunk in chunks:
+        start = 0
+        while start < len(chunk):
+            if used == run.size:
+                run, used = next(left), 0
+            size = min(len(chunk) - start, run.size - used, most)
+            yield run.target + used, chunk[start : start + size]
+            start, used = start + size, used + size
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def _block_of(tensor: Tensor) -> Block:
+    """What this rank holds of it. Raises BridgeError for a placement that is none of ours."""
+    offset, shape = [0] * tensor.dim(), list(tensor.shape)
+    if isinstance(tensor, DTensor):
+        coordinate = tensor.device_mesh.get_coordinate()
+        assert coordinate is not None
+        for dim, placement in enumerate(tensor.placements):
+            if type(placement) is Shard:
+                rows = rows_of(
+                    (shape[placement.dim],), coordinate[dim], tensor.device_mesh.size(dim)
+                )
+                offset[placement.dim] += rows.offset[0]
+                shape[placement.dim] = rows.shape[0]
+            elif not isinstance(placement, Replicate):
+                raise BridgeError(f"a tensor is placed as {placement}; accepted: Shard, Replicate")
+        if list(tensor.to_local().shape) != shape:
+            raise BridgeError(f"a shard is {list(tensor.to_local().shape)}, it should be {shape}")
+    return Block(tuple(offset), tuple(shape))
