@@ -176,8 +176,8 @@ TRAINER = """
 import sys, time
 from itertools import count
 from pathlib import Path
-from everstep.trainer_bridge import weight_chunks
 from everstep.trainer_bridge.trainer.sharding import join_world
+from everstep.trainer_bridge.weights import chunks as weight_chunks
 from everstep.trainer_bridge.weights.link import WeightLink
 from everstep.trainer_bridge.weights.targets import Elsewhere
 from tests.trainer_bridge.weight_runs import change, ring_of, sender_of
