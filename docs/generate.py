@@ -45,7 +45,7 @@ from everstep.server.operations import ALIASES, families
 from everstep.server.rollouts_requests import MAX_WAIT_S
 from everstep.server.stream import RolloutFailed
 from everstep.trainer_bridge.trainer.config import TrainConfig
-from everstep.trainer_bridge.trajectories.files import Line
+from everstep.trainer_bridge.trajectories.files import Line, Words
 
 REFERENCE = Path(__file__).parent / "reference"
 _NOTE = "<!-- made by docs/generate.py; change the code, then run it -->"
@@ -463,6 +463,9 @@ def training() -> str:
         _fields(Line, is_request=True),
         "A file `*.evst` (`everstep journal export --format trajectory`) is one response, whose "
         "reward is `reward` in its metadata; with `record: [routing]` its routes can be replayed.",
+        "With a table `[reward]` the trainer scores lines that have no `reward`, or all of them with "
+        "`source.rescore`; of those it reads",
+        _fields(Words, is_request=True),
         *_metrics_file(),
     )
 
@@ -500,11 +503,11 @@ _REPORT = {
     "loss": "of its updates, their mean",
     "lr": "learning rate of the first update",
     "grad_norm": "of each update, before clipping",
-    "samples": "in the batch",
+    "samples": "responses in the batch, those of no tokens too",
     "tokens": "of their responses that count",
     "rows": "tokens that went through the layers, forward and backward",
     "trained_groups": "groups that taught something; the others stand in denominators alone",
-    "reward": "mean over samples that have one; null: none has",
+    "reward": "mean over responses that have one; null: none has",
     "seconds": "that the iteration took",
     "metrics": "see below",
 }
@@ -523,6 +526,10 @@ _LOSS_METRICS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("ratio_beyond_2", "ratio_beyond_5"), "share of tokens with abs(Δ) above log 2, log 5"),
     (("ess",), "effective sample size, (Σw)² / (n Σw²)"),
     (("clip_fraction",), "share of tokens where PPO's clip binds"),
+    (
+        ("proximal_fraction",),
+        "under the old policy `exact`, share of tokens whose weights are gone: theirs is proximal",
+    ),
     (("entropy", "entropy_masked"), "mean over all tokens, over those that were masked"),
     (("sequences_masked_any", "sequences_masked_all"), "share of sequences with some, all masked"),
     (

@@ -63,7 +63,8 @@ class Resolved(Struct, Generic[TreeT], frozen=True):
         for setting in settings_of(type(self.config)):
             value: Any = self.config
             for name in setting.path.split("."):
-                value = getattr(value, name)
+                # of a section that is not there
+                value = None if value is None else getattr(value, name)
             if setting.path.endswith("api_key") and value is not None:
                 value = "(set)"
             text = msgspec.json.encode(value).decode()
@@ -117,10 +118,11 @@ def _walk(tree: type[Struct], prefix: str) -> Iterator[Setting]:
     for field in msgspec.structs.fields(tree):
         annotation = hints[field.name]
         path = prefix + field.name
-        if isinstance(annotation, type) and issubclass(annotation, Struct):
-            yield from _walk(annotation, f"{path}.")
-            continue
         parts, metas, _ = _parts(annotation)
+        if len(parts) == 1 and isinstance(parts[0], type) and issubclass(parts[0], Struct):
+            # one that may be None is there once a setting of it is given
+            yield from _walk(parts[0], f"{path}.")
+            continue
         text = next((meta.description for meta in metas if meta.description), "")
         default = field.default
         if default is msgspec.NODEFAULT and field.default_factory is not msgspec.NODEFAULT:

@@ -12,7 +12,7 @@ The output folder holds everything of a run, and the same command goes on from i
 import contextlib
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -27,11 +27,9 @@ from .trainer.checkpointing import Checkpoints, TrainerState
 from .trainer.config import TrainConfig, read_config
 from .trainer.export import export
 from .trainer.sharding import World, join_world
-from .trainer.sources import BridgeSource, FileSource, Source, stored_as, where
+from .trainer.sources import BridgeSource, FileSource, Say, Source, stored_as, where
 from .trainer.trainer import Report, Trainer, sharded
 from .weights.layout import WeightLayout
-
-Say = Callable[[str], None]
 
 
 def train(config: TrainConfig, say: Say) -> None:
@@ -114,7 +112,7 @@ class Run:
     def _open(self, checkpoint: Path | None) -> Source:
         if self.config.source.endpoint:
             return BridgeSource(self.trainer, checkpoint, self.checkpoints.oldest())
-        return FileSource(self.config, self.world, self.trainer.ring.config)
+        return FileSource(self.config, self.world, self.trainer.ring.config, self.say)
 
     def _go_on(self) -> Path | None:
         """From the newest checkpoint, if there is one."""

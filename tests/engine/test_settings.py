@@ -43,6 +43,21 @@ def test_whole_numbers_take_sizes(text: str, value: int | None) -> None:
     assert resolved.config.engine.model.max_model_len == value
 
 
+def test_a_section_that_may_be_absent_is_there_with_its_first_setting() -> None:
+    class Section(msgspec.Struct):
+        size: int = 3
+        name: str = "a"
+
+    class Tree(msgspec.Struct):
+        section: Section | None = None
+
+    assert [setting.path for setting in settings_of(Tree)] == ["section.size", "section.name"]
+    absent, there = load(Tree), load(Tree, assignments=given("section.name", "b"))
+    assert absent.config.section is None
+    assert absent.lines()[0] == ("section.size", "null", "default")
+    assert there.config.section == Section(size=3, name="b")
+
+
 def test_lists_are_separated_by_commas() -> None:
     resolved = load(ServeConfig, assignments=given("openai.served_model_name", "a,b"))
     assert resolved.config.openai.served_model_name == ("a", "b")

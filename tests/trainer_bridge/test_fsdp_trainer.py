@@ -30,6 +30,7 @@ from everstep.trainer_bridge.trajectories.samples import Group, Sample, sample_o
 
 from ..engine.ring_draws import Draw as Drawn
 from ..engine.ring_draws import base_config, write_checkpoint
+from .loss_reference import Token, objective
 from .training_runs import VOCAB, free_port, make_run, reports, start, write_config
 
 
@@ -216,9 +217,70 @@ def test_exact_old_logprobs_are_those_of_each_token_s_version(folder):
         report = trainer.step([Group.of("both", of_both)])
         assert report.metrics["log_ratio_abs_max"] == 0
         assert report.metrics["lag_max"] == 1
-        late = replace(of_both[0], versions=np.zeros(of_both[0].num_tokens, dtype=np.int64))
-        with pytest.raises(ConfigError, match="tokens are of none of 2, 3; hold_versions is 2"):
-            trainer.step([Group.of("late", [late, of_both[1]])])
+        assert report.metrics["proximal_fraction"] == 0
+
+
+def test_a_token_whose_weights_are_gone_has_the_proximal_old_policy(folder, caplog):
+    """Against the formulas in Python's floats (loss_reference.py), token by token."""
+    exact = {"numerics": {"kernels": "exact"}, "loss": {"old_policy": "exact"}}
+    with a_trainer(folder, hold_versions=2, **exact) as trainer:
+        groups = drawn_groups(count=2)
+        sequences = [s.sequence for s in groups[0].samples]
+        lp = [trainer.score(sequences)]
+        for _ in range(2):
+            trainer.step(groups)
+            lp.append(trainer.score(sequences))
+        # weights 1 and 2 are held, 2 are in training; the engine is off by what some masks catch
+        random, members, batch = np.random.default_rng(0), [], []
+        for place, sample in enumerate(groups[0].samples):
+            versions = np.arange(sample.num_tokens) % 3
+            infer = np.array(
+                [float(lp[v][place][t]) for t, v in enumerate(versions)]
+            ) + random.choice([-2.0, -0.1, 0.1, 1.0], sample.num_tokens)
+            infer = np.minimum(infer, 0).astype(np.float32)
+            members.append(replace(sample, versions=versions, lp_infer=infer))
+            new = lp[2][place].tolist()
+            old = [float(lp[v or 2][place][t]) for t, v in enumerate(versions)]
+            batch.append([Token(*one) for one in zip(new, old, infer.tolist(), strict=True)])
+        group = Group.of("held", members)
+        for tokens, sample in zip(batch, group.samples, strict=True):
+            for token in tokens:
+                token.advantage = sample.advantage
+        value, _, kept = objective("icepop", batch, alpha=0.5, beta=5.0)
+        report = trainer.step([group])
+        again = trainer.step([group])
+    assert report.loss == pytest.approx(-value, abs=2e-6)
+    flat = [keep for row in kept for keep in row]
+    assert 0 < report.metrics["mask_fraction"] == pytest.approx(1 - sum(flat) / len(flat))
+    all_versions = np.concatenate([s.versions for s in members])
+    assert report.metrics["proximal_fraction"] == pytest.approx((all_versions == 0).mean())
+    assert report.metrics["proximal_fraction/lag2"] == 1
+    assert report.metrics["proximal_fraction/lag1"] == 0
+    # weights 1 are gone by now, and it is said once
+    assert again.metrics["proximal_fraction"] == pytest.approx((all_versions < 2).mean())
+    told = [record for record in caplog.records if record.message == "trainer.weights_gone"]
+    assert [(r.fields["iteration"], r.fields["hold_versions"]) for r in told] == [(2, 2)]
+
+
+def test_a_response_of_no_tokens_counts_in_the_batch(folder):
+    """1/G over all responses, and the baseline of all rewards (PAPER.md §1.1)."""
+    [group] = drawn_groups(count=1)
+    with_empty = Group.of("g", group.samples, empty=[4.0, None])
+    assert with_empty.samples[0].advantage != group.samples[0].advantage
+    with a_trainer(folder, optim={"lr": 0.0}) as trainer:
+        new = trainer.score([s.sequence for s in group.samples])
+        report = trainer.step([with_empty])
+    batch = [
+        [
+            Token(*one, infer, advantage=sample.advantage)
+            for one, infer in zip(zip(lp, lp, strict=True), sample.lp_infer.tolist(), strict=True)
+        ]
+        for lp, sample in zip(map(torch.Tensor.tolist, new), with_empty.samples, strict=True)
+    ]
+    value, _, _ = objective("icepop", [*batch, [], []], alpha=0.5, beta=5.0)
+    assert report.loss == pytest.approx(-value, abs=2e-6)
+    assert report.samples == 5
+    assert report.reward == pytest.approx((0 + 1 + 2 + 4) / 4)
 
 
 def test_the_reference_of_a_kl_penalty_stays_the_first_weights(folder):

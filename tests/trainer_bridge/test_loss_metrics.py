@@ -26,12 +26,13 @@ CONFIG = LossConfig(gates=GatesConfig(veto=0.05), kl=KlConfig(coef=0.01))
 
 
 def with_columns(batch, lags, **more):
-    """Padded inputs with lag and entropy; the entropy of a token is its lag plus a half."""
+    """Padded inputs with lag and entropy; the entropy of a token is its lag plus a half, and its
+    old policy is the proximal one where the lag is 2 or more."""
     inputs = padded(batch, with_ref=True, **more)
     lag = torch.zeros(inputs.mask.shape, dtype=torch.int64)
     for row, values in enumerate(lags):
         lag[row, : len(values)] = torch.tensor(values, dtype=torch.int64)
-    return replace(inputs, lag=lag, entropy=lag.double() + 0.5)
+    return replace(inputs, lag=lag, entropy=lag.double() + 0.5, proximal=lag >= 2)
 
 
 def mean_of(values):
@@ -87,6 +88,7 @@ def expected_of(batch, lags, out, wanted):
         "ratio_beyond_5": mean_of(abs(d) > math.log(5) for d in gap),
         "ess": sum(weights) ** 2 / (len(flat) * sum(w * w for w in weights)) if any(weights) else 0,
         "clip_fraction": mean_of(out.clipped[row, place].item() for *_, row, place in flat),
+        "proximal_fraction": mean_of(lag >= 2 for _, lag, *_ in flat),
         "entropy": mean_of(lag + 0.5 for _, lag, *_ in flat),
         "entropy_masked": mean_of(lag + 0.5 for _, lag, keep, *_ in flat if not keep),
         "kl_reference": mean_of(out.kl[row, place].item() for *_, row, place in flat),
@@ -156,14 +158,14 @@ def test_parts_merge_to_the_whole_however_they_lie(batch, data):
     assert parts.values() == pytest.approx(whole, rel=1e-9, abs=1e-9)
     row = packed(batch, [range(len(batch))], with_ref=True)
     lag = torch.tensor([[lag for values in lags for lag in values]], dtype=torch.int64)
-    row = replace(row, lag=lag, entropy=lag.double() + 0.5)
+    row = replace(row, lag=lag, entropy=lag.double() + 0.5, proximal=lag >= 2)
     assert metrics_of(row, loss(row)) == pytest.approx(whole, rel=1e-9, abs=1e-9)
 
 
 def test_what_was_not_given_has_no_metric():
     inputs = padded(numbered([1, 3, 8, 9], [6, 7]))
     found = metrics_of(inputs, make_loss(LossConfig())(inputs))
-    absent = ("entropy", "entropy_masked", "kl_reference", "lag_mean", "lag_max")
+    absent = ("entropy", "entropy_masked", "kl_reference", "lag_mean", "proximal_fraction")
     assert not [name for name in found if name.split("/")[0] in absent or "/lag" in name]
     assert "mixed_version_sequences" not in found
     assert found["mask_fraction"] == pytest.approx(1 / 6)

@@ -11,6 +11,8 @@ from everstep.engine.errors import ConfigError
 from everstep.engine.rollout import Rollout, SamplingParams, Segment
 from everstep.engine.trajectory import pack, seal
 from everstep.trainer_bridge.trainer.config import OptimConfig, read_config
+from everstep.trainer_bridge.trainer.sharding import join_world
+from everstep.trainer_bridge.trainer.sources import FileSource
 from everstep.trainer_bridge.trainer.trainable import trainable_config
 from everstep.trainer_bridge.trajectories.files import TrajectoryFiles
 
@@ -41,6 +43,14 @@ def test_the_learning_rate_warms_up_holds_and_falls():
             "numerics.kernels = 'exact' runs on",
         ),
         ({"objective": "sft", "batch": {"updates": 2}}, "batch.updates is for objective = 'rl'"),
+        ({"source": {"rescore": True}}, "source.rescore needs a table .reward."),
+        ({"reward": {"name": "best"}}, "reward.name must be exact, numeric, regex, function or ht"),
+        ({"reward": {"name": "regex"}}, "reward.regex.pattern is empty: give a pattern"),
+        ({"objective": "sft", "reward": {"name": "exact"}}, "reward is for objective = 'rl'; sft"),
+        (
+            {"source": {"path": "", "endpoint": "tcp://127.0.0.1:9"}, "reward": {"name": "exact"}},
+            "reward is for source.path .files.; what an engine deals",
+        ),
     ],
 )
 def test_a_wrong_setting_is_said_in_one_line(folder, sections, message):
@@ -88,8 +98,114 @@ def test_a_response_without_a_reward_teaches_nothing_and_all_without_one_are_ref
     [group] = TrajectoryFiles.read(config, ring).groups
     assert [sample.advantage for sample in group.samples] == pytest.approx([1, 0, -1], abs=1e-5)
     file.write_text(lines[1])
-    with pytest.raises(ConfigError, match=r"reward is missing on every line of .*lines\.jsonl"):
+    with pytest.raises(
+        ConfigError, match=r"reward is missing on every line of .*lines\.jsonl, and"
+    ):
         TrajectoryFiles.read(config, ring)
+
+
+def test_a_response_of_no_tokens_is_in_its_group(folder, tmp_path):
+    file = tmp_path / "lines.jsonl"
+    nothing = GOOD | {"output_ids": [], "lp_sampled": [], "reward": 0}
+    file.write_text("\n".join(json.dumps(one | {"group_id": "a"}) for one in (GOOD, nothing)))
+    config = read_config(write_config(folder, "lines", source={"path": str(file)}))
+    [group] = TrajectoryFiles.read(config, trainable_config(folder / "model")).groups
+    assert (len(group.samples), group.empty, group.num_responses) == (1, (0.0,), 2)
+    assert group.samples[0].advantage == pytest.approx(1, abs=1e-5)
+    sft = read_config(write_config(folder, "sft", objective="sft", source={"path": str(file)}))
+    with pytest.raises(ConfigError, match=r"lines\.jsonl:2: output_ids: .* one token at least"):
+        TrajectoryFiles.read(sft, trainable_config(folder / "model"))
+
+
+# -- a reward of the trainer's own
+
+WORDS = GOOD | {"text": "a", "metadata": {"answer": "a"}, "group_id": "g"}
+UNSCORED = {key: value for key, value in WORDS.items() if key != "reward"}
+
+
+def scored(folder, tmp_path, lines, **sections):
+    """The rewards that the groups of these lines have, and what was said."""
+    file = tmp_path / "lines.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    source = {"path": str(file)} | sections.pop("source", {})
+    sections = {"reward": {"name": "exact"}, "source": source} | sections
+    config, said = read_config(write_config(folder, "scored", **sections)), []
+    with join_world("cpu") as world:
+        files = FileSource(config, world, trainable_config(folder / "model"), said.append)
+        groups = files.share(0)
+    return [group.rewards for group in groups], said
+
+
+def test_lines_without_a_reward_are_scored_and_others_keep_theirs(folder, tmp_path):
+    lines = [
+        WORDS | {"reward": 0.25},
+        UNSCORED,
+        UNSCORED | {"text": "b", "finish_reason": "length"},
+        UNSCORED | {"output_ids": [], "lp_sampled": [], "text": "a "},
+    ]
+    rewards, said = scored(folder, tmp_path, lines)
+    assert rewards == [[0.25, 1.0, 0.0, 1.0]]
+    assert said == ["3 responses were scored by [reward] exact"]
+    rewards, said = scored(folder, tmp_path, lines, source={"rescore": True})
+    assert rewards == [[1.0, 1.0, 0.0, 1.0]]
+    assert said == ["4 responses were scored by [reward] exact"]
+    # nothing is left to score, so no text is needed
+    assert scored(folder, tmp_path, [GOOD, GOOD | {"prompt": ["a", "b"]}]) == (
+        [[1.0], [1.0]],
+        ["every line has a reward: [reward] is not used; source.rescore = true scores them"],
+    )
+
+
+def test_a_reward_sees_the_line(folder, tmp_path, monkeypatch):
+    (tmp_path / "seeing.py").write_text(
+        "def see(sample):\n"
+        "    assert sample.finish_reason == 'length' and sample.num_tokens == 2, sample\n"
+        "    assert sample.prompt == 'why' and sample.metadata['answer'] == sample.answer == 'a'\n"
+        "    return len(sample.text)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    line = UNSCORED | {"finish_reason": {"type": "length"}, "text": "four", "prompt": "why"}
+    reward = {"name": "function", "function": {"path": "seeing:see"}}
+    assert scored(folder, tmp_path, [line], reward=reward)[0] == [[4.0]]
+
+
+def test_a_sample_whose_reward_fails_costs_itself_alone(folder, tmp_path, monkeypatch, caplog):
+    (tmp_path / "failing.py").write_text(
+        "import os, time\n"
+        "def score(sample):\n"
+        "    if sample.text == 'hangs': time.sleep(600)\n"
+        "    if sample.text == 'dies': os._exit(3)\n"
+        "    return float(sample.text)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    lines = [UNSCORED | {"text": text} for text in ("0.5", "hangs", "dies", "nothing", "2")]
+    reward = {"name": "function", "function": {"path": "failing:score"}, "deadline_s": 1.0}
+    rewards, said = scored(folder, tmp_path, lines, reward=reward | {"on_failure": "drop"})
+    assert rewards == [[0.5, None, None, None, 2.0]]
+    assert said == ["5 responses were scored by [reward] function, which failed for 3"]
+    failed = [r.fields["why"] for r in caplog.records if r.message == "trainer.reward_failed"]
+    assert re.search(r"took more than 1 s for it; rollout .*lines\.jsonl:2 gets no rew", failed[0])
+    assert "exit code 3" in failed[1]
+    assert "ValueError" in failed[2]
+
+
+def test_a_reward_that_cannot_be_used_ends_the_start_in_one_line(folder, tmp_path):
+    reward = {"name": "function", "function": {"path": "no_such:score"}}
+    with pytest.raises(ConfigError, match="reward no_such:score cannot be imported") as caught:
+        scored(folder, tmp_path, [UNSCORED], reward=reward)
+    assert "\n" not in str(caught.value)
+    without = {key: value for key, value in UNSCORED.items() if key != "text"}
+    with pytest.raises(ConfigError, match=r"lines\.jsonl:1: .*`text`: \[reward\] scores this"):
+        scored(folder, tmp_path, [without])
+
+
+def test_files_without_rewards_end_a_run_that_has_no_reward(folder, tmp_path, capsys):
+    file = tmp_path / "lines.jsonl"
+    file.write_text(json.dumps(UNSCORED))
+    config = write_config(folder, "neither", source={"path": str(file)})
+    assert cli.run(["train", str(config)]) == 2
+    said = capsys.readouterr().err.strip()
+    assert re.fullmatch(r"error: reward is missing on every line of .*\[reward\].*", said), said
 
 
 def test_what_was_forced_or_cut_is_scored_as_it_was_sampled(folder, tmp_path):

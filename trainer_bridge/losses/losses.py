@@ -52,6 +52,8 @@ class LossInputs:
                   within one LossInputs. None: each row is a sequence
     lag           (R, T) int: trainer's version minus the token's; for metrics alone
     entropy       (R, T) of the trainer's distribution, in nats; for metrics alone
+    proximal      (R, T) bool, under old policy `exact`: tokens whose lp_old is that of the weights
+                  before this update, since those that sampled them are gone; for metrics alone
     batch         denominators of the whole update; None: these inputs are the whole of it
     """
 
@@ -64,6 +66,7 @@ class LossInputs:
     sequence_ids: Tensor | None = None
     lag: Tensor | None = None
     entropy: Tensor | None = None
+    proximal: Tensor | None = None
     batch: BatchSize | None = None
 
 
@@ -244,7 +247,16 @@ def _check(inputs: LossInputs, config: LossConfig) -> None:
         )
     if inputs.lp_new.ndim != 2:
         raise ValueError(f"lp_new has shape {tuple(shape)}: (rows, tokens) is needed")
-    for name in ("lp_infer", "lp_old", "lp_ref", "mask", "sequence_ids", "lag", "entropy"):
+    for name in (
+        "lp_infer",
+        "lp_old",
+        "lp_ref",
+        "mask",
+        "sequence_ids",
+        "lag",
+        "entropy",
+        "proximal",
+    ):
         column = getattr(inputs, name)
         if column is None:
             continue

@@ -75,6 +75,7 @@ _MEANS = {
     "ratio_beyond_2": ("beyond_2", "valid"),
     "ratio_beyond_5": ("beyond_5", "valid"),
     "clip_fraction": ("clipped", "tokens"),
+    "proximal_fraction": ("proximal", "policies"),
     "entropy": ("entropy", "entropies"),
     "entropy_masked": ("entropy_masked", "entropies_masked"),
     "kl_reference": ("kl", "referenced"),
@@ -258,6 +259,8 @@ def _columns(inputs: LossInputs, output: LossOutput) -> dict[str, Tensor]:
         columns |= {"entropy_masked": entropy * masked, "entropies_masked": finite & masked}
     if inputs.lp_ref is not None:
         columns |= {"kl": output.kl, "referenced": inputs.mask}
+    if inputs.proximal is not None:
+        columns |= {"proximal": inputs.proximal, "policies": inputs.mask}
     if inputs.lag is not None:
         lag = torch.where(inputs.mask, inputs.lag, 0)
         columns |= {"lag": lag, "lags": inputs.mask}

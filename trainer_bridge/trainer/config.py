@@ -12,6 +12,7 @@ from ...engine.settings import Assignment, load
 from ..losses.advantages import Std
 from ..losses.alarms import AlarmConfig
 from ..losses.config import LossConfig
+from ..rewards.rewards import RewardConfig
 
 Objective = Literal["rl", "sft"]
 Replay = Literal["none", "ids", "weights"]
@@ -90,6 +91,9 @@ class SourceConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         str, Meta(description="a .jsonl or .evst file, or a folder of them; see Lines of a source")
     ] = ""
     epochs: Annotated[int, Meta(ge=1, description="how often files are gone through")] = 1
+    rescore: Annotated[
+        bool, Meta(description="[reward] scores lines too that have a reward; theirs is dropped")
+    ] = False
     endpoint: Annotated[
         str, Meta(description="an engine's address, as tcp://127.0.0.1:5600; instead of path")
     ] = ""
@@ -164,7 +168,11 @@ class TrainConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     ) = None
     hold_versions: Annotated[
         int,
-        Meta(ge=1, description="newest weights that loss.old_policy = 'exact' can score with"),
+        Meta(
+            ge=1,
+            description="newest weights that loss.old_policy = 'exact' can score with; a token of "
+            "older ones gets the proximal policy",
+        ),
     ] = 4
     timeout_s: Annotated[float, Meta(gt=0, description="how long a rank waits for the others")] = (
         600.0
@@ -173,6 +181,7 @@ class TrainConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     optim: OptimConfig = OptimConfig()
     batch: BatchConfig = BatchConfig()
     loss: LossConfig = LossConfig()
+    reward: RewardConfig | None = None
     alarms: AlarmConfig = AlarmConfig()
     source: SourceConfig = SourceConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -195,8 +204,23 @@ class TrainConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
             raise ConfigError("numerics.fp8 has other bits: it needs numerics.kernels = 'plain'")
         if self.objective == "sft" and self.batch.updates > 1:
             raise ConfigError("batch.updates is for objective = 'rl'; sft takes 1")
+        self._check_reward()
         if self.objective == "rl":
             self.loss.check()
+
+    def _check_reward(self) -> None:
+        if self.reward is None:
+            if self.source.rescore:
+                raise ConfigError("source.rescore needs a table [reward]: by what lines are scored")
+            return
+        if self.source.endpoint:
+            raise ConfigError(
+                "reward is for source.path (files); what an engine deals has been scored by "
+                "`everstep rollout --reward FILE`"
+            )
+        if self.objective == "sft":
+            raise ConfigError("reward is for objective = 'rl'; sft learns every line")
+        self.reward.check()
 
 
 def read_config(file: Path, assignments: Sequence[Assignment] = ()) -> TrainConfig:

@@ -1,6 +1,6 @@
 """Where a run's groups come from: files that are read whole, or an engine that goes on sampling."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from secrets import token_hex
 from typing import BinaryIO, Protocol
@@ -22,9 +22,12 @@ from ..weights.sender import WeightSender
 from ..weights.targets import Elsewhere, Here, Target
 from .canaries import make_canaries, texts_of
 from .config import TrainConfig
+from .scoring import FileScorer
 from .sharding import World
 from .trainable import TrainableRing
 from .trainer import Report, Trainer
+
+Say = Callable[[str], None]
 
 
 class Source(Protocol):
@@ -49,9 +52,15 @@ class Source(Protocol):
 class FileSource:
     """Groups of files, again and again for some epochs."""
 
-    def __init__(self, config: TrainConfig, world: World, ring: RingConfig) -> None:
+    def __init__(self, config: TrainConfig, world: World, ring: RingConfig, say: Say) -> None:
+        """Raises ConfigError naming file, line and what is wrong, or a reward that is unusable."""
         self._config, self._world = config, world
-        self._files = TrajectoryFiles.read(config, ring)
+        if config.reward is None:
+            self._files = TrajectoryFiles.read(config, ring)
+            return
+        scorer = FileScorer(config.reward, world, config.timeout_s)
+        self._files = TrajectoryFiles.read(config, ring, scorer)
+        say(_scored(self._files, scorer, config.reward.name))
 
     def share(self, iteration: int) -> Sequence[Group] | None:
         size = self._config.batch.groups
@@ -167,14 +176,14 @@ class BridgeSource:
             self._held.close()
 
     def _group(self, group: TrajectoryGroup) -> Group:
-        """Responses of no tokens count in the group's baseline, and have nothing to train."""
+        """Responses of no tokens count in the group's baseline and in the batch."""
         samples: list[Sample] = []
-        others: list[float] = []
+        empty: list[float | None] = []
         try:
             for member in group.members:
                 rollout = unpack(member.trajectory)
                 if not rollout.output_ids:
-                    others += [] if member.reward is None else [member.reward]
+                    empty.append(member.reward)
                     continue
                 samples.append(
                     sample_of(
@@ -187,7 +196,15 @@ class BridgeSource:
                 )
         except InvalidTrajectory as error:
             raise BridgeError(f"group {group.name}: {error}") from None
-        return Group.of(group.name, samples, self._trainer.config.advantage_std, others=others)
+        return Group.of(group.name, samples, self._trainer.config.advantage_std, empty=empty)
+
+
+def _scored(files: TrajectoryFiles, scorer: FileScorer, name: str) -> str:
+    """What became of the lines, in one."""
+    if not files.num_scored:
+        return "every line has a reward: [reward] is not used; source.rescore = true scores them"
+    failed = f", which failed for {scorer.num_failed}" if scorer.num_failed else ""
+    return f"{files.num_scored} responses were scored by [reward] {name}{failed}"
 
 
 def _target(config: TrainConfig, world: World, lineage: str) -> Target:

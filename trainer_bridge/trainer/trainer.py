@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 from msgspec import Struct
 
-from ...engine.errors import ConfigError
+from ...engine import log
 from ..losses.losses import BatchSize, LossInputs, make_loss, old_logprobs
 from ..losses.metrics import LossMetrics
 from ..trajectories.samples import Group, Sample
@@ -45,7 +45,8 @@ class Report(Struct, frozen=True, kw_only=True):
 
     version        of the weights that it made
     loss           its sum over the updates' mean
-    reward         mean over samples that have one; None: none has
+    samples        responses in the batch, those of no tokens too
+    reward         mean over the responses that have one; None: none has
     grad_norm      of each update, before clipping
     metrics        of `loss_metrics`; empty for objective sft
     rows           tokens that went through the layers, forward and backward
@@ -83,6 +84,7 @@ class Trainer:
         self._held = HeldWeights(named)
         self._loss = make_loss(config.loss)
         self.version = 0
+        self._is_told_of_gone = False
         if self._has_reference:
             self._held.hold(_REFERENCE)
         self._hold_version()
@@ -90,10 +92,7 @@ class Trainer:
     # -- training
 
     def step(self, groups: Sequence[Group]) -> Report:
-        """Train this rank's groups of one iteration; every rank must call, with groups or without.
-
-        Raises ConfigError where the old policy `exact` needs weights that are no longer held.
-        """
+        """Train this rank's groups of one iteration; every rank must call, with groups or without."""
         began = time.perf_counter()
         rate = self.config.optim.rate(self.optimiser.num_updates)
         num = self.config.batch.updates
@@ -107,7 +106,7 @@ class Trainer:
             self._score_before([item for part in items for item in part])
         tally = _Tally()
         for part, own in zip(parts, items, strict=True):
-            self._update([s for group in part for s in group.samples], own, tally)
+            self._update(part, own, tally)
         self.version += 1
         self._hold_version()
         return self._report(groups, tally, rate, began)
@@ -139,9 +138,11 @@ class Trainer:
         """Whether a group is computed at all; one that teaches nothing is in denominators alone."""
         return not self.is_rl or group.teaches or self._has_reference
 
-    def _update(self, samples: Sequence[Sample], items: Sequence["_Item"], tally: "_Tally") -> None:
-        """One update: `samples` are all of it, `items` those that are computed."""
-        sums = self.world.sums(len(samples), sum(s.num_tokens for s in samples))
+    def _update(self, groups: Sequence[Group], items: Sequence["_Item"], tally: "_Tally") -> None:
+        """One update: `groups` are all of it, `items` what is computed."""
+        sums = self.world.sums(
+            sum(group.num_responses for group in groups), sum(group.num_tokens for group in groups)
+        )
         size = BatchSize(sequences=int(sums[0]), tokens=int(sums[1]))
         is_any = False
         for places in self._microbatches([item.sample.sequence for item in items]):
@@ -174,6 +175,7 @@ class Trainer:
 
         samples = [item.sample for item in items]
         versions = row([s.scored(s.versions) for s in samples])
+        proximal = _row([item.proximal for item in items])
         return LossInputs(
             lp_new=scores.lp[None],
             lp_infer=row([s.scored(s.lp_infer) for s in samples]),
@@ -184,6 +186,7 @@ class Trainer:
             sequence_ids=batch.responses[0][None],
             lag=self.version - versions,
             entropy=scores.entropy[None],
+            proximal=None if proximal is None else proximal.to(self.world.device),
             batch=size,
         )
 
@@ -200,31 +203,47 @@ class Trainer:
                 item.lp_old = lp
 
     def _score_by_version(self, items: Sequence["_Item"]) -> None:
-        held = [label for label in self._held.labels if label != _REFERENCE]
-        versions = [torch.from_numpy(i.sample.scored(i.sample.versions)) for i in items]
-        known = [sum(int((own == int(label)).sum()) for own in versions) for label in held]
-        others = sum(map(len, versions)) - sum(known)
-        *counts, unknown = self.world.sums(*known, others)
-        if unknown:
-            raise ConfigError(
-                f"loss.old_policy = 'exact' needs the weights of every version of the batch, and "
-                f"{unknown:.0f} tokens are of none of {', '.join(held)}; hold_versions is "
-                f"{self.config.hold_versions}: `everstep rollout --max-lag` keeps older tokens out, "
-                "and 'proximal' can train these"
-            )
+        """Of each token by the weights that sampled it, if they are held; by those before this
+        update, the newest, if they are gone (PAPER.md §2.3: `exact` if that checkpoint is still
+        there, else `proximal`)."""
+        held = [int(label) for label in self._held.labels if label != _REFERENCE]
+        versions = []
+        for item in items:
+            own = torch.from_numpy(item.sample.scored(item.sample.versions))
+            item.proximal = ~torch.isin(own, torch.tensor(held))
+            versions.append(own.masked_fill(item.proximal, self.version))
+        gone = sum(int(item.proximal.sum()) for item in items if item.proximal is not None)
+        known = [sum(int((own == version).sum()) for own in versions) for version in held]
+        *counts, num_gone = self.world.sums(*known, gone)
+        self._tell_of_gone(int(num_gone))
         found: list[dict[int, torch.Tensor]] = [{} for _ in items]
-        for label, count in zip(held, counts, strict=True):
+        for version, count in zip(held, counts, strict=True):
             if not count:
                 continue
-            chosen = [n for n, own in enumerate(versions) if bool((own == int(label)).any())]
-            with self._held.use(label):
+            chosen = [n for n, own in enumerate(versions) if bool((own == version).any())]
+            with self._held.use(str(version)):
                 scored = self._score([items[n] for n in chosen])
             for n, lp in zip(chosen, scored, strict=True):
-                found[n][int(label)] = lp
+                found[n][version] = lp
         for item, own, lps in zip(items, versions, found, strict=True):
             if lps:
                 newest = next(reversed(lps.values()))
                 item.lp_old = old_logprobs("exact", newest, own.to(newest.device), lps)
+
+    def _tell_of_gone(self, tokens: int) -> None:
+        """Once in this life of the trainer; `proximal_fraction` has it for every iteration."""
+        if not tokens or self._is_told_of_gone:
+            return
+        self._is_told_of_gone = True
+        if self.world.is_first:
+            log.event(
+                "trainer.weights_gone",
+                level="warning",
+                iteration=self.version,
+                tokens=tokens,
+                hold_versions=self.config.hold_versions,
+                trained="with the proximal old policy; see proximal_fraction",
+            )
 
     def _score(self, items: Sequence["_Item"]) -> list[torch.Tensor]:
         return self.score([item.sample.sequence for item in items])
@@ -302,13 +321,12 @@ class Trainer:
     def _report(
         self, groups: Sequence[Group], tally: "_Tally", rate: float, began: float
     ) -> Report:
-        samples = [s for group in groups for s in group.samples]
-        rewards = [s.reward for s in samples if s.reward is not None]
+        rewards = [r for group in groups for r in group.rewards if r is not None]
         loss, rows, count, tokens, teaching, rewarded, reward = self.world.sums(
             tally.loss,
             tally.rows,
-            len(samples),
-            sum(s.num_tokens for s in samples),
+            sum(group.num_responses for group in groups),
+            sum(group.num_tokens for group in groups),
             sum(map(self._takes_part, groups)),
             len(rewards),
             math.fsum(rewards),
@@ -355,6 +373,8 @@ class _Item:
     sample: Sample
     lp_old: torch.Tensor | None = None
     lp_ref: torch.Tensor | None = None
+    proximal: torch.Tensor | None = None
+    """(scored tokens,) bool: of `LossInputs`."""
 
 
 @dataclass

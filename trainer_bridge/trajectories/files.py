@@ -1,14 +1,15 @@
 """Groups from files: JSON lines as `everstep rollout` writes them, with a reward on each, and sealed
 trajectories (`*.evst`), with `reward` in their metadata.
 
-Lines of a group need not stand together. Other fields of a line are not looked at. Torch-free.
+What has no reward is scored where the run has one of its own. Lines of a group need not stand
+together. Other fields of a line are not looked at. Torch-free.
 """
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta, Struct
@@ -18,6 +19,7 @@ from ...engine.checkpoint.ring_config import RingConfig
 from ...engine.errors import ConfigError, EverstepError, InvalidTrajectory
 from ...engine.rollout import TRUNCATED_SUPPORT, Rollout, SamplingParams
 from ...engine.trajectory import Trajectory, unpack, unseal
+from ..rewards.rewards import RewardSample, reward_sample
 from ..trainer.config import TrainConfig
 from .samples import Group, Sample, sample_of
 
@@ -28,12 +30,13 @@ class Line(Struct, kw_only=True):
     """One response."""
 
     prompt_ids: Annotated[list[Annotated[int, Meta(ge=0)]], Meta(min_length=1)]
-    output_ids: Annotated[list[Annotated[int, Meta(ge=0)]], Meta(min_length=1)]
+    output_ids: list[Annotated[int, Meta(ge=0)]]
+    """For objective `rl` it may be empty: such a response counts in its group and in the batch."""
     group_id: str | None = None
     """Responses with the same one are compared; without it a line is a group of its own."""
     reward: float | None = None
-    """For objective `rl`; a response without one is no part of its group's baseline, and teaches
-    nothing."""
+    """For objective `rl`; without one and without a table [reward] the response is no part of its
+    group's baseline, and teaches nothing."""
     temperature: Annotated[float, Meta(gt=0)] = 1.0
     """That it was sampled at."""
     lp_sampled: list[float] = []
@@ -48,31 +51,71 @@ class Line(Struct, kw_only=True):
     """Run-length: [version of the weights, number of tokens]."""
 
 
+class Words(Struct, kw_only=True):
+    """What a reward of [reward] sees of a line, beside its metadata's `answer`."""
+
+    text: str
+    """The response."""
+    prompt: str = ""
+    finish_reason: str | dict[str, Any] = "stop"
+    """stop or length, or an object whose `type` it is."""
+    metadata: Any = None
+
+
+Score = Callable[[Sequence[RewardSample]], Sequence[float | None]]
+"""Rewards in order; None: it could not be had. Every rank must call, and gets the same."""
+
+
+@dataclass
+class _Response:
+    """One line. where: it stands; words: for the reward, None where it needs none."""
+
+    where: str
+    group: str
+    sample: Sample | None
+    """None: it has no tokens."""
+    reward: float | None
+    words: RewardSample | None
+
+
 @dataclass(frozen=True)
 class TrajectoryFiles:
-    """All groups of a source, in the order of their first lines."""
+    """All groups of a source, in the order of their first lines.
+
+    num_scored  responses to which `score` gave a reward
+    """
 
     groups: tuple[Group, ...]
+    num_scored: int = 0
 
     @classmethod
-    def read(cls, config: TrainConfig, ring: RingConfig) -> "TrajectoryFiles":
-        """Raises ConfigError naming file, line and what is wrong."""
-        by_group: dict[str, list[Sample]] = {}
-        for where, line in _lines(Path(config.source.path)):
+    def read(
+        cls, config: TrainConfig, ring: RingConfig, score: Score | None = None
+    ) -> "TrajectoryFiles":
+        """score: the run's own reward, for what has none, or for all with `source.rescore`.
+
+        Raises ConfigError naming file, line and what is wrong.
+        """
+        found: list[_Response] = []
+        for where, line, raw in _lines(Path(config.source.path)):
             try:
-                rollout, reward = _rollout(line, config)
-                sample = sample_of(rollout, ring, replay=config.routing_replay, reward=reward)
+                found.append(_response(where, line, raw, config, ring, is_scored=score is not None))
             except EverstepError as error:
                 raise ConfigError(f"{where}: {error}") from None
-            # without groups every example is one
-            key = where if config.objective == "sft" else rollout.group_id or where
-            by_group.setdefault(key, []).append(sample)
-        if not by_group:
+        if not found:
             raise ConfigError(f"source.path: {config.source.path} has no lines")
+        wanting = [response for response in found if response.words is not None]
+        if score is not None and wanting:
+            rewards = score([one.words for one in wanting if one.words is not None])
+            for response, reward in zip(wanting, rewards, strict=True):
+                response.reward = reward
         if config.objective == "rl":
-            _check_rewards(config.source.path, by_group.values())
-        groups = [Group.of(name, found, config.advantage_std) for name, found in by_group.items()]
-        return cls(tuple(groups))
+            _check_rewards(config.source.path, found)
+        by_group: dict[str, list[_Response]] = {}
+        for response in found:
+            by_group.setdefault(response.group, []).append(response)
+        groups = [_group(name, members, config) for name, members in by_group.items()]
+        return cls(tuple(groups), len(wanting))
 
     def batch(self, iteration: int, size: int, epochs: int) -> Sequence[Group] | None:
         """The groups of an iteration; None behind the last. The last of an epoch may be short."""
@@ -80,8 +123,8 @@ class TrajectoryFiles:
         return self.groups[part * size : (part + 1) * size] if epoch < epochs else None
 
 
-def _lines(path: Path) -> Iterator[tuple[str, Line | Trajectory]]:
-    """(where it stands, what stands there), files in the order of their names."""
+def _lines(path: Path) -> Iterator[tuple[str, Line | Trajectory, bytes]]:
+    """(where it stands, what stands there, a line's bytes), files in the order of their names."""
     files = sorted(file for end in ("jsonl", "evst") for file in path.glob(f"*.{end}"))
     files = files if path.is_dir() else [path]
     if not files:
@@ -91,17 +134,64 @@ def _lines(path: Path) -> Iterator[tuple[str, Line | Trajectory]]:
         where = str(file)
         try:
             if file.suffix == ".evst":
-                yield where, unseal(file.read_bytes())
+                yield where, unseal(file.read_bytes()), b""
                 continue
             with file.open("rb") as lines:
                 for number, text in enumerate(lines, 1):
                     where = f"{file}:{number}"
                     if text.strip():
-                        yield where, decoder.decode(text)
+                        yield where, decoder.decode(text), text
         except OSError as error:
             raise ConfigError(f"source.path: {file} cannot be read: {error.strerror}") from None
         except (msgspec.MsgspecError, InvalidTrajectory, UnicodeDecodeError) as error:
             raise ConfigError(f"{where}: {error}") from None
+
+
+def _response(
+    where: str,
+    found: Line | Trajectory,
+    raw: bytes,
+    config: TrainConfig,
+    ring: RingConfig,
+    *,
+    is_scored: bool,
+) -> _Response:
+    """What a file says of one response. Raises EverstepError for what cannot be trained on."""
+    rollout, reward = _rollout(found, config)
+    has_tokens = bool(rollout.output_ids) or config.objective == "sft"
+    sample = sample_of(rollout, ring, replay=config.routing_replay) if has_tokens else None
+    words = None
+    if is_scored and (reward is None or config.source.rescore):
+        words = _words(where, found, rollout, raw)
+    # without groups every example is one
+    group = where if config.objective == "sft" else rollout.group_id or where
+    return _Response(where, group, sample, reward, words)
+
+
+def _words(where: str, found: Line | Trajectory, rollout: Rollout, raw: bytes) -> RewardSample:
+    """For the reward; what it does not look at may be anything. Raises ConfigError without text."""
+    if isinstance(found, Trajectory):
+        return msgspec.structs.replace(reward_sample(rollout), id=where)
+    try:
+        words = msgspec.json.decode(raw, type=Words)
+    except msgspec.MsgspecError as error:
+        raise ConfigError(f"{error}: [reward] scores this line") from None
+    reason, metadata = words.finish_reason, words.metadata
+    return RewardSample(
+        id=where,
+        prompt=words.prompt,
+        text=words.text,
+        answer=metadata.get("answer") if isinstance(metadata, dict) else None,
+        metadata=metadata,
+        finish_reason=str(reason.get("type", "stop")) if isinstance(reason, dict) else reason,
+        num_tokens=len(rollout.output_ids),
+    )
+
+
+def _group(name: str, members: Sequence[_Response], config: TrainConfig) -> Group:
+    samples = [replace(m.sample, reward=m.reward) for m in members if m.sample is not None]
+    empty = [member.reward for member in members if member.sample is None]
+    return Group.of(name, samples, config.advantage_std, empty=empty)
 
 
 def _rollout(found: Line | Trajectory, config: TrainConfig) -> tuple[Rollout, float | None]:
@@ -149,13 +239,16 @@ def _rollout_of(line: Line) -> Rollout:
     )
 
 
-def _check_rewards(path: str, groups: Collection[Sequence[Sample]]) -> None:
+def _check_rewards(path: str, found: Sequence[_Response]) -> None:
     """As over the bridge, a response may have none; if nobody has one, they were forgotten."""
-    missing = sum(sample.reward is None for group in groups for sample in group)
-    if missing == sum(map(len, groups)):
-        raise ConfigError(f"reward is missing on every line of {path}; objective = 'rl' needs them")
+    missing = [response for response in found if response.reward is None]
+    if len(missing) == len(found) and missing[0].words is None:
+        raise ConfigError(
+            f"reward is missing on every line of {path}, and the settings have no table [reward]: "
+            "objective = 'rl' needs one of them"
+        )
     if missing:
-        log.event("trainer.no_reward", level="warning", path=path, lines=missing)
+        log.event("trainer.no_reward", level="warning", path=path, lines=len(missing))
 
 
 def _check_temperature(rollout: Rollout) -> None:

@@ -49,10 +49,16 @@ class Sample:
 
 @dataclass(frozen=True)
 class Group:
-    """The samples of one prompt, with their advantages."""
+    """The responses to one prompt, with their advantages.
+
+    samples  those that have tokens
+    empty    the rewards of those that have none: nothing of them is trained, and they count in the
+             baseline and in the batch
+    """
 
     id: str
     samples: tuple[Sample, ...]
+    empty: tuple[float | None, ...] = ()
 
     @classmethod
     def of(
@@ -61,13 +67,28 @@ class Group:
         samples: Sequence[Sample],
         std: Std = "population",
         *,
-        others: Sequence[float] = (),
+        empty: Sequence[float | None] = (),
     ) -> "Group":
-        """With advantages from the samples' rewards, and from `others`: of responses that have no
-        tokens to train. Raises InvalidRequest for a reward that is none."""
-        rewards = [*(sample.reward for sample in samples), *others]
+        """With advantages from all rewards. Raises InvalidRequest for a reward that is none."""
+        rewards = [*(sample.reward for sample in samples), *empty]
         pairs = zip(samples, group_advantages(rewards, std=std), strict=False)
-        return cls(id, tuple(replace(sample, advantage=value) for sample, value in pairs))
+        advantaged = tuple(replace(sample, advantage=value) for sample, value in pairs)
+        return cls(id, advantaged, tuple(empty))
+
+    @property
+    def rewards(self) -> list[float | None]:
+        """Of every response."""
+        return [*(sample.reward for sample in self.samples), *self.empty]
+
+    @property
+    def num_responses(self) -> int:
+        """Those without tokens too: the paper's mean over a group divides by all of them."""
+        return len(self.samples) + len(self.empty)
+
+    @property
+    def num_tokens(self) -> int:
+        """Response tokens that count."""
+        return sum(sample.num_tokens for sample in self.samples)
 
     @property
     def teaches(self) -> bool:
