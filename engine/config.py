@@ -56,7 +56,11 @@ class KVConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Annotated[int, Meta(ge=2, description="blocks; default: from memory_bytes")] | None
     ) = None
     memory_bytes: (
-        Annotated[int, Meta(ge=1, description="KV memory; default: from free memory")] | None
+        Annotated[
+            int,
+            Meta(ge=1, description="KV memory; default: a fifth of what the weights leave free"),
+        ]
+        | None
     ) = None
     prefix_caching: Annotated[bool, Meta(description="reuse computed prefixes")] = True
     parking_bytes: Annotated[

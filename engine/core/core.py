@@ -7,7 +7,6 @@ peer: while what it has to say cannot be sent, it does not step. A core whose fr
 import gc
 import json
 import os
-import platform
 import sys
 import threading
 import time
@@ -40,6 +39,7 @@ from ..messages import (
     decode_to_core,
     encode,
 )
+from .memory import free_bytes, most_bytes
 from .plan import Runner
 from .scheduler import Scheduler
 from .swap import Stager, Swap
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from ..checkpoint.ring_config import RingConfig
 
 STATS_EVERY_S = 1.0
-# share of the free memory that KV takes where no size is given
+# share of the memory that the weights leave free which KV takes where no size is given
 KV_SHARE = 0.2
 Receive = Callable[[float], Sequence[ToCore]]
 Send = Callable[[list[FromCore]], None]
@@ -185,7 +185,7 @@ def build(
     from ..checkpoint.hub import resolve
     from ..model.runner import ModelRunner
     from ..model.staging import WeightStager
-    from ..model.weights import compute_dtype, load_weights
+    from ..model.weights import WeightReader, load_weights
 
     torch.set_num_threads(config.num_threads or num_free_cores())
 
@@ -194,9 +194,10 @@ def build(
 
     path = config.model.path if version is None else version.folder
     checkpoint = Checkpoint.open(resolve(path, progress))
-    ring = checkpoint.config
-    dtype = compute_dtype(ring, config.model)
-    kv = resolve_kv(config, ring, dtype.itemsize)
+    ring, reader = checkpoint.config, WeightReader(checkpoint, config.model)
+    weight_bytes = reader.num_bytes
+    _check_memory(path, weight_bytes)
+    kv = resolve_kv(config, ring, reader.dtype.itemsize, weight_bytes)
     number = 0 if version is None else version.number
     weights = load_weights(checkpoint, config.model, version=number, on_progress=progress)
     if version is not None and weights.digest != version.digest:
@@ -209,7 +210,7 @@ def build(
     progress("warm-up", 1, 1)
     scheduler = Scheduler(kv, config.batch)
     scheduler.set_version(weights.digest)
-    stager = WeightStager(runner, config.model, free_bytes=_free_bytes)
+    stager = WeightStager(runner, config.model, free_bytes=free_bytes)
     ready = Ready(
         core_id=f"core-{os.getpid()}",
         vocab_size=ring.vocab_size,
@@ -237,8 +238,20 @@ def num_free_cores() -> int:
     return os.cpu_count() or 1
 
 
-def resolve_kv(config: EngineConfig, ring: "RingConfig", itemsize: int) -> ResolvedKV:
-    """Number of blocks and context from what is asked and what is free.
+def _check_memory(path: str, weight_bytes: int) -> None:
+    """Raise CheckpointError where reading the weights could only end by the system's hand."""
+    most = most_bytes()
+    if most is not None and weight_bytes > most:
+        raise CheckpointError(
+            f"{path}: its weights take {weight_bytes / 1e9:.1f} GB of memory, "
+            f"{most / 1e9:.1f} GB are free (swap included)"
+        )
+
+
+def resolve_kv(
+    config: EngineConfig, ring: "RingConfig", itemsize: int, weight_bytes: int
+) -> ResolvedKV:
+    """Number of blocks and context from what is asked and what the weights will leave free.
 
     Raises ConfigError where the context that was asked for cannot be held.
     """
@@ -256,7 +269,7 @@ def resolve_kv(config: EngineConfig, ring: "RingConfig", itemsize: int) -> Resol
     if config.kv.num_blocks is not None:
         blocks = config.kv.num_blocks
     else:
-        memory = config.kv.memory_bytes or int(_free_bytes() * KV_SHARE)
+        memory = config.kv.memory_bytes or int(max(0, free_bytes() - weight_bytes) * KV_SHARE)
         most = config.batch.max_num_seqs * -(-length // size) + 1
         blocks = max(2, min(memory // (token_bytes * size), most))
     capacity = (blocks - 1) * size
@@ -276,16 +289,6 @@ def resolve_kv(config: EngineConfig, ring: "RingConfig", itemsize: int) -> Resol
         num_parking_blocks=config.kv.parking_bytes // (token_bytes * size),
         on_pause=config.kv.on_pause,
     )
-
-
-def _free_bytes() -> int:
-    """Memory that can be had without swapping, by the system's own word."""
-    if platform.system() == "Linux":
-        with open("/proc/meminfo") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
 
 
 def main() -> None:

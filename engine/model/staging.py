@@ -9,13 +9,12 @@ What a piece touches is bounded (kernels/pieces.py), so that a step never waits 
 (engine/core/swap.py).
 """
 
+import math
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
-
-import torch
 
 from ...kernels import PackedWeight, Pieces
 from ..checkpoint.checkpoint import Checkpoint
@@ -26,6 +25,7 @@ from ..checkpoint.manifest import (
     combine_digests,
     read_manifest,
 )
+from ..checkpoint.safetensors_header import DTYPES
 from ..config import ModelConfig
 from ..core.swap import Part
 from ..errors import CheckpointError, WeightsRefused
@@ -150,15 +150,7 @@ class WeightStager:
 
     def _check_room(self, checkpoint: Checkpoint, reader: WeightReader) -> int:
         """Raise WeightsRefused unless the weights fit beside those that serve."""
-        stored = needed = 0
-        keeps_codes = reader.dtype == torch.bfloat16 and reader.config.quant is not None
-        for entry in checkpoint.entries.values():
-            count = torch.Size(entry.shape).numel()
-            width = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1}[entry.dtype]
-            stored += count * width
-            is_code = entry.dtype == "F8_E4M3" and keeps_codes
-            needed += count * (1 if is_code else reader.dtype.itemsize)
-        needed += SPARE_BYTES
+        needed = reader.num_bytes + SPARE_BYTES
         free = self._free_bytes()
         if needed > free:
             raise WeightsRefused(
@@ -166,7 +158,8 @@ class WeightStager:
                 f"that serve, {free / 1e9:.2f} GB are free: give the machine more memory, or the "
                 "KV cache less (kv.memory_bytes)"
             )
-        return stored
+        entries = checkpoint.entries.values()
+        return sum(math.prod(entry.shape) * DTYPES[entry.dtype].itemsize for entry in entries)
 
     def _score(
         self, weights: Weights, manifest: Manifest, comparison: Comparison

@@ -5,10 +5,12 @@ on unaligned data. Linear layers take the form that the kernels' level multiplie
 head keep their float32 sums (PAPER.md §3).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar, overload
 
+import msgspec
 import torch
 
 from ...kernels import (
@@ -27,6 +29,7 @@ from ...kernels import (
     preparing_head,
 )
 from ..checkpoint.checkpoint import Checkpoint, StoredLinear
+from ..checkpoint.expected_tensors import expected_tensors
 from ..checkpoint.ring_config import RingConfig
 from ..config import ModelConfig
 from ..errors import ConfigError
@@ -297,6 +300,23 @@ class WeightReader:
             digest="",
             parts=tuple(self.made),
         )
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the weights take once they are read, but for padding and scales."""
+        keeps_codes = self.dtype == torch.bfloat16 and not self._expand_now
+        main_layers = msgspec.structs.replace(self.config, num_nextn_predict_layers=0)
+        total = 0
+        for spec in expected_tensors(main_layers):
+            is_code = self.checkpoint.entries[spec.name].dtype == "F8_E4M3"
+            width = 1 if is_code and keeps_codes else self.dtype.itemsize
+            if ".mlp.gate." in spec.name:
+                width = torch.float32.itemsize
+            total += math.prod(spec.shape) * width
+        if self.config.tie_word_embeddings:
+            # once to be looked up in, once to be multiplied with
+            total += self.config.vocab_size * self.config.hidden_size * self.dtype.itemsize
+        return total
 
     @property
     def formats(self) -> str:

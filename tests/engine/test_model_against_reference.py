@@ -191,6 +191,15 @@ def test_w8a8_expert_layer_rounds_where_fp8_serving_does(store, fp8):
 # -- one trap each: what small random checkpoints seldom have
 
 
+RELEASED = {
+    "num_experts": 256,
+    "num_experts_per_tok": 8,
+    "n_group": 8,
+    "topk_group": 4,
+    "head_dim": 128,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32768,
+}
 TRAPS = {
     "rotary_dim alone": Draw(base_config(partial_rotary_factor=None, rotary_dim=4)),
     "no rotary key: all of the head": Draw(base_config(partial_rotary_factor=None)),
@@ -236,6 +245,22 @@ TRAPS = {
     "mtp after the main layers": Draw(base_config(num_nextn_predict_layers=1)),
     "mtp counted among the layers": Draw(
         base_config(num_hidden_layers=3, num_nextn_predict_layers=1), mtp="inside"
+    ),
+    # 256 experts in 8 groups, 8 of 4 of them; 128 dimensions a head, half of them rotated
+    "heads and routing of mini": Draw(base_config(**RELEASED, num_attention_heads=16)),
+    "heads and routing of flash": Draw(base_config(**RELEASED, num_attention_heads=32)),
+    "heads, routing and keys of 1T": Draw(
+        base_config(
+            **RELEASED | {"num_key_value_heads": 8},
+            num_attention_heads=64,
+            num_hidden_layers=5,
+            first_k_dense_replace=4,
+            partial_rotary_factor=None,
+            rotary_dim=64,
+        )
+    ),
+    "routing of the releases, with a strong bias": Draw(
+        base_config(**RELEASED, num_attention_heads=16), bias_center=-1.0, bias_spread=1.0
     ),
     "only dense layers": Draw(base_config(first_k_dense_replace=2)),
     "only expert layers": Draw(base_config(first_k_dense_replace=0)),
