@@ -40,7 +40,7 @@ class BudgetsFace:
         fields = fields_of(body, "msgpack" if media == "msgpack" else "json")
         request = decode_own(fields, BudgetRequest)
         key = request_key(http, "/rollouts/budget", fields)
-        budget = await self._manager.open_budget(
+        budget = await self._manager.budgets.open(
             request.pool, request.tokens, key, places=request.places
         )
         return answer(http, budget, status=202)
@@ -48,15 +48,15 @@ class BudgetsFace:
     async def list(self, http: Request) -> Response:
         answer_media(http)
         pool = Parameters(http, "pool").text("pool")
-        return answer(http, BudgetList(data=self._manager.budgets(pool)))
+        return answer(http, BudgetList(data=self._manager.budgets.of(pool)))
 
     async def get(self, http: Request) -> Response:
         answer_media(http)
         wait_s = Parameters(http, "wait").seconds("wait")
         budget_id = http.path_params["id"]
         if wait_s is None:
-            return answer(http, self._manager.budget(budget_id))
-        waiting = self._manager.wait_budget(budget_id, min(wait_s, MAX_WAIT_S))
+            return answer(http, self._manager.budgets.get(budget_id))
+        waiting = self._manager.budgets.wait(budget_id, min(wait_s, MAX_WAIT_S))
         return answer(http, await unless_disconnected(http, waiting))
 
     async def close(self, http: Request) -> Response:
@@ -65,4 +65,4 @@ class BudgetsFace:
         body = await read_body(http, max_bytes=self._max_body_bytes)
         if body:
             decode_own(fields_of(body, "msgpack" if media == "msgpack" else "json"), Empty)
-        return answer(http, await self._manager.close_budget(http.path_params["id"]))
+        return answer(http, await self._manager.budgets.close(http.path_params["id"]))

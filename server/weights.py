@@ -51,30 +51,32 @@ class WeightsFace:
 
     async def stage(self, http: Request) -> Response:
         request = await self._request(http, StageRequest)
-        staging = self._manager.stage(request.path, request.priority, rollback=request.rollback)
+        staging = self._manager.versions.stage(
+            request.path, request.priority, rollback=request.rollback
+        )
         return answer(http, await unless_disconnected(http, staging))
 
     async def unstage(self, http: Request) -> Response:
         await self._request(http, Empty)
-        await self._manager.unstage()
+        await self._manager.versions.unstage()
         return answer(http, self._known())
 
     async def flip(self, http: Request) -> Response:
         request = await self._request(http, FlipRequest)
-        flipping = self._manager.flip(request.version, request.kv)
+        flipping = self._manager.versions.flip(request.version, request.kv)
         flipped = await unless_disconnected(http, flipping)
         return answer(http, Updated(flipped=flipped, lineage=self._manager.version.lineage))
 
     async def update(self, http: Request) -> Response:
         request = await self._request(http, UpdateRequest)
-        updating = self._manager.update_weights(request.path, request.kv, request.priority)
+        updating = self._manager.versions.update(request.path, request.kv, request.priority)
         staged, flipped = await unless_disconnected(http, updating)
         lineage = self._manager.version.lineage
         return answer(http, Updated(staged=staged, flipped=flipped, lineage=lineage))
 
     async def rollback(self, http: Request) -> Response:
         request = await self._request(http, RollbackRequest)
-        rolling = self._manager.rollback(
+        rolling = self._manager.versions.roll_back(
             request.version, path=request.path, kv=request.kv, priority=request.priority
         )
         flipped = await unless_disconnected(http, rolling)

@@ -18,12 +18,13 @@ from typing import Any, TypeVar
 
 from msgspec.structs import replace
 
-from ..errors import Conflict, EverstepError, InvalidRequest, UnknownBudget
+from ..errors import Conflict, InvalidRequest, UnknownBudget
 from ..journal.ops import Budget, BudgetState, CloseBudget, OpenBudget, RequestKey
 from ..messages import Meter, Metered
 from ..metrics import Registry
 from .keeping import Keeper
 from .request_keys import RequestKeys
+from .standing import Standing
 
 T = TypeVar("T")
 MAX_TOKENS = 2**53
@@ -94,13 +95,19 @@ class Lease:
 class Budgets:
     """All budgets of this front, and a lease for each metered pool.
 
-    send          tells the core, if there is one; False: there is none
-    why_not_here  why budgets have no more news in this process, or None
+    send  tells the core, if there is one; False: there is none
     """
 
-    def __init__(self, keeper: Keeper | None, *, retain_keys_s: float, metrics: Registry) -> None:
+    def __init__(
+        self,
+        standing: Standing,
+        keeper: Keeper | None,
+        *,
+        retain_keys_s: float,
+        metrics: Registry,
+    ) -> None:
         self.send: Callable[[Meter], bool] = lambda _: False
-        self.why_not_here: Callable[[], EverstepError | None] = lambda: None
+        self._standing = standing
         self._keeper = keeper
         self._retain_s = retain_keys_s
         self._keys = RequestKeys(retain_keys_s) if keeper is None else keeper.keys
@@ -128,11 +135,17 @@ class Budgets:
     async def open(
         self, pool: str, tokens: int, key: RequestKey | None = None, *, places: int | None = None
     ) -> Budget:
-        """Let the pool grow by so many tokens; under one key once.
+        """Let the rollouts of a pool grow by so many tokens in all, then stand still; the same key
+        gives the same budget. From its first one on a pool grows under an open budget only.
 
-        Raises InvalidRequest naming the field, Conflict where it has an open budget, KeyReused,
-        JournalFull, JournalError.
+        places  how many of them run at once, the first that came; the others stand by (None: any
+                number)
+
+        Raises InvalidRequest naming the field, Conflict where it has an open one, KeyReused,
+        Draining, EngineUnavailable, JournalFull, JournalError.
         """
+        self._standing.check_room(0)
+        self._check_read()
         if not pool:
             raise InvalidRequest(
                 "pool: the pool of all that names none has no budget; name one", field="pool"
@@ -159,14 +172,14 @@ class Budgets:
             await self._whole(self._close(budget))
         return self.get(budget_id)
 
-    async def wait(self, budget_id: str, timeout_s: float | None) -> Budget:
+    async def wait(self, budget_id: str, timeout_s: float | None = None) -> Budget:
         """It once it has ended, or the time is up. Raises UnknownBudget, and why it has no news."""
         budget = self._find(budget_id)
         lease = self._leases[budget.pool]
         try:
             async with asyncio.timeout(timeout_s):
                 while budget.state is BudgetState.OPEN:
-                    error = self.why_not_here()
+                    error = self._standing.why_not_here()
                     if error is not None:
                         raise error
                     await lease.news.wait()
@@ -179,7 +192,9 @@ class Budgets:
         return replace(self._find(budget_id))
 
     def of(self, pool: str | None = None) -> list[Budget]:
-        """In order of opening. Long ended ones are gone, but the newest of each pool."""
+        """As they are now, in order of opening. Long ended ones are gone, but the newest of each
+        pool."""
+        self._check_read()
         return [replace(b) for b in self._budgets.values() if pool in (None, b.pool)]
 
     def is_metered(self, pool: str) -> bool:
@@ -240,6 +255,10 @@ class Budgets:
         return [lease.tell() for lease in self._leases.values() if lease.is_metered]
 
     # --- parts of these ------------------------------------------------------------------
+
+    def _check_read(self) -> None:
+        """Raise EngineUnavailable before those of the journal are here."""
+        _ = self._standing.kept
 
     async def _open(
         self, pool: str, tokens: int, places: int | None, key: RequestKey | None
@@ -310,6 +329,7 @@ class Budgets:
             lease.lose_core()
 
     def _find(self, budget_id: str) -> Budget:
+        self._check_read()
         budget = self._budgets.get(budget_id)
         if budget is None:
             raise UnknownBudget(f"no budget has the id {budget_id!r}")

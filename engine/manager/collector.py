@@ -79,6 +79,7 @@ class Collector:
         self._budgets = budgets
         budgets.send = self._meter
         self._versions = versions
+        versions.check_core = self._check_core
         versions.tell = self._tell_of_weights
         versions.on_change = self._on_weights
         self._restarts = restarts
@@ -202,8 +203,12 @@ class Collector:
             return True
         return growth.rollout.is_durable and self._keeper is not None and self._keeper.is_held
 
+    def _check_core(self) -> None:
+        """Raise EngineUnavailable while there is no core."""
+        _ = self.info
+
     def _tell_of_weights(self, message: ToCore) -> None:
-        _ = self.info  # raises while there is no core
+        self._check_core()
         self.tell(message)
 
     def _on_weights(self) -> None:

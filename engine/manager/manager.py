@@ -1,44 +1,38 @@
 """RolloutManager: what faces call to submit, read and control rollouts.
 
-It checks what comes in and owns what lives: `Holdings`. `Collector` (engine/manager/collector.py) speaks
-with the core: whatever a core knows it could be told again from here, so a core that dies costs
-time. `Keeper` (engine/manager/keeping.py) speaks with the journal: what is durable outlives this process.
+It checks what comes in and owns what lives (`Holdings`), and hands on what each of these does:
+
+    Collector  speaks with the core: whatever a core knows it could be told again from here, so a
+               core that dies costs time
+    Keeper     speaks with the journal: what is durable outlives this process
+    Control    pauses, resumes, cancels and acknowledges
+    Budgets, Versions   of pools and of the weights: faces call them by `budgets` and `versions`
 """
 
-import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Literal
 
 from ..backend import Backend
 from ..checkpoint.manifest import Version
 from ..config import RestartConfig
-from ..errors import (
-    Conflict,
-    Draining,
-    EngineDied,
-    EngineUnavailable,
-    EverstepError,
-    IllegalState,
-    InvalidRequest,
-    JournalError,
-    Overloaded,
-    UnknownRollout,
-)
-from ..journal.ops import Budget, Query, RequestKey
+from ..errors import Conflict, EngineUnavailable, InvalidRequest, UnknownRollout
+from ..journal.ops import Query, RequestKey
 from ..journal.thread import JournalThread
-from ..messages import Flipped, KVPolicy, Pause, Priority, Ready, Staged, Stats
+from ..messages import Ready, Stats
 from ..metrics import Counter, Gauge, Histogram, Registry
 from ..rollout import Rollout, RolloutState
 from ..tokenizer import Tokenizer
 from ..trajectory import Trajectory
 from .budgets import Budgets
 from .collector import Collector
+from .control import Control
 from .growth import Growth, durable_growth
 from .holdings import Holdings
 from .intake import Accepted, Submission
-from .keeping import Ids, Keeper, Page, ids_of
+from .keeping import Ids, Keeper, Page
 from .readers import Delta, deltas, until
 from .recovery import bring_back
+from .standing import Standing
 from .transfer import export_of, forks_of, imported
 from .versions import Versions
 
@@ -47,7 +41,6 @@ __all__ = ["Delta", "RolloutManager"]
 Rollouts = list[Rollout]
 Growths = list[Growth]
 Metrics = list[Counter | Gauge | Histogram]
-BudgetList = list[Budget]
 
 
 class RolloutManager:
@@ -75,38 +68,38 @@ class RolloutManager:
         metrics: Registry | None = None,
     ) -> None:
         self.metrics = metrics or Registry()
-        self._tokenizer = tokenizer
         self.run_seed = run_seed
-        self._max_live = max_live
-        self._num_submitted = 0
-        self._allow_other_weights = allow_other_weights
         self.num_recovered = 0
         """Live rollouts that the journal brought back at the start."""
-        self._is_recovered = False
-        self._is_draining = False
+        self._tokenizer = tokenizer
+        self._num_submitted = 0
+        self._allow_other_weights = allow_other_weights
         self._holdings = Holdings(self.metrics)
-        self._versions = Versions(base=model_path, metrics=self.metrics)
         self._keeper: Keeper | None = None
         if journal is not None:
             self._keeper = Keeper(journal, self._holdings, retain_keys_s=retain_keys_s)
-        self._budgets = Budgets(self._keeper, retain_keys_s=retain_keys_s, metrics=self.metrics)
-        self._budgets.why_not_here = self._why_not_here
+        self._standing = Standing(self._holdings, self._keeper, max_live=max_live)
+        self.versions = Versions(base=model_path, metrics=self.metrics)
+        """Of the weights: what serves, what is staged, what served; they are changed here too."""
+        self.budgets = Budgets(
+            self._standing, self._keeper, retain_keys_s=retain_keys_s, metrics=self.metrics
+        )
+        """Of tokens, which pools may grow by."""
         self._core = Collector(
             backend,
             self._holdings,
             tokenizer,
             keeper=self._keeper,
-            budgets=self._budgets,
-            versions=self._versions,
+            budgets=self.budgets,
+            versions=self.versions,
             restarts=restarts,
             metrics=self.metrics,
         )
-        # a pause is in force before it is journaled and a resume after: two at once would leave
-        # the journal with one of them and the engine with the other
-        self._pausing = asyncio.Lock()
+        self._standing.core_failure = lambda: self._core.failure
+        self._control = Control(self._holdings, self._core, self._standing)
         if self._keeper is not None:
             self._keeper.on_change = self._on_journal
-            self._versions.journal = self._keeper.journal.commit
+            self.versions.journal = self._keeper.journal.commit
 
     @property
     def info(self) -> Ready:
@@ -117,6 +110,14 @@ class RolloutManager:
     def known_info(self) -> Ready:
         """As `info`; while a core is started again, what the last one said."""
         return self._core.known_info
+
+    @property
+    def version(self) -> Version:
+        """That which serves, or which rollouts wait for. Raises EngineUnavailable before."""
+        current = self.versions.current
+        if current is None:
+            raise EngineUnavailable(self._core.failure or "the engine is loading")
+        return current
 
     @property
     def stats(self) -> Stats | None:
@@ -136,7 +137,7 @@ class RolloutManager:
     def current_metrics(self) -> Metrics:
         """All that this process counts, as it is now."""
         self._holdings.count_states()
-        self._budgets.count()
+        self.budgets.count()
         return self.metrics.metrics
 
     @property
@@ -152,8 +153,8 @@ class RolloutManager:
         recovered = None
         if self._keeper is not None:
             recovered = await self._keeper.recover()
-            self._budgets.restore(recovered.budgets)
-            self._versions.restore(recovered.flips, recovered.flip)
+            self.budgets.restore(recovered.budgets)
+            self.versions.restore(recovered.flips, recovered.flip)
         info = await self._core.start()
         if recovered is not None:
             self.num_recovered = bring_back(
@@ -163,17 +164,17 @@ class RolloutManager:
                 self._tokenizer,
                 allow_other_weights=self._allow_other_weights,
             )
-        self._versions.note_start(info, self._core.missing)
-        self._is_recovered = True
+        self.versions.note_start(info, self._core.missing)
+        self._standing.is_recovered = True
         self._core.collect()
 
     def drain(self) -> None:
         """Take nothing new, and let the readers of durable rollouts go: those outlive this."""
-        self._is_draining = True
+        self._standing.is_draining = True
         for growth in self._holdings:
             if growth.rollout.is_durable:
                 growth.publish()
-        self._budgets.publish()
+        self.budgets.publish()
 
     async def close(self) -> None:
         """Abort what is live and not durable, end the backend, write the journal and close it."""
@@ -183,6 +184,14 @@ class RolloutManager:
         await self._core.close()
         if self._keeper is not None:
             await self._keeper.close()
+
+    def _on_journal(self) -> None:
+        """Its journal has stalled, goes on, or has failed."""
+        self._core.hold()
+        if self._keeper is not None and self._keeper.failure is not None:
+            for growth in self._holdings:
+                growth.publish()
+            self.budgets.publish()
 
     # --- submissions -------------------------------------------------------------------
 
@@ -198,7 +207,7 @@ class RolloutManager:
                 "the journal does; what it counts must be durable (`accept`)",
                 field="pool",
             )
-        self._check_room(submission.samples)
+        self._standing.check_room(submission.samples)
         self._num_submitted += 1
         source = ("rollout", self.run_seed, self._num_submitted)
         rollouts = submission.make(*source, max_tokens=max_tokens)
@@ -219,7 +228,7 @@ class RolloutManager:
         async def make() -> Rollouts:
             info = self._core.known_info
             lengths = [self._check(submission, info) for submission in many]
-            source = ("durable", self.run_seed, self._journaled.next_number())
+            source = ("durable", self.run_seed, self._standing.journaled.next_number())
             return [
                 rollout
                 for i, (submission, max_tokens) in enumerate(zip(many, lengths, strict=True))
@@ -245,7 +254,7 @@ class RolloutManager:
 
         async def make() -> Rollouts:
             parent, info = await self.find(rollout_id), self._core.known_info
-            number = self._journaled.next_number()
+            number = self._standing.journaled.next_number()
             return forks_of(parent, at, samples=samples, seed=seed, number=number, info=info)
 
         return await self._accept(key, make)
@@ -279,31 +288,10 @@ class RolloutManager:
     ) -> Accepted:
         async def growths() -> Growths:
             rollouts = await make()
-            self._check_room(len(rollouts))
+            self._standing.check_room(len(rollouts))
             return [durable_growth(r, self._tokenizer, self._core.stop_ids(r)) for r in rollouts]
 
-        return await self._journaled.accept(key, growths, self._core.add)
-
-    @property
-    def _kept(self) -> Keeper | None:
-        """The keeper, once what its journal holds is here.
-
-        Raises EngineUnavailable before: whoever read a live rollout then would wait for news of a
-        copy, and a key that is in the journal would be taken for a new one.
-        """
-        if self._keeper is not None and not self._is_recovered:
-            raise EngineUnavailable("the engine is loading, and the journal is not read yet")
-        return self._keeper
-
-    @property
-    def _journaled(self) -> Keeper:
-        keeper = self._kept
-        if keeper is None:
-            raise JournalError(
-                "this server keeps no journal, so it takes no durable rollouts; "
-                "start it with --journal PATH"
-            )
-        return keeper
+        return await self._standing.journaled.accept(key, growths, self._core.add)
 
     def check(self, submission: Submission) -> int:
         """The resolved max_tokens. Raises InvalidRequest where it can never run here."""
@@ -314,16 +302,6 @@ class RolloutManager:
         return submission.check(
             info, eos_ids=self._core.eos_ids, has_tokenizer=self._tokenizer is not None
         )
-
-    def _check_room(self, count: int) -> None:
-        if self._is_draining:
-            raise Draining("the server is shutting down; send this elsewhere")
-        if self.num_live + count > self._max_live:
-            raise Overloaded(
-                f"{self.num_live} rollouts are waiting or running, the limit is "
-                f"{self._max_live}; try again later",
-                retry_after_s=1.0,
-            )
 
     # --- readers -----------------------------------------------------------------------
 
@@ -342,9 +320,9 @@ class RolloutManager:
             return "resume"
         if rollout.is_durable and self.journal_trouble is not None:
             return "disk"
-        if self._versions.waiting_for is not None:
+        if self.versions.waiting_for is not None:
             return "weights"
-        return "budget" if self._budgets.is_metered(rollout.pool) else "resume"
+        return "budget" if self.budgets.is_metered(rollout.pool) else "resume"
 
     async def find(self, rollout_id: str) -> Rollout:
         """A rollout, live or ended, from memory or from the journal; raises UnknownRollout."""
@@ -352,7 +330,7 @@ class RolloutManager:
 
     async def list(self, query: Query) -> Page:
         """Durable rollouts in order of acceptance."""
-        return await self._journaled.list(query)
+        return await self._standing.journaled.list(query)
 
     async def stream(self, rollout_id: str, *, after: int = 0) -> AsyncIterator[Delta]:
         """Deltas from token `after` on until the last; any number of readers, each sees all of it.
@@ -362,7 +340,7 @@ class RolloutManager:
         """
         growth = await self._growth(rollout_id)
         with self._holdings.reading(growth):
-            async for delta in deltas(growth, after, self._tokenizer, self._why_not_here):
+            async for delta in deltas(growth, after, self._tokenizer, self._standing.why_not_here):
                 yield delta
 
     async def wait(
@@ -374,11 +352,11 @@ class RolloutManager:
         """
         growth = await self._growth(rollout_id)
         with self._holdings.reading(growth):
-            await until(growth, after, timeout_s, self._why_not_here)
+            await until(growth, after, timeout_s, self._standing.why_not_here)
         return growth.rollout
 
     async def _growth(self, rollout_id: str) -> Growth:
-        keeper, growth = self._kept, self._holdings.get(rollout_id)
+        keeper, growth = self._standing.kept, self._holdings.get(rollout_id)
         if growth is not None:
             return growth
         if keeper is None:
@@ -386,19 +364,6 @@ class RolloutManager:
         found = await keeper.find(rollout_id)
         # it may have come in meanwhile: then news come to that one
         return self._holdings.get(rollout_id) or Growth(found, None)
-
-    def _why_not_here(self) -> EverstepError | None:
-        """Why durable rollouts, which live on, have no more news in this process."""
-        if self._is_draining:
-            return Draining(
-                "the server is shutting down; the rollout is in its journal and goes on when it "
-                "is started again"
-            )
-        if self._core.failure is not None:
-            return EngineDied(f"{self._core.failure}; the rollout stays in the journal")
-        if self._keeper is not None and self._keeper.failure is not None:
-            return JournalError(self._keeper.failure)
-        return None
 
     # --- control -----------------------------------------------------------------------
 
@@ -408,42 +373,15 @@ class RolloutManager:
         Returns the ids it applied to; ended ones are left alone. Raises UnknownRollout, and then
         nothing was done.
         """
-        async with self._pausing:
-            growths = await self._named(ids, group)
-            is_all = ids is None and group is None
-            self._holdings.pause(growths, is_all=is_all)
-            names = ids_of(growths)
-            # by name: what is accepted from here on is paused when the core is told of it
-            self._core.tell(Pause(names))
-            if self._keeper is not None:
-                await self._keeper.pause(growths, is_all=is_all)
-        return names
+        return await self._control.pause(ids, group)
 
     async def resume(self, ids: Sequence[str] | None = None, *, group: str | None = None) -> Ids:
         """Go on exactly where they stopped. Raises IllegalState where a named one has ended."""
-        async with self._pausing:
-            growths = await self._named(ids, group)
-            names = ids_of(growths)
-            ended = [rollout_id for rollout_id in ids or () if rollout_id not in names]
-            if ended:
-                raise IllegalState(f"rollout {ended[0]} has ended: it cannot be resumed")
-            is_all = ids is None and group is None
-            if self._keeper is not None:
-                await self._keeper.resume(growths, is_all=is_all)
-            if is_all:
-                # those too that were accepted, and so paused, while this was journaled
-                growths = self._holdings.live()
-            self._holdings.resume(growths, is_all=is_all)
-            self._core.resume(growths)
-        return ids_of(growths)
+        return await self._control.resume(ids, group)
 
     async def cancel(self, ids: Sequence[str] | None = None, *, group: str | None = None) -> Ids:
         """End these (state aborted). Ended ones are left as they are."""
-        growths = await self._named(ids, group)
-        self._core.cancel(growths)
-        if self._keeper is not None:
-            await self._keeper.flush()
-        return ids_of(growths)
+        return await self._control.cancel(ids, group)
 
     async def acknowledge(
         self, ids: Sequence[str] | None = None, *, group: str | None = None
@@ -452,146 +390,9 @@ class RolloutManager:
 
         Raises IllegalState where one that is named has not ended; twice does no harm.
         """
-        return await self._journaled.acknowledge(ids, group)
+        return await self._control.acknowledge(ids, group)
 
     def drop(self, rollout_ids: Sequence[str]) -> None:
         """Nobody reads these any more: what runs is cancelled, all is forgotten. Durable ones are
         left alone."""
-        live = self._holdings.live(rollout_ids)
-        self._core.cancel([growth for growth in live if not growth.rollout.is_durable])
-        for rollout_id in rollout_ids:
-            growth = self._holdings.get(rollout_id)
-            if growth is not None and not growth.rollout.is_durable:
-                self._holdings.forget(rollout_id)
-
-    # --- token budgets of pools ----------------------------------------------------------
-
-    async def open_budget(
-        self, pool: str, tokens: int, key: RequestKey | None = None, *, places: int | None = None
-    ) -> Budget:
-        """Let the rollouts of a pool grow by so many tokens in all, then stand still; the same key
-        gives the same budget. From its first one on a pool grows under an open budget only.
-
-        places  how many of them run at once, the first that came; the others stand by (None: any
-                number)
-
-        Raises InvalidRequest naming the field, Conflict where it has an open one, KeyReused,
-        Draining, EngineUnavailable, JournalFull, JournalError.
-        """
-        self._check_room(0)
-        return await self._told_budgets.open(pool, tokens, key, places=places)
-
-    async def close_budget(self, budget_id: str) -> Budget:
-        """End it; what was in flight is counted. Raises UnknownBudget, JournalFull, JournalError."""
-        return await self._told_budgets.close(budget_id)
-
-    async def wait_budget(self, budget_id: str, timeout_s: float | None = None) -> Budget:
-        """It once it is spent or closed, or the time is up. Raises UnknownBudget, and as `wait`."""
-        return await self._told_budgets.wait(budget_id, timeout_s)
-
-    def budget(self, budget_id: str) -> Budget:
-        """It as it is now; raises UnknownBudget."""
-        return self._told_budgets.get(budget_id)
-
-    def budgets(self, pool: str | None = None) -> BudgetList:
-        """In order of opening, as they are now."""
-        return self._told_budgets.of(pool)
-
-    @property
-    def _told_budgets(self) -> Budgets:
-        """Those of the journal among them; raises EngineUnavailable before."""
-        self._kept  # noqa: B018
-        return self._budgets
-
-    # --- weights -----------------------------------------------------------------------
-
-    @property
-    def version(self) -> Version:
-        """That which serves, or which rollouts wait for. Raises EngineUnavailable before."""
-        current = self._versions.current
-        if current is None:
-            raise EngineUnavailable(self._core.failure or "the engine is loading")
-        return current
-
-    @property
-    def versions(self) -> Versions:
-        """All that is known of weights: what served, what is staged and how far it is."""
-        return self._versions
-
-    async def stage(
-        self, path: str, priority: Priority = "background", *, rollback: int | None = None
-    ) -> Staged:
-        """Load a version's folder beside what serves, and check it; returns once it can be flipped
-        to. Another one that is staged, or being staged, is given up.
-
-        priority  beside generation (`messages.Stage`)
-        rollback  the version's number, where the flip is to be a `rollback` to it
-
-        Raises WeightsRefused, naming the tensor or the first layer that differs; CheckpointError;
-        StaleVersion where its number or lineage is not to come; EngineUnavailable. Whatever is
-        raised, what serves goes on serving.
-        """
-        return await self._weights.stage(path, priority, rollback=rollback)
-
-    async def flip(self, version: int, kv: KVPolicy = "keep") -> Flipped:
-        """Serve the staged version from the next step on; returns once that is journaled.
-
-        kv  what becomes of the KV of live rollouts (`messages.Flip`)
-
-        No rollout ends by it. Raises IllegalState unless that version is staged; EngineUnavailable.
-        """
-        return await self._weights.flip(version, kv)
-
-    async def update_weights(
-        self, path: str, kv: KVPolicy = "keep", priority: Priority = "background"
-    ) -> tuple[Staged, Flipped]:
-        """`stage`, then `flip`."""
-        staged = await self.stage(path, priority)
-        return staged, await self.flip(staged.version, kv)
-
-    async def unstage(self) -> None:
-        """Give up what is staged or being staged, if anything is."""
-        await self._weights.unstage()
-
-    async def rollback(
-        self,
-        version: int,
-        *,
-        path: str | None = None,
-        kv: KVPolicy = "keep",
-        priority: Priority = "background",
-    ) -> Flipped:
-        """Serve a version again by its name; a new lineage begins (`self.version.lineage`), and
-        versions of the old one are refused from then on.
-
-        path  its folder, where it never served here or its files are elsewhere now
-        """
-        return await self._weights.roll_back(version, path, kv, priority)
-
-    @property
-    def _weights(self) -> Versions:
-        """Raises EngineUnavailable while no core could be told."""
-        _ = self._core.info
-        return self._versions
-
-    async def _named(self, ids: Sequence[str] | None, group: str | None) -> Growths:
-        """The live ones that are meant; raises UnknownRollout where one was never here."""
-        keeper, holdings = self._kept, self._holdings
-        if group is not None:
-            found = [g for g in holdings.live() if g.rollout.group_id == group]
-            if not found and not (keeper and await keeper.has_group(group)):
-                raise UnknownRollout(f"no group has the id {group!r}")
-            return found
-        for rollout_id in ids or ():
-            is_here = holdings.get(rollout_id) is not None
-            if not is_here and not (keeper and await keeper.is_known(rollout_id)):
-                raise UnknownRollout(f"no rollout has the id {rollout_id!r}")
-        return holdings.live(None if ids is None else dict.fromkeys(ids))
-
-    def _on_journal(self) -> None:
-        """Its journal has stalled, goes on, or has failed."""
-        self._core.hold()
-        if self._keeper is not None and self._keeper.failure is not None:
-            for growth in self._holdings:
-                growth.publish()
-            self._budgets.publish()
+        self._control.drop(rollout_ids)

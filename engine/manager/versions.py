@@ -37,6 +37,7 @@ from ..messages import (
     Unstage,
 )
 from ..metrics import Registry
+from .version_metrics import VersionMetrics
 
 Asked = Literal["stage", "flip"]
 Journal = Callable[[ops.Flip], asyncio.Future[None] | None]
@@ -56,13 +57,15 @@ class _Asked(Struct):
 class Versions:
     """What a manager knows of weights. Everything is called on its loop.
 
-    tell       sends to the core; raises EngineUnavailable while there is none
-    journal    notes a flip, in order with the tokens; None: there is no journal
-    on_change  called when what serves, or whether rollouts wait for weights, has changed
-    base       the model that the server was started with; "": where the first core found it
+    check_core  raises EngineUnavailable while there is no core that could be told
+    tell        sends to the core; raises as check_core
+    journal     notes a flip, in order with the tokens; None: there is no journal
+    on_change   called when what serves, or whether rollouts wait for weights, has changed
+    base        the model that the server was started with; "": where the first core found it
     """
 
     def __init__(self, *, base: str, metrics: Registry) -> None:
+        self.check_core: Callable[[], None] = lambda: None
         self.tell: Callable[[ToCore], None] = lambda _: None
         self.journal: Journal = lambda _: None
         self.on_change: Callable[[], None] = lambda: None
@@ -81,25 +84,7 @@ class Versions:
         self._own_folders = {"", base}
         """Of the model that the server was started with."""
         self._asked: deque[_Asked] = deque()
-        self._stage_s = metrics.histogram(
-            "everstep:weight_stage_seconds", "from asked for to ready to be flipped to"
-        )
-        self._busy_s = metrics.counter(
-            "everstep:weight_stage_busy_seconds_total", "of staging, taken from the step loop"
-        )
-        self._slice_s = metrics.gauge(
-            "everstep:weight_longest_slice_seconds", "how long the last staging held up one step"
-        )
-        self._flip_s = metrics.histogram(
-            "everstep:weight_flip_seconds", "last step under the old weights to first under the new"
-        )
-        self._steps_lost = metrics.counter(
-            "everstep:weight_flip_steps_lost_total", "the same in steps, as long as those before"
-        )
-        self._number = metrics.gauge("everstep:weight_version", "number of the version that serves")
-        self._refused = metrics.counter(
-            "everstep:weight_refusals_total", "versions that did not pass; the old one went on"
-        )
+        self._metrics = VersionMetrics(metrics)
 
     # --- what is known -----------------------------------------------------------------
 
@@ -152,7 +137,7 @@ class Versions:
                 self.history.append(version)
             else:
                 self._note(version)
-        self._number.set(info.version)
+        self._metrics.number.set(info.version)
 
     def note_death(self) -> None:
         """The core is gone, and with it what was staged."""
@@ -168,10 +153,20 @@ class Versions:
 
     # --- what is asked for ---------------------------------------------------------------
 
-    async def stage(self, path: str, priority: Priority, *, rollback: int | None = None) -> Staged:
-        """Have a folder loaded and checked. rollback: the number of a version to go back to, by the
-        flip that follows. Raises CheckpointError, StaleVersion, WeightsRefused,
-        EngineUnavailable."""
+    async def stage(
+        self, path: str, priority: Priority = "background", *, rollback: int | None = None
+    ) -> Staged:
+        """Load a version's folder beside what serves, and check it; returns once it can be flipped
+        to. Another one that is staged, or being staged, is given up.
+
+        priority  beside generation (`messages.Stage`)
+        rollback  the version's number, where the flip is to be a `roll_back` to it
+
+        Raises WeightsRefused, naming the tensor or the first layer that differs; CheckpointError;
+        StaleVersion where its number or lineage is not to come; EngineUnavailable. Whatever is
+        raised, what serves goes on serving.
+        """
+        self.check_core()
         if rollback is not None:
             return await self._stage_back(await self._back_to(rollback, path), priority)
         manifest = await self._read(path)
@@ -185,9 +180,15 @@ class Versions:
             self._check_order(version, current)
         return await self._stage(version, priority)
 
-    async def flip(self, number: int, kv: KVPolicy) -> Flipped:
-        """Serve what is staged. Raises IllegalState where that is another version or none;
-        WeightsRefused, EngineUnavailable; JournalError."""
+    async def flip(self, number: int, kv: KVPolicy = "keep") -> Flipped:
+        """Serve the staged version from the next step on; returns once that is journaled.
+
+        kv  what becomes of the KV of live rollouts (`messages.Flip`)
+
+        No rollout ends by it. Raises IllegalState unless that version is staged; WeightsRefused,
+        EngineUnavailable; JournalError.
+        """
+        self.check_core()
         current, staged = self.current, self.staged
         assert current is not None
         if staged is None or staged.number != number:
@@ -197,8 +198,19 @@ class Versions:
             raise IllegalState(f"version {number} is not staged, {what}: stage it first")
         return await self._flip_to(staged, kv)
 
+    async def update(
+        self, path: str, kv: KVPolicy = "keep", priority: Priority = "background"
+    ) -> tuple[Staged, Flipped]:
+        """`stage`, then `flip`."""
+        staged = await self.stage(path, priority)
+        return staged, await self.flip(staged.version, kv)
+
     async def unstage(self) -> None:
         """Give up what is staged or being staged, if anything is."""
+        self.check_core()
+        self._unstage()
+
+    def _unstage(self) -> None:
         numbers = {one.version.number for one in self._asked}
         if self.staged is not None:
             numbers.add(self.staged.number)
@@ -207,14 +219,22 @@ class Versions:
             self.tell(Unstage(number))
 
     async def roll_back(
-        self, number: int, path: str | None, kv: KVPolicy, priority: Priority
+        self,
+        number: int,
+        *,
+        path: str | None = None,
+        kv: KVPolicy = "keep",
+        priority: Priority = "background",
     ) -> Flipped:
-        """Serve a version again, by its name; a new lineage begins: the one that the folder's
-        manifest names, where that is new here, else one of our own.
+        """Serve a version again by its name; a new lineage begins, and versions of the old one are
+        refused from then on. It is the one that the folder's manifest names, where that is new
+        here, else one of our own.
 
-        path  where it can be read, if not where it was
+        path  its folder, where it never served here or its files are elsewhere now
+
         Raises as `stage` and `flip`, IllegalState for one that never served.
         """
+        self.check_core()
         target = await self._back_to(number, path)
         await self._stage_back(target, priority)
         return await self._flip_to(target, kv)
@@ -242,7 +262,7 @@ class Versions:
     async def _stage_back(self, target: Version, priority: Priority) -> Staged:
         if self._serves(target):
             # the weights are these already: only what may follow them is another lineage
-            await self.unstage()
+            self._unstage()
             self.staged = target
             return Staged(target.number, target.digest, NOTHING_DONE)
         return await self._stage(target, priority)
@@ -311,50 +331,20 @@ class Versions:
             case Staged():
                 asked, self.staging = self._take_asked("stage"), None
                 self.staged, self.last_staged = asked.version, message
-                self._note_staged(message)
+                self._metrics.note_staged(message)
                 self._settle(asked, message)
             case Refused():
                 asked = self._take_asked(message.what)
                 if asked.kind == "stage":
                     self.staging = None
-                self._refused.add()
+                self._metrics.refused.add()
                 error = WeightsRefused(message.message, tensor=message.tensor, layer=message.layer)
                 self._settle(asked, error=error)
             case Flipped():
                 asked, self.last_flip = self._take_asked("flip"), message
                 self.waiting_for = None
-                self._note_flipped(message)
+                self._metrics.note_flipped(message)
                 self._settle(asked, (message, self._note(asked.version)))
-
-    def _note_staged(self, staged: Staged) -> None:
-        report = staged.report
-        self._stage_s.observe(report.seconds)
-        self._busy_s.add(report.busy_seconds)
-        self._slice_s.set(report.longest_slice_s)
-        log.event(
-            "weights.staged",
-            version=staged.version,
-            digest=staged.digest[:12],
-            seconds=round(report.seconds, 3),
-            busy_seconds=round(report.busy_seconds, 3),
-            longest_slice_ms=round(report.longest_slice_s * 1e3, 2),
-            max_delta=report.max_delta,
-            experts_reached=report.experts_reached,
-        )
-
-    def _note_flipped(self, flipped: Flipped) -> None:
-        self._flip_s.observe(flipped.stall_s)
-        self._steps_lost.add(flipped.steps_lost)
-        log.event(
-            "weights.flipped",
-            version=flipped.version,
-            digest=flipped.digest[:12],
-            kv=flipped.kv,
-            stall_ms=round(flipped.stall_s * 1e3, 2),
-            steps_lost=round(flipped.steps_lost, 2),
-            kept_rollouts=flipped.kept_rollouts,
-            dropped_tokens=flipped.dropped_tokens,
-        )
 
     def _take_asked(self, kind: Asked) -> _Asked:
         asked = next(one for one in self._asked if one.kind == kind)
@@ -364,7 +354,7 @@ class Versions:
     def _note(self, version: Version) -> "asyncio.Future[None] | None":
         """It serves from here on."""
         self.history.append(version)
-        self._number.set(version.number)
+        self._metrics.number.set(version.number)
         flip = ops.Flip(
             version.number,
             version.digest,

@@ -146,7 +146,7 @@ async def test_a_version_of_the_same_number_and_another_lineage_is_no_version_of
     async with server(store) as (manager, port), engine(port) as found:
         await serve([found], make(tmp_path, 4, lineage="a"), "keep")
         await found.stage(mine)
-        await manager.unstage()
+        await manager.versions.unstage()
         # its number serves already; its weights do not
         assert (await found.flip(mine, "keep")).digest == mine.digest
         assert manager.version.lineage == "b"

@@ -52,14 +52,14 @@ def lived(root: Path, sampling: SamplingParams, *steps: tuple[int, int, KVPolicy
         await manager.start()
         try:
             ask = Submission(prompt_ids=PROMPT, sampling=sampling, pool=POOL)
-            budget = await manager.open_budget(POOL, steps[0][0])
+            budget = await manager.budgets.open(POOL, steps[0][0])
             [rollout] = manager.submit(ask)
             for number, (_, version, kv) in enumerate(steps):
-                await manager.wait_budget(budget.id)
+                await manager.budgets.wait(budget.id)
                 # by name: numbers may go back here
-                await manager.rollback(version, path=str(root / f"v{version}"), kv=kv)
+                await manager.versions.roll_back(version, path=str(root / f"v{version}"), kv=kv)
                 left = steps[number + 1][0] if number + 1 < len(steps) else sampling.max_tokens
-                budget = await manager.open_budget(POOL, left)
+                budget = await manager.budgets.open(POOL, left)
             return await manager.wait(rollout.id)
         finally:
             await manager.close()

@@ -47,7 +47,7 @@ def ask(world: World, *, samples: int = 1, max_tokens: int = 20, pool: str = POO
 
 
 def opened(world: World, tokens: int, pool: str = POOL) -> str:
-    return world.do(world.manager.open_budget(pool, tokens)).id
+    return world.do(world.manager.budgets.open(pool, tokens)).id
 
 
 def step(world: World, count: int) -> None:
@@ -71,7 +71,7 @@ def lengths(world: World, ids) -> list[int]:
 
 
 def state_of(world: World, budget_id: str) -> tuple[int, str]:
-    budget = world.manager.budget(budget_id)
+    budget = world.manager.budgets.get(budget_id)
     return budget.used, str(budget.state)
 
 
@@ -103,7 +103,7 @@ def test_a_pool_grows_by_exactly_its_budget_and_others_go_on(world):
 
 @pytest.mark.parametrize("death", ["", "core", "front"])
 def test_as_many_run_at_once_as_a_budget_has_places_whatever_dies(world, death):
-    budget = world.do(world.manager.open_budget(POOL, 100, places=2))
+    budget = world.do(world.manager.budgets.open(POOL, 100, places=2))
     ids = ask(world, samples=5, max_tokens=10)
     step(world, 4)
     assert lengths(world, ids) == [4, 4, 0, 0, 0]
@@ -112,7 +112,7 @@ def test_as_many_run_at_once_as_a_budget_has_places_whatever_dies(world, death):
         world.kill_core()
     elif death == "front":
         world.kill_front(0)
-    assert world.manager.budget(budget.id).places == 2
+    assert world.manager.budgets.get(budget.id).places == 2
     for _ in range(20):
         step(world, 1)
         found = lengths(world, ids)
@@ -120,11 +120,11 @@ def test_as_many_run_at_once_as_a_budget_has_places_whatever_dies(world, death):
         assert sum(0 < length < 10 for length in found) <= 2
     rest(world)
     assert lengths(world, ids) == [10] * 5
-    assert world.do(world.manager.close_budget(budget.id)).used == 50
+    assert world.do(world.manager.budgets.close(budget.id)).used == 50
 
 
 def test_places_are_those_of_the_open_budget(world):
-    world.do(world.manager.open_budget(POOL, 6, places=1))
+    world.do(world.manager.budgets.open(POOL, 6, places=1))
     ids = ask(world, samples=3)
     rest(world)
     assert lengths(world, ids) == [6, 0, 0]
@@ -135,7 +135,7 @@ def test_places_are_those_of_the_open_budget(world):
 
 def test_a_metered_pool_stands_still_without_a_budget(world):
     closed = opened(world, 5)
-    assert world.do(world.manager.close_budget(closed)).used == 0
+    assert world.do(world.manager.budgets.close(closed)).used == 0
     ids = ask(world)
     rest(world)
     assert lengths(world, ids) == [0]
@@ -150,14 +150,14 @@ def test_one_budget_is_open_at_a_time(world):
     with pytest.raises(Conflict, match=f"{budget}, with 0 of 5 tokens used"):
         opened(world, 5)
     opened(world, 5, pool="code")
-    world.do(world.manager.close_budget(budget))
+    world.do(world.manager.budgets.close(budget))
     opened(world, 6)
-    assert [(b.pool, b.tokens) for b in world.manager.budgets()] == [
+    assert [(b.pool, b.tokens) for b in world.manager.budgets.of()] == [
         (POOL, 5),
         ("code", 5),
         (POOL, 6),
     ]
-    assert [b.tokens for b in world.manager.budgets(POOL)] == [5, 6]
+    assert [b.tokens for b in world.manager.budgets.of(POOL)] == [5, 6]
 
 
 @pytest.mark.parametrize(
@@ -166,22 +166,22 @@ def test_one_budget_is_open_at_a_time(world):
 )
 def test_what_is_no_budget_is_refused_and_nothing_changes(world, pool, tokens, places, field):
     with pytest.raises(InvalidRequest) as error:
-        world.do(world.manager.open_budget(pool, tokens, places=places))
+        world.do(world.manager.budgets.open(pool, tokens, places=places))
     assert error.value.field == field
-    assert world.manager.budgets() == []
-    for call in (world.manager.close_budget, world.manager.wait_budget):
+    assert world.manager.budgets.of() == []
+    for call in (world.manager.budgets.close, world.manager.budgets.wait):
         with pytest.raises(UnknownBudget, match="bud-1"):
             world.do(call("bud-1"))
 
 
 def test_a_key_gives_the_same_budget_also_after_a_kill(world):
-    first = world.do(world.manager.open_budget(POOL, 5, key()))
-    assert world.do(world.manager.open_budget(POOL, 5, key())) == first
+    first = world.do(world.manager.budgets.open(POOL, 5, key()))
+    assert world.do(world.manager.budgets.open(POOL, 5, key())) == first
     world.kill_front(0)
-    again = world.do(world.manager.open_budget(POOL, 5, key()))
+    again = world.do(world.manager.budgets.open(POOL, 5, key()))
     assert (again.id, again.used) == (first.id, 0)
     with pytest.raises(KeyReused):
-        world.do(world.manager.open_budget(POOL, 5, key(body="other")))
+        world.do(world.manager.budgets.open(POOL, 5, key(body="other")))
 
 
 # --- what is in flight
@@ -230,19 +230,19 @@ def test_a_closed_budget_counts_what_was_on_its_way(world):
     ids = ask(world, samples=2)
     step(world, 2)
     world.run_ahead(3)
-    closed = world.do(world.manager.close_budget(budget))
+    closed = world.do(world.manager.budgets.close(budget))
     assert (closed.used, closed.state) == (10, "closed")
     assert sum(lengths(world, ids)) == 10
     rest(world)
     assert sum(lengths(world, ids)) == 10
-    assert world.do(world.manager.close_budget(budget)) == closed
+    assert world.do(world.manager.budgets.close(budget)) == closed
 
 
 def test_a_budget_that_is_spent_while_it_is_closed_is_spent(world):
     budget = opened(world, 4)
     ask(world, samples=2)
     world.run_ahead(3)
-    assert world.do(world.manager.close_budget(budget)).state == "spent"
+    assert world.do(world.manager.budgets.close(budget)).state == "spent"
 
 
 def test_the_first_budget_counts_nothing_that_was_drawn_before(world):
@@ -288,10 +288,10 @@ def test_while_the_disk_is_full_no_budget_is_opened_and_none_grows(world):
     used = state_of(world, budget)[0]
     world.step(3)
     assert state_of(world, budget)[0] == used
-    for call in (world.manager.open_budget("code", 5), world.manager.close_budget(budget)):
+    for call in (world.manager.budgets.open("code", 5), world.manager.budgets.close(budget)):
         with pytest.raises(JournalFull):
             world.do(call)
-    assert world.manager.budgets("code") == []
+    assert world.manager.budgets.of("code") == []
     world.journal.stall(None)
     world.settle()
     rest(world)
@@ -302,12 +302,12 @@ def test_while_the_disk_is_full_no_budget_is_opened_and_none_grows(world):
 def test_a_pool_whose_first_budget_could_not_be_opened_is_not_metered(world):
     ids = ask(world, samples=2)
     world.run_ahead(2)
-    world.begin(world.manager.open_budget(POOL, 5))
+    world.begin(world.manager.budgets.open(POOL, 5))
     # the core has been told to stop; before it is heard the disk is full
     world.journal.stall("no space left")
     world.backend.hear()
     world.settle()
-    assert world.manager.budgets() == []
+    assert world.manager.budgets.of() == []
     world.journal.stall(None)
     world.settle()
     rest(world)
@@ -350,12 +350,12 @@ def test_forks_and_imports_count_only_what_they_grow_by(world):
 
 def test_who_waits_hears_of_the_end_of_the_time_and_of_the_server(world):
     budget = opened(world, 4)
-    assert world.do(world.manager.wait_budget(budget, 0.01)).state == "open"
-    waiting = world.loop.create_task(world.manager.wait_budget(budget))
+    assert world.do(world.manager.budgets.wait(budget, 0.01)).state == "open"
+    waiting = world.loop.create_task(world.manager.budgets.wait(budget))
     ask(world)
     rest(world)
     assert world.loop.run_until_complete(waiting).state == "spent"
-    waiting = world.loop.create_task(world.manager.wait_budget(opened(world, 4)))
+    waiting = world.loop.create_task(world.manager.budgets.wait(opened(world, 4)))
     world.settle()
     world.manager.drain()
     with pytest.raises(Draining):
@@ -370,12 +370,12 @@ def test_a_server_ends_while_a_budget_is_being_closed(world):
     ask(world)
     world.run_ahead(2)
     # the core has answered, and the front will not hear of it any more
-    world.begin(world.manager.close_budget(budget))
+    world.begin(world.manager.budgets.close(budget))
     world.close()
     # not closed in the journal, then: no token of it came in
     assert [b.state for b in world.store.recover().budgets] in (["open"], ["closed"])
     world.start()
-    assert world.manager.budget(budget).used == world.store.used[budget] == 0
+    assert world.manager.budgets.get(budget).used == world.store.used[budget] == 0
 
 
 def test_a_pool_holds_only_durable_rollouts_where_there_is_a_journal(world):
@@ -405,25 +405,25 @@ def submitted(manager: RolloutManager, samples: int = 1, pool: str = POOL) -> li
 def test_budgets_work_without_a_journal():
     async def body() -> None:
         async with unjournaled() as (manager, backend):
-            budget = await manager.open_budget(POOL, 27, key())
-            assert (await manager.open_budget(POOL, 27, key())).id == budget.id
+            budget = await manager.budgets.open(POOL, 27, key())
+            assert (await manager.budgets.open(POOL, 27, key())).id == budget.id
             rollouts, [chat] = submitted(manager, 3), submitted(manager, pool="")
-            assert (await manager.wait_budget(budget.id)).state == "spent"
+            assert (await manager.budgets.wait(budget.id)).state == "spent"
             assert sum(len(one.output_ids) for one in rollouts) == 27
             assert len((await manager.wait(chat.id)).output_ids) == 20
 
-            budget = await manager.open_budget(POOL, 20)
-            while manager.budget(budget.id).used < 3:
+            budget = await manager.budgets.open(POOL, 20)
+            while manager.budgets.get(budget.id).used < 3:
                 await asyncio.sleep(0)
             backend.die()
-            assert (await manager.wait_budget(budget.id)).used == 20
+            assert (await manager.budgets.wait(budget.id)).used == 20
             assert sum(len(one.output_ids) for one in rollouts) == 47
 
-            budget = await manager.open_budget(POOL, 1000)
-            while manager.budget(budget.id).used < 3:
+            budget = await manager.budgets.open(POOL, 1000)
+            while manager.budgets.get(budget.id).used < 3:
                 await asyncio.sleep(0)
-            closed = await manager.close_budget(budget.id)
-            assert (closed.state, closed.used) == ("closed", manager.budget(budget.id).used)
+            closed = await manager.budgets.close(budget.id)
+            assert (closed.state, closed.used) == ("closed", manager.budgets.get(budget.id).used)
             assert sum(len(one.output_ids) for one in rollouts) == 47 + closed.used
 
     asyncio.run(body())
@@ -438,8 +438,8 @@ def test_a_budget_may_be_opened_while_the_core_is_started_again():
             while manager._core._info is not None:
                 await asyncio.sleep(0)
             before = sum(len(one.output_ids) for one in rollouts)
-            budget = await manager.open_budget(POOL, 9)
-            assert (await manager.wait_budget(budget.id)).used == 9
+            budget = await manager.budgets.open(POOL, 9)
+            assert (await manager.budgets.wait(budget.id)).used == 9
             assert sum(len(one.output_ids) for one in rollouts) == before + 9
 
     asyncio.run(body())

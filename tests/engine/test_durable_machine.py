@@ -287,7 +287,7 @@ class DurableMachine(RuleBasedStateMachine):
     def open_budget(self, which, tokens, name, is_hasty, places=None) -> None:
         world = self.world(which)
         key = RequestKey(holder="", route="/b", key=name, body_digest="b") if name else None
-        work = world.manager.open_budget(POOL, tokens, key, places=places)
+        work = world.manager.budgets.open(POOL, tokens, key, places=places)
         if is_hasty:
             world.begin(work)
             return
@@ -307,8 +307,8 @@ class DurableMachine(RuleBasedStateMachine):
     @rule(which=sides, is_hasty=st.sampled_from([False, False, True]))
     def close_budget(self, which, is_hasty) -> None:
         world = self.world(which)
-        for budget in world.manager.budgets(POOL)[-1:]:
-            work = world.manager.close_budget(budget.id)
+        for budget in world.manager.budgets.of(POOL)[-1:]:
+            work = world.manager.budgets.close(budget.id)
             if is_hasty:
                 world.begin(work)
                 continue
@@ -371,7 +371,7 @@ class DurableMachine(RuleBasedStateMachine):
         for which, world in enumerate(self.worlds):
             kept = {budget.id: budget for budget in world.store.recover().budgets}
             assert {name: budget.used for name, budget in kept.items()} == world.store.used
-            shown = world.manager.budgets(POOL)
+            shown = world.manager.budgets.of(POOL)
             for budget in shown:
                 assert budget.used <= kept[budget.id].used <= budget.tokens
                 assert (budget.used == budget.tokens) == (budget.state is BudgetState.SPENT)
@@ -454,9 +454,9 @@ class DurableMachine(RuleBasedStateMachine):
             assert world.store.open[POOL] is None, "a budget is open, and nobody grows"
             live = [g.rollout for g in world.manager._holdings if g.is_live]
             assert {(r.pool, r.state) for r in live} == {(POOL, RolloutState.PAUSED)}
-            budget = world.do(world.manager.open_budget(POOL, 5))
+            budget = world.do(world.manager.budgets.open(POOL, 5))
             self.run(world)
-            [budget] = [b for b in world.manager.budgets(POOL) if b.id == budget.id]
+            [budget] = [b for b in world.manager.budgets.of(POOL) if b.id == budget.id]
             assert budget.state is BudgetState.SPENT or not world.manager.num_live
         assert not world.store.recover().live
         derived = [

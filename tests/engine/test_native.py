@@ -157,7 +157,7 @@ def test_a_core_that_is_killed_after_a_swap_comes_back_with_the_swapped_version(
             sampling = SamplingParams(max_tokens=200, seed=1, ignore_eos=True)
             [rollout] = manager.submit(Submission(prompt_ids=[10, 20, 30], sampling=sampling))
             await manager.pause([rollout.id])
-            _, flipped = await manager.update_weights(str(second), "recompute")
+            _, flipped = await manager.versions.update(str(second), "recompute")
             pid = backend.pid
             os.kill(pid, signal.SIGKILL)
             await manager.resume([rollout.id])

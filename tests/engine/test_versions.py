@@ -79,7 +79,7 @@ def test_tokens_say_which_version_made_them_and_over_what(tmp_path):
     async def body():
         async with managed() as (manager, backend):
             async with held_at(manager, backend, 3) as rollout:
-                staged, flipped = await manager.update_weights(str(make_version(tmp_path, 5)))
+                staged, flipped = await manager.versions.update(str(make_version(tmp_path, 5)))
             assert (staged.version, flipped.version, manager.version.number) == (5, 5, 5)
             done = await manager.wait(rollout.id)
             assert done.output_ids == alone(done)
@@ -99,17 +99,19 @@ def test_tokens_say_which_version_made_them_and_over_what(tmp_path):
 def test_numbers_never_run_backwards(tmp_path):
     async def body():
         async with managed() as (manager, _):
-            await manager.update_weights(str(make_version(tmp_path / "7", 7)))
+            await manager.versions.update(str(make_version(tmp_path / "7", 7)))
             for number in (6, 3):
                 with pytest.raises(
                     StaleVersion, match=rf"version {number} .*version 7 .*backwards"
                 ):
-                    await manager.stage(str(make_version(tmp_path / "old", number)))
+                    await manager.versions.stage(str(make_version(tmp_path / "old", number)))
             # the same number is other weights
             with pytest.raises(StaleVersion, match=r"version 7 .*version 7 "):
-                await manager.stage(str(make_version(tmp_path / "twin", 7, content="twin")))
+                await manager.versions.stage(
+                    str(make_version(tmp_path / "twin", 7, content="twin"))
+                )
             # asked again, as after an answer that was lost: nothing is done
-            staged, flipped = await manager.update_weights(str(tmp_path / "7"))
+            staged, flipped = await manager.versions.update(str(tmp_path / "7"))
             assert (staged.report.seconds, flipped.stall_s) == (0.0, 0.0)
             assert len(manager.versions.history) == 2
 
@@ -120,18 +122,18 @@ def test_a_rollback_names_its_version_and_begins_a_lineage(tmp_path):
     async def body():
         async with managed() as (manager, backend):
             for number in (2, 3):
-                await manager.update_weights(str(make_version(tmp_path / f"{number}", number)))
+                await manager.versions.update(str(make_version(tmp_path / f"{number}", number)))
             with pytest.raises(IllegalState, match="version 9 never served here"):
-                await manager.rollback(9)
-            flipped = await manager.rollback(2)
+                await manager.versions.roll_back(9)
+            flipped = await manager.versions.roll_back(2)
             assert flipped.version == backend.core.runner.version == 2
             lineage = manager.version.lineage
             assert lineage
             # what the trainer of the abandoned line still publishes is refused, whatever its number
             with pytest.raises(StaleVersion, match=f"of lineage .none.*{lineage}"):
-                await manager.stage(str(make_version(tmp_path / "4", 4)))
+                await manager.versions.stage(str(make_version(tmp_path / "4", 4)))
             late = make_version(tmp_path / "again", 3, lineage=lineage, content="again")
-            await manager.update_weights(str(late))
+            await manager.versions.update(str(late))
             assert (manager.version.number, manager.version.lineage) == (3, lineage)
             numbers = [version.number for version in manager.versions.history]
             assert numbers == [1, 2, 3, 2, 3]
@@ -146,15 +148,15 @@ def test_a_rollback_can_be_staged_and_flipped_to_later(tmp_path):
         async with managed() as (manager, backend):
             for number in (2, 3):
                 folder = make_version(tmp_path / f"{number}", number, lineage="old")
-                await manager.update_weights(str(folder))
+                await manager.versions.update(str(folder))
             again = make_version(tmp_path / "again", 2, lineage="new", content="again")
             with pytest.raises(StaleVersion, match="of lineage new"):
-                await manager.stage(str(again))
+                await manager.versions.stage(str(again))
             with pytest.raises(StaleVersion, match="holds version 2, the rollback names 7"):
-                await manager.stage(str(again), rollback=7)
-            staged = await manager.stage(str(again), rollback=2)
+                await manager.versions.stage(str(again), rollback=7)
+            staged = await manager.versions.stage(str(again), rollback=2)
             assert (manager.version.number, manager.version.lineage) == (3, "old")
-            flipped = await manager.flip(2)
+            flipped = await manager.versions.flip(2)
             assert flipped.digest == staged.digest == manager.version.digest
             assert (manager.version.number, manager.version.lineage) == (2, "new")
             assert backend.core.runner.version == 2
@@ -171,12 +173,12 @@ def test_the_same_weights_under_a_new_number_are_flipped_to(tmp_path):
             for number in (2, 3):
                 folder = make_version(tmp_path / f"{number}", 2)
                 write_manifest(folder, replace(read_manifest(folder), version=number))
-                await manager.update_weights(str(folder))
+                await manager.versions.update(str(folder))
                 digests.add(manager.version.digest)
                 [rollout] = manager.submit(ask(max_tokens=3))
                 assert (await manager.wait(rollout.id)).versions == [number] * 3
             assert len(digests) == 1
-            flipped = await manager.rollback(2)
+            flipped = await manager.versions.roll_back(2)
             assert (flipped.version, backend.core.runner.version) == (2, 2)
 
     run(body())
@@ -185,16 +187,16 @@ def test_the_same_weights_under_a_new_number_are_flipped_to(tmp_path):
 def test_a_rollback_to_the_weights_that_serve_changes_their_lineage_alone(tmp_path):
     async def body():
         async with managed() as (manager, _):
-            await manager.update_weights(str(make_version(tmp_path / "2", 2, lineage="old")))
+            await manager.versions.update(str(make_version(tmp_path / "2", 2, lineage="old")))
             digest = manager.version.digest
-            await manager.stage(str(make_version(tmp_path / "3", 3, lineage="old")))
+            await manager.versions.stage(str(make_version(tmp_path / "3", 3, lineage="old")))
             again = make_version(tmp_path / "again", 2, lineage="new")
-            assert (await manager.stage(str(again), rollback=2)).report.seconds == 0.0
+            assert (await manager.versions.stage(str(again), rollback=2)).report.seconds == 0.0
             assert manager.version.lineage == "old"
-            flipped = await manager.flip(2)
+            flipped = await manager.versions.flip(2)
             assert (flipped.stall_s, flipped.digest) == (0.0, digest)
             assert (manager.version.lineage, manager.version.digest) == ("new", digest)
-            await manager.update_weights(str(make_version(tmp_path / "4", 4, lineage="new")))
+            await manager.versions.update(str(make_version(tmp_path / "4", 4, lineage="new")))
             assert manager.version.number == 4
 
     run(body())
@@ -206,12 +208,12 @@ def test_a_version_that_is_refused_leaves_the_old_one_serving(tmp_path):
             (make_version(tmp_path / "5", 5) / "refuse").touch()
             async with held_at(manager, backend, 3) as rollout:
                 with pytest.raises(WeightsRefused) as refused:
-                    await manager.update_weights(str(tmp_path / "5"))
+                    await manager.versions.update(str(tmp_path / "5"))
                 assert refused.value.tensor == "w"
                 with pytest.raises(IllegalState, match="version 5 is not staged, nothing is"):
-                    await manager.flip(5)
+                    await manager.versions.flip(5)
                 with pytest.raises(CheckpointError, match=r"no manifest\.json"):
-                    await manager.stage(str(tmp_path))
+                    await manager.versions.stage(str(tmp_path))
             done = await manager.wait(rollout.id)
             assert done.versions == [1] * 30
             assert backend.core.runner.version == manager.version.number == 1
@@ -223,15 +225,17 @@ def test_a_version_that_is_staged_while_another_is_takes_its_place(tmp_path):
     async def body():
         async with managed() as (manager, _):
             paths = [str(make_version(tmp_path / f"{n}", n)) for n in (2, 3)]
-            found = await asyncio.gather(*map(manager.stage, paths), return_exceptions=True)
+            found = await asyncio.gather(
+                *map(manager.versions.stage, paths), return_exceptions=True
+            )
             last = manager.versions.staged.number
             for number, result in zip((2, 3), found, strict=True):
                 if isinstance(result, Exception):
                     assert number != last
                     assert "another version is staged instead" in str(result)
             with pytest.raises(IllegalState, match=f"version {5 - last} is not staged"):
-                await manager.flip(5 - last)
-            await manager.flip(last)
+                await manager.versions.flip(5 - last)
+            await manager.versions.flip(last)
             assert manager.version.number == last
 
     run(body())
@@ -241,7 +245,7 @@ def test_a_core_that_dies_after_a_flip_is_started_with_the_new_version(tmp_path)
     async def body():
         async with managed() as (manager, backend):
             async with held_at(manager, backend, 3) as rollout:
-                await manager.update_weights(str(make_version(tmp_path, 5)))
+                await manager.versions.update(str(make_version(tmp_path, 5)))
                 backend.die()
             done = await manager.wait(rollout.id)
             assert backend.starts == 2
@@ -258,8 +262,8 @@ def test_a_core_that_dies_before_it_flipped_did_not_flip(tmp_path):
     async def body():
         async with managed() as (manager, backend):
             async with held_at(manager, backend, 3) as rollout:
-                await manager.stage(str(make_version(tmp_path, 5)))
-                flipping = asyncio.create_task(manager.flip(5))
+                await manager.versions.stage(str(make_version(tmp_path, 5)))
+                flipping = asyncio.create_task(manager.versions.flip(5))
                 while manager.versions.staged is not None:
                     await asyncio.sleep(0)
                 backend.die()
@@ -277,7 +281,7 @@ def test_a_front_comes_back_with_the_version_of_its_journal(tmp_path):
     async def body():
         store = Lasting()
         async with managed(store) as (manager, backend):
-            await manager.update_weights(str(make_version(tmp_path, 5, parent="0" * 64)))
+            await manager.versions.update(str(make_version(tmp_path, 5, parent="0" * 64)))
             before = manager.version
             backend.is_held = True
             accepted = await manager.accept(ask())
@@ -287,7 +291,7 @@ def test_a_front_comes_back_with_the_version_of_its_journal(tmp_path):
             [done] = [await manager.wait(one) for one in accepted.rollout_ids]
             assert set(done.versions) == {5}
             with pytest.raises(StaleVersion):
-                await manager.stage(str(make_version(tmp_path / "4", 4)))
+                await manager.versions.stage(str(make_version(tmp_path / "4", 4)))
 
     run(body())
 
@@ -296,7 +300,7 @@ def test_a_server_of_another_model_does_not_come_back_with_these_weights(tmp_pat
     async def body():
         store = Lasting()
         async with managed(store) as (manager, _):
-            await manager.update_weights(str(make_version(tmp_path, 5)))
+            await manager.versions.update(str(make_version(tmp_path, 5)))
         journal = JournalThread(store)
         manager = RolloutManager(InlineBackend(), None, journal=journal, model_path="another")
         await manager.start()
@@ -313,7 +317,7 @@ def test_until_its_weights_are_there_rollouts_wait(tmp_path, dies):
         folder = make_version(tmp_path / "5", 5)
         async with contextlib.AsyncExitStack() as stack:
             manager, backend = await stack.enter_async_context(managed(store))
-            await manager.update_weights(str(folder))
+            await manager.versions.update(str(folder))
             backend.is_held = True
             accepted = await manager.accept(ask())
             (folder / "manifest.json").unlink()
@@ -341,8 +345,8 @@ def test_until_its_weights_are_there_rollouts_wait(tmp_path, dies):
                 assert manager.waits_for(waiting) == "weights"
             # an older one will not do; the very version does, published again
             with pytest.raises(StaleVersion):
-                await manager.stage(str(make_version(tmp_path / "4", 4)))
-            await manager.update_weights(str(make_version(tmp_path / "again", 5)))
+                await manager.versions.stage(str(make_version(tmp_path / "4", 4)))
+            await manager.versions.update(str(make_version(tmp_path / "again", 5)))
             assert manager.versions.waiting_for is None
             for waiting in (rollout, late):
                 done = await manager.wait(waiting.id)
@@ -420,16 +424,16 @@ async def _call(manager, backend, call, path, names):
         case ["resume", "all"]:
             await manager.resume()
         case ["stage"] | ["bad", "stage"]:
-            await manager.stage(path)
+            await manager.versions.stage(path)
         case ["flip"]:
             staged = manager.versions.staged
-            await manager.flip(staged.number if staged else 0)
+            await manager.versions.flip(staged.number if staged else 0)
         case ["unstage"]:
-            await manager.unstage()
+            await manager.versions.unstage()
         case ["rollback"]:
-            await manager.rollback(manager.versions.history[0].number)
+            await manager.versions.roll_back(manager.versions.history[0].number)
         case ["update", kv]:
-            await manager.update_weights(path, kv)
+            await manager.versions.update(path, kv)
         case ["die"]:
             backend.die()
         case ["wait"]:

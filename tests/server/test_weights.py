@@ -181,7 +181,7 @@ async def test_the_client_changes_and_rolls_back_weights(tmp_path):
 async def test_while_weights_are_missing_the_server_says_so_and_is_not_ready(tmp_path):
     async with serve() as server:
         folder = make_version(tmp_path / "4", 4)
-        await server.manager.update_weights(str(folder))
+        await server.manager.versions.update(str(folder))
         (folder / "manifest.json").unlink()
         folder.rmdir()
         server.backend.die()

@@ -140,7 +140,7 @@ class FrontHost:
     @property
     def is_ready(self) -> bool:
         """It has brought back what its journal holds."""
-        return self.manager is not None and self.manager._is_recovered
+        return self.manager is not None and self.manager._standing.is_recovered
 
     @property
     def is_up(self) -> bool:
@@ -222,7 +222,7 @@ class FrontHost:
         if not self.is_ready:
             return False
         assert self.manager is not None
-        return any(budget.state is BudgetState.OPEN for budget in self.manager.budgets())
+        return any(budget.state is BudgetState.OPEN for budget in self.manager.budgets.of())
 
     def kill_core(self) -> None:
         if self.backend is not None and self.backend.process is not None:
@@ -308,13 +308,13 @@ class FrontHost:
             case "open_budget":
                 pool, tokens, places = values["pool"], values["tokens"], values.get("places")
                 key = _key("/rollouts/budget", values["key"], [tokens, places])
-                return budget_of(await manager.open_budget(pool, tokens, key, places=places))
+                return budget_of(await manager.budgets.open(pool, tokens, key, places=places))
             case "close_budget":
-                return budget_of(await manager.close_budget(values["id"]))
+                return budget_of(await manager.budgets.close(values["id"]))
             case "budget":
-                return budget_of(await manager.wait_budget(values["id"], values["wait_s"]))
+                return budget_of(await manager.budgets.wait(values["id"], values["wait_s"]))
             case "budgets":
-                return [budget_of(one) for one in manager.budgets(values["pool"])]
+                return [budget_of(one) for one in manager.budgets.of(values["pool"])]
             case "update":
                 return await self._update(values["version"])
             case "mend":
@@ -328,11 +328,11 @@ class FrontHost:
                 return manager.version, manager.versions.waiting_for
             case "stage":
                 path, priority = values["path"], values["priority"]
-                return await manager.stage(path, priority, rollback=values["rollback"])
+                return await manager.versions.stage(path, priority, rollback=values["rollback"])
             case "flip":
                 return await self._flip(manager, values["version"], values["kv"])
             case "unstage":
-                return await manager.unstage()
+                return await manager.versions.unstage()
             case "version":
                 return self._serving
         raise AssertionError(method)
@@ -346,7 +346,7 @@ class FrontHost:
     async def _flip(self, manager: RolloutManager, version: int, kv: KVPolicy) -> Flipped:
         self.flipping += 1
         try:
-            return await manager.flip(version, kv)
+            return await manager.versions.flip(version, kv)
         finally:
             self.flipping -= 1
 
@@ -356,10 +356,10 @@ class FrontHost:
         assert manager is not None
         kv = self._settings.kv_policy or self._rng.choice(["keep", "recompute", "recompute-prompt"])
         try:
-            staged = await manager.stage(folder_of(version))
+            staged = await manager.versions.stage(folder_of(version))
             self.flipping += 1
             try:
-                await manager.flip(staged.version, kv)
+                await manager.versions.flip(staged.version, kv)
             finally:
                 self.flipping -= 1
             self._history.note(self.name, "serves", version=version, kv=kv)

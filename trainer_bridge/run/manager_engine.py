@@ -100,16 +100,16 @@ class ManagerEngine:
         tokens = UNBOUNDED if tokens is None else tokens
         body = [pool, tokens] if places is None else [pool, tokens, places]
         request_key = _key("budget", key, body)
-        return _seen(await self._manager.open_budget(pool, tokens, request_key, places=places))
+        return _seen(await self._manager.budgets.open(pool, tokens, request_key, places=places))
 
     async def budget(self, budget_id: str, wait_s: float) -> Budget:
-        return _seen(await self._manager.wait_budget(budget_id, wait_s))
+        return _seen(await self._manager.budgets.wait(budget_id, wait_s))
 
     async def budgets(self, pool: str) -> list[Budget]:
-        return [_seen(budget) for budget in self._manager.budgets(pool)]
+        return [_seen(budget) for budget in self._manager.budgets.of(pool)]
 
     async def close_budget(self, budget_id: str) -> None:
-        await self._manager.close_budget(budget_id)
+        await self._manager.budgets.close(budget_id)
 
     async def lengths(self, pool: str, rollout_ids: Sequence[str]) -> list[int]:
         found = []
@@ -132,19 +132,19 @@ class ManagerEngine:
 
     async def stage(self, version: Version) -> Prepared:
         try:
-            staged = await self._manager.stage(version.folder, self._priority)
+            staged = await self._manager.versions.stage(version.folder, self._priority)
         except StaleVersion:
-            staged = await self._manager.stage(
+            staged = await self._manager.versions.stage(
                 version.folder, self._priority, rollback=version.number
             )
             return Prepared(staged.report, is_back=True)
         return Prepared(staged.report, is_back=False)
 
     async def flip(self, version: Version, kv: KVPolicy) -> Flipped:
-        return await self._manager.flip(version.number, kv)
+        return await self._manager.versions.flip(version.number, kv)
 
     async def unstage(self) -> None:
-        await self._manager.unstage()
+        await self._manager.versions.unstage()
 
     async def close(self) -> None:
         await self._manager.close()
