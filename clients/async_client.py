@@ -13,14 +13,14 @@ from ..engine.journal.ops import Budget
 from ..engine.messages import KVPolicy, Priority, Staged
 from ..engine.rollout import Record, Rollout, RolloutState
 from ..engine.trajectory import Trajectory
-from ..server.rollouts_types import (
+from ..server.rollouts.wire import (
     BudgetRequest,
     ForkRequest,
     RolloutSummary,
     StreamEvent,
     Submitted,
 )
-from ..server.weights_types import (
+from ..server.weights.wire import (
     FlipRequest,
     RollbackRequest,
     StageRequest,

@@ -27,8 +27,8 @@ from ..engine.journal.ops import Budget, BudgetState
 from ..engine.messages import Staged
 from ..engine.rollout import Record, Rollout, RolloutState, SamplingParams
 from ..engine.trajectory import Trajectory, decode, seal, unpack
-from ..server.openai_types import ErrorResponse
-from ..server.rollouts_types import (
+from ..server.openai.wire import ErrorResponse
+from ..server.rollouts.wire import (
     BudgetList,
     BudgetRequest,
     Done,
@@ -38,7 +38,7 @@ from ..server.rollouts_types import (
     Selection,
     Submitted,
 )
-from ..server.weights_types import StageRequest, Updated, WeightsAnswer
+from ..server.weights.wire import StageRequest, Updated, WeightsAnswer
 
 T = TypeVar("T")
 StructT = TypeVar("StructT", bound=Struct)

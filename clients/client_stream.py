@@ -6,8 +6,8 @@ import httpx
 import msgspec
 
 from ..engine.errors import EngineUnavailable, EverstepError
-from ..server.openai_types import ErrorResponse
-from ..server.rollouts_types import StreamEvent
+from ..server.openai.wire import ErrorResponse
+from ..server.rollouts.wire import StreamEvent
 from .client_flows import Call, Patience, error_from, path_of
 
 # far beyond any event; a server that sends no line's end would fill memory

@@ -33,16 +33,16 @@ from everstep.engine.messages import Stats
 from everstep.engine.metrics import Registry
 from everstep.engine.rollout import SamplingParams
 from everstep.engine.settings import settings_of
-from everstep.server import rollouts_types
-from everstep.server.batch_queue import UnknownBatch
+from everstep.server.batches.batch_queue import UnknownBatch
+from everstep.server.batches.file_store import FilesUnusable, UnknownFile
 from everstep.server.config import ServeConfig
 from everstep.server.decoding import accepted
-from everstep.server.file_store import FilesUnusable, UnknownFile
 from everstep.server.http import BodyTooLarge
 from everstep.server.idempotency import MAX_KEY_CHARS
 from everstep.server.media import UnsupportedMedia
 from everstep.server.operations import ALIASES, families
-from everstep.server.rollouts_requests import MAX_WAIT_S
+from everstep.server.rollouts import wire
+from everstep.server.rollouts.requests import MAX_WAIT_S
 from everstep.server.stream import RolloutFailed
 from everstep.trainer_bridge.trainer.config import TrainConfig
 from everstep.trainer_bridge.trajectories.files import Line, Words
@@ -343,7 +343,7 @@ def rollouts_api() -> str:
     blocks: list[Any] = []
     lists = ("RolloutList", "RolloutSummary", "BudgetList", "Budget")
     for name in (*requests, *answers, *lists):
-        kind = getattr(rollouts_types, name)
+        kind = getattr(wire, name)
         blocks += [f"## {name}", _paragraph(kind), _fields(kind, is_request=name in requests)]
     return page(
         "Rollouts over HTTP",

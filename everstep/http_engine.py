@@ -23,7 +23,7 @@ from .engine.journal.ops import Budget as EngineBudget
 from .engine.journal.ops import BudgetState
 from .engine.messages import Flipped, KVPolicy, Priority
 from .engine.rollout import Rollout, RolloutState
-from .server.rollouts_types import RolloutSummary
+from .server.rollouts.wire import RolloutSummary
 from .trainer_bridge.run.engine import Budget, Facts, Prompt, Seen, Work
 from .trainer_bridge.run.hosts import Prepared
 

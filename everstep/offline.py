@@ -17,8 +17,8 @@ from .server.config import ServeConfig
 if TYPE_CHECKING:
     from .clients.llm import LLM
     from .flags import Settings
-    from .server.batch_output import BatchOutput
-    from .server.batch_run import Counts
+    from .server.batches.output import BatchOutput
+    from .server.batches.run import Counts
 
 
 # one batch has the journal beside its output for itself
@@ -50,9 +50,9 @@ def run_batch(
     return_token_ids: bool,
 ) -> int:
     """Run a batch to its end; returns the number of error records in the output."""
-    from .server.batch_lines import Defaults
-    from .server.batch_output import BatchOutput
-    from .server.batch_run import check_paths
+    from .server.batches.lines import Defaults
+    from .server.batches.output import BatchOutput
+    from .server.batches.run import check_paths
     from .server.state import remove_batch_journal
 
     check_paths(source, target)
@@ -92,8 +92,8 @@ async def _batch(
     from .engine.metrics import Registry
     from .engine.native import ThreadBackend
     from .engine.tokenizer import Tokenizer
-    from .server.batch_records import parsed_answer
-    from .server.batch_run import WINDOW, BatchRun
+    from .server.batches.records import parsed_answer
+    from .server.batches.run import WINDOW, BatchRun
     from .server.state import open_batch_journal
 
     metrics = Registry()

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from .engine.messages import Loading
-    from .server.batch_run import Counts
+    from .server.batches.run import Counts
 
 LINE_EVERY_S = 10.0
 # a hair below 5 %, so that rounding does not skip a line

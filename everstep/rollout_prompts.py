@@ -17,14 +17,14 @@ from msgspec import Meta, Struct
 from .clients.client_flows import sampling_fields
 from .engine.errors import ConfigError, InvalidRequest
 from .engine.rollout import Record, SamplingParams
-from .server.batch_lines import parse_line
-from .server.batch_output import IdSet
-from .server.batch_run import MAX_LINE_BYTES, Line, read_lines
+from .server.batches.lines import parse_line
+from .server.batches.output import IdSet
+from .server.batches.run import MAX_LINE_BYTES, Line, read_lines
 from .server.decoding import decode_own
-from .server.generation import sampling_of
 from .server.json_values import check_metadata
-from .server.openai_types import Message, TokenId, Tool
-from .server.rollouts_types import Sampling, prompt_field
+from .server.openai.generation import sampling_of
+from .server.openai.wire import Message, TokenId, Tool
+from .server.rollouts.wire import Sampling, prompt_field
 from .trainer_bridge.run.engine import Prompt
 from .trainer_bridge.run.words import KeptPrompt, Position
 

@@ -22,17 +22,17 @@ from ..engine import log
 from ..engine.errors import EverstepError
 from ..engine.manager.manager import RolloutManager
 from ..engine.tokenizer import Tokenizer
-from .batch_queue import BatchQueue
-from .batches import BatchesFace
-from .budgets import BudgetsFace
+from .batches.batch_queue import BatchQueue
+from .batches.batches import BatchesFace
 from .config import HttpConfig, ServeConfig
-from .generation import Service
 from .http import error_body, error_response, json_response
-from .openai import OpenAIFace
+from .openai.openai import OpenAIFace
 from .operations import Operations
-from .rollouts import RolloutsFace
+from .rollouts.budgets import BudgetsFace
+from .rollouts.rollouts import RolloutsFace
+from .service import Service
 from .stream import ClientGone
-from .weights import WeightsFace
+from .weights.weights import WeightsFace
 
 CLIENT_CLOSED_REQUEST = 499
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")

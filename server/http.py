@@ -17,7 +17,7 @@ from ..engine.errors import (
     Overloaded,
     WeightsRefused,
 )
-from .openai_types import ErrorBody, ErrorResponse
+from .openai.wire import ErrorBody, ErrorResponse
 from .stream import ClientGone, RolloutFailed
 
 encode_json = msgspec.json.Encoder().encode

@@ -30,7 +30,7 @@ from ..engine.metrics import Registry
 from ..engine.native import ProcessBackend
 from ..engine.tokenizer import Tokenizer
 from .app import create_app
-from .batch_queue import BatchQueue
+from .batches.batch_queue import BatchQueue
 from .config import HttpConfig, ServeConfig
 from .state import files_folder, journal_path, open_journal
 

@@ -22,8 +22,8 @@ from ..engine.errors import EngineUnavailable
 from ..engine.manager.manager import RolloutManager
 from ..engine.messages import PROTOCOL_VERSION
 from ..engine.metrics import Counter, Gauge, Histogram
-from .generation import Service
 from .http import json_response
+from .service import Service
 
 # names on existing dashboards → ours (PROTOCOLS.md 12)
 ALIASES = {

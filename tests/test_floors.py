@@ -170,7 +170,7 @@ def test_importing_everstep_pulls_in_no_third_party_module():
 
 def test_the_front_imports_no_torch():
     code = (
-        "import sys; import everstep.server.app, everstep.server.openai, everstep.engine.native, "
+        "import sys; import everstep.server.app, everstep.server.openai.openai, everstep.engine.native, "
         "everstep.engine.manager.manager, everstep.engine.core.scheduler; print('torch' in sys.modules)"
     )
     assert run(code) == "False"

@@ -15,7 +15,7 @@ from everstep.chaos_load import Load, Watch
 from everstep.cli import run
 from everstep.engine.errors import ConfigError
 from everstep.engine.rollout import RolloutState
-from everstep.server.rollouts_types import RolloutSummary
+from everstep.server.rollouts.wire import RolloutSummary
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("30", 30), ("30s", 30), ("1.5m", 90), ("2h", 7200)])

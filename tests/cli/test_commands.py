@@ -18,7 +18,7 @@ from everstep import cli
 from everstep.cli import run
 from everstep.engine.messages import Stats
 from everstep.progress import BatchProgress, Stages, duration
-from everstep.server.batch_run import Counts
+from everstep.server.batches.run import Counts
 from everstep.server.launch import StatusLine
 from tests.fakes import FakeClock
 

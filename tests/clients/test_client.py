@@ -38,7 +38,7 @@ from everstep.engine.rollout import Rollout
 from everstep.engine.trajectory import encode, pack
 from everstep.server.decoding import decode_own
 from everstep.server.http import error_response
-from everstep.server.rollouts_types import BudgetRequest, Selection, StreamEvent, SubmitRequest
+from everstep.server.rollouts.wire import BudgetRequest, Selection, StreamEvent, SubmitRequest
 
 from ..fakes import FakeClock
 

@@ -13,9 +13,9 @@ from everstep.engine.journal.thread import JournalThread
 from everstep.engine.manager.manager import RolloutManager
 from everstep.engine.messages import Add
 from everstep.engine.rollout import SamplingParams
-from everstep.server.batch_lines import Defaults
-from everstep.server.batch_output import BatchOutput
-from everstep.server.batch_run import BatchRun
+from everstep.server.batches.lines import Defaults
+from everstep.server.batches.output import BatchOutput
+from everstep.server.batches.run import BatchRun
 
 from .batch_backend import FakeBackend
 from .test_batch_run import prompts, records, write_lines

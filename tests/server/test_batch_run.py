@@ -14,9 +14,9 @@ from everstep.engine.config import RestartConfig
 from everstep.engine.errors import ConfigError, EngineUnavailable
 from everstep.engine.manager.manager import RolloutManager
 from everstep.engine.rollout import SamplingParams
-from everstep.server.batch_lines import Defaults
-from everstep.server.batch_output import BatchOutput, IdSet
-from everstep.server.batch_run import BatchRun, Counts, check_paths
+from everstep.server.batches.lines import Defaults
+from everstep.server.batches.output import BatchOutput, IdSet
+from everstep.server.batches.run import BatchRun, Counts, check_paths
 
 from .batch_backend import FakeBackend, token_of
 

@@ -15,9 +15,9 @@ from everstep.engine.journal.ops import Query
 from everstep.engine.journal.thread import JournalThread
 from everstep.engine.manager.manager import RolloutManager
 from everstep.server.app import create_app
-from everstep.server.batch_queue import BatchQueue
+from everstep.server.batches.batch_queue import BatchQueue
+from everstep.server.batches.file_store import FileStore
 from everstep.server.config import ServeConfig
-from everstep.server.file_store import FileStore
 
 from .batch_backend import FakeBackend, token_of
 from .conftest import KeptJournal

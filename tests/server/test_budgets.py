@@ -8,7 +8,7 @@ import pytest
 from everstep import AsyncClient
 from everstep.engine.errors import Conflict, InvalidRequest
 from everstep.engine.journal.ops import Budget
-from everstep.server.rollouts_types import BudgetList
+from everstep.server.rollouts.wire import BudgetList
 
 from .conftest import serve
 

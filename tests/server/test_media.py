@@ -13,7 +13,7 @@ from everstep.server.decoding import decode_own, fields_of
 from everstep.server.idempotency import request_key
 from everstep.server.json_values import MAX_METADATA_BYTES, MAX_METADATA_DEPTH, check_metadata
 from everstep.server.media import NotAcceptable, UnsupportedMedia, answer_media, body_media
-from everstep.server.rollouts_types import ForkRequest, Sampling, SubmitRequest
+from everstep.server.rollouts.wire import ForkRequest, Sampling, SubmitRequest
 
 
 def request(path: str = "/rollouts", **headers: str) -> Request:

@@ -11,7 +11,7 @@ from everstep.engine.config import JournalConfig
 from everstep.engine.journal.memory import MemoryJournal
 from everstep.engine.rollout import Rollout
 from everstep.engine.trajectory import decode, encode, seal, unpack, unseal
-from everstep.server.rollouts_types import RolloutAnswer
+from everstep.server.rollouts.wire import RolloutAnswer
 
 from .conftest import EOS, TOKENIZER, call, serve
 from .fake_backend import lp_of

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from ..engine.rollout import MAX_SAMPLES, LogprobsMode, Record
+from ...engine.rollout import MAX_SAMPLES, LogprobsMode, Record
 
 NonEmpty = Annotated[str, Meta(min_length=1)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]

@@ -19,9 +19,9 @@ from typing import TypeVar
 import msgspec
 from msgspec import Struct
 
-from ..engine.errors import EverstepError
-from ..engine.journal.files import sync_folder
-from .batches_types import FileObject, Purpose
+from ...engine.errors import EverstepError
+from ...engine.journal.files import sync_folder
+from .wire import FileObject, Purpose
 
 T = TypeVar("T", bound=Struct)
 _NAME = re.compile(r"file-[0-9a-f]{32}")

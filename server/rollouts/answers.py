@@ -10,12 +10,12 @@ from itertools import groupby
 
 from msgspec import UNSET, UnsetType
 
-from ..engine.errors import InvalidTrajectory
-from ..engine.journal.ops import Summary
-from ..engine.manager.manager import RolloutManager
-from ..engine.rollout import Rollout
-from .logprobs import finite, routing_of
-from .rollouts_types import PairList, RolloutAnswer, RolloutSummary, RolloutUsage, StreamEvent
+from ...engine.errors import InvalidTrajectory
+from ...engine.journal.ops import Summary
+from ...engine.manager.manager import RolloutManager
+from ...engine.rollout import Rollout
+from ..openai.logprobs import finite, routing_of
+from .wire import PairList, RolloutAnswer, RolloutSummary, RolloutUsage, StreamEvent
 
 # fields that a rollout and its JSON share as they are
 _SAME = (

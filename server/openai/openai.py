@@ -7,12 +7,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from ..engine.errors import EngineUnavailable
-from .chat import Chat
-from .completions import Completions
-from .decoding import decode_request
-from .generation import Generation, Service
-from .http import (
+from ...engine.errors import EngineUnavailable
+from ..decoding import decode_request
+from ..http import (
     encode_json,
     error_of,
     error_response,
@@ -20,9 +17,13 @@ from .http import (
     json_response,
     read_body,
 )
-from .idempotency import request_key
-from .openai_types import ChatRequest, CompletionRequest, ModelCard, ModelList
-from .stream import DONE, EventStream, event
+from ..idempotency import request_key
+from ..service import Service
+from ..stream import DONE, EventStream, event
+from .chat import Chat
+from .completions import Completions
+from .generation import Generation
+from .wire import ChatRequest, CompletionRequest, ModelCard, ModelList
 
 
 class OpenAIFace:

@@ -12,17 +12,18 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from ..engine.errors import InvalidRequest
-from ..engine.manager.intake import Accepted
-from ..engine.rollout import Rollout
-from ..engine.trajectory import encode, pack, seal, unpack
-from .decoding import decode_own, fields_of
-from .generation import Service
-from .http import encode_json, error_of, error_response, read_body
-from .idempotency import request_key
-from .media import TYPES, Media, answer, answer_media, body_media
-from .rollouts_answers import answer_of, event_of, summary_of
-from .rollouts_requests import (
+from ...engine.errors import InvalidRequest
+from ...engine.manager.intake import Accepted
+from ...engine.rollout import Rollout
+from ...engine.trajectory import encode, pack, seal, unpack
+from ..decoding import decode_own, fields_of
+from ..http import encode_json, error_of, error_response, read_body
+from ..idempotency import request_key
+from ..media import TYPES, Media, answer, answer_media, body_media
+from ..service import Service
+from ..stream import EventStream, event, unless_disconnected
+from .answers import answer_of, event_of, summary_of
+from .requests import (
     MAX_WAIT_S,
     Parameters,
     as_integer,
@@ -32,8 +33,7 @@ from .rollouts_requests import (
     submission_of,
     trajectory_of,
 )
-from .rollouts_types import Done, Empty, ForkRequest, RolloutList, SubmitRequest, Submitted
-from .stream import EventStream, event, unless_disconnected
+from .wire import Done, Empty, ForkRequest, RolloutList, SubmitRequest, Submitted
 
 Control = Callable[..., Awaitable[list[str]]]
 _MAX_TOKENS = 2**31 - 1

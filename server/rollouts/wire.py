@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from ..engine.errors import InvalidRequest
-from ..engine.journal.ops import Budget
-from ..engine.rollout import (
+from ...engine.errors import InvalidRequest
+from ...engine.journal.ops import Budget
+from ...engine.rollout import (
     MAX_SAMPLES,
     FinishReason,
     Record,
@@ -19,7 +19,7 @@ from ..engine.rollout import (
     SamplingParams,
     Segment,
 )
-from .openai_types import Alternatives, Message, Routing, SamplingFields, TokenId, Tool
+from ..openai.wire import Alternatives, Message, Routing, SamplingFields, TokenId, Tool
 
 # a name that a user gives: of a group, of a pool
 Name = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[\x21-\x7e]+$")]

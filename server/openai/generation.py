@@ -1,19 +1,18 @@
 """One HTTP request's rollouts: from wire parameters to a submission, to the parts of an answer."""
 
-import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Self
 
-from msgspec import UNSET, Struct, UnsetType, structs
+from msgspec import UNSET, UnsetType, structs
 from starlette.requests import Request
 
-from ..engine.errors import InvalidRequest, UnknownModel
-from ..engine.journal.ops import RequestKey
-from ..engine.manager.intake import Submission
-from ..engine.manager.manager import Delta, RolloutManager
-from ..engine.messages import Ready
-from ..engine.rollout import (
+from ...engine.errors import InvalidRequest
+from ...engine.journal.ops import RequestKey
+from ...engine.manager.intake import Submission
+from ...engine.manager.manager import Delta
+from ...engine.messages import Ready
+from ...engine.rollout import (
     LogprobsMode,
     Record,
     Rollout,
@@ -21,11 +20,11 @@ from ..engine.rollout import (
     SamplingParams,
     derive_seed,
 )
-from ..engine.tokenizer import Tokenizer
-from .config import ServeConfig
-from .json_values import check_metadata
+from ..json_values import check_metadata
+from ..service import Service
+from ..stream import deltas, failure, unless_disconnected
 from .logprobs import LogprobsWriter, TokenNames, extension, prompt_logprobs
-from .openai_types import (
+from .wire import (
     Choice,
     CompletionTokensDetails,
     Extension,
@@ -35,54 +34,6 @@ from .openai_types import (
     SamplingFields,
     Usage,
 )
-from .stream import deltas, failure, unless_disconnected
-
-# longer texts are encoded on a thread, so that the event loop goes on
-LONG_TEXT = 20_000
-
-
-class Service(Struct, frozen=True):
-    """What the endpoints stand on."""
-
-    manager: RolloutManager
-    tokenizer: Tokenizer | None
-    config: ServeConfig
-    created: int
-
-    def model_name(self, requested: str | None) -> str:
-        """The name for the reply; raises UnknownModel."""
-        names = self.config.model_names
-        if requested is not None and requested not in names:
-            raise UnknownModel(
-                f"model {requested!r} is not served here; served: {', '.join(names)}", field="model"
-            )
-        return requested or names[0]
-
-    def check_choices(self, num_prompts: int, n: int) -> None:
-        """Raises InvalidRequest before any of them is encoded."""
-        most = self.config.openai.max_choices
-        if num_prompts * n > most:
-            raise InvalidRequest(
-                f"{num_prompts} prompts × n = {n} are {num_prompts * n} choices; "
-                f"at most {most} are accepted in one request",
-                field="n",
-            )
-
-    async def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
-        tokenizer = self.tokenizer
-        if tokenizer is None:
-            raise InvalidRequest(
-                "this server runs without a tokenizer (skip_tokenizer_init): "
-                "send token ids as the prompt",
-                field="prompt",
-            )
-
-        def encode() -> list[list[int]]:
-            return [tokenizer.encode(text, add_special_tokens) for text in texts]
-
-        if sum(map(len, texts)) < LONG_TEXT:
-            return encode()
-        return await asyncio.to_thread(encode)
 
 
 def sampling_of(

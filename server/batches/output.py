@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import msgspec
 from msgspec import Struct
 
-from ..engine.errors import ConfigError
+from ...engine.errors import ConfigError
 
 SYNC_EVERY_S = 5.0
 # how every record of ours begins: what has not this beginning is not ours to repair

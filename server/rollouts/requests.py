@@ -7,18 +7,19 @@ from typing import Any
 
 from starlette.requests import Request
 
-from ..engine.errors import InvalidRequest, InvalidTrajectory
-from ..engine.journal.ops import Query
-from ..engine.manager.intake import Submission
-from ..engine.rollout import RolloutState
-from ..engine.trajectory import MAGIC, Trajectory, decode, encode, pack, unseal
-from .conversation import render
-from .decoding import check_names, decode_own, fields_of
-from .generation import Service, sampling_of
-from .json_values import check_metadata
-from .media import Media
-from .rollouts_answers import rollout_of
-from .rollouts_types import RolloutAnswer, Sampling, Selection, SubmitRequest, prompt_field
+from ...engine.errors import InvalidRequest, InvalidTrajectory
+from ...engine.journal.ops import Query
+from ...engine.manager.intake import Submission
+from ...engine.rollout import RolloutState
+from ...engine.trajectory import MAGIC, Trajectory, decode, encode, pack, unseal
+from ..conversation import render
+from ..decoding import check_names, decode_own, fields_of
+from ..json_values import check_metadata
+from ..media import Media
+from ..openai.generation import sampling_of
+from ..service import Service
+from .answers import rollout_of
+from .wire import RolloutAnswer, Sampling, Selection, SubmitRequest, prompt_field
 
 # a longer poll answers with what there is by then: proxies cut connections that are silent
 MAX_WAIT_S = 60.0

@@ -10,20 +10,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from .decoding import decode_own, fields_of
-from .generation import Service
-from .http import read_body
-from .media import answer, answer_media, body_media
-from .rollouts_types import Empty
-from .stream import unless_disconnected
-from .weights_types import (
-    FlipRequest,
-    RollbackRequest,
-    StageRequest,
-    Updated,
-    UpdateRequest,
-    WeightsAnswer,
-)
+from ..decoding import decode_own, fields_of
+from ..http import read_body
+from ..media import answer, answer_media, body_media
+from ..rollouts.wire import Empty
+from ..service import Service
+from ..stream import unless_disconnected
+from .wire import FlipRequest, RollbackRequest, StageRequest, Updated, UpdateRequest, WeightsAnswer
 
 RequestT = TypeVar("RequestT", bound=Struct)
 _SHOWN = 100

@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..engine.errors import EverstepError, InvalidRequest
-from .batch_lines import explicit_id
-from .batch_output import IdSet, decode_record
-from .batch_run import Line, read_lines
-from .batches_types import BatchError
+from ...engine.errors import EverstepError, InvalidRequest
+from .lines import explicit_id
+from .output import IdSet, decode_record
+from .run import Line, read_lines
+from .wire import BatchError
 
 MAX_ERRORS = 100
 

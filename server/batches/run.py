@@ -18,14 +18,14 @@ from typing import Any, BinaryIO
 
 from msgspec import Struct
 
-from ..engine.errors import ConfigError, EverstepError, InvalidRequest
-from ..engine.manager.manager import RolloutManager
-from ..engine.rollout import RolloutState
-from ..engine.tokenizer import Tokenizer
-from .batch_jobs import Jobs
-from .batch_lines import Defaults, Job, explicit_id, job_of, parse_line
-from .batch_output import BatchOutput, IdSet
-from .batch_records import ReadAnswer, Recorder, plain_answer, refusal
+from ...engine.errors import ConfigError, EverstepError, InvalidRequest
+from ...engine.manager.manager import RolloutManager
+from ...engine.rollout import RolloutState
+from ...engine.tokenizer import Tokenizer
+from .jobs import Jobs
+from .lines import Defaults, Job, explicit_id, job_of, parse_line
+from .output import BatchOutput, IdSet
+from .records import ReadAnswer, Recorder, plain_answer, refusal
 
 # lines in flight per running rollout: enough that the core never waits for the front
 WINDOW = 4

@@ -12,15 +12,28 @@ from typing import Any
 from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 
-from ..engine.errors import InvalidRequest
-from ..engine.journal.ops import RequestKey
-from ..engine.manager.manager import Delta
-from ..engine.rollout import Rollout
-from .conversation import render
-from .generation import Generation, Service, sampling_of
-from .http import encode_json
+from ...engine.errors import InvalidRequest
+from ...engine.journal.ops import RequestKey
+from ...engine.manager.manager import Delta
+from ...engine.rollout import Rollout
+from ..conversation import render
+from ..http import encode_json
+from ..parsers import (
+    Content,
+    Event,
+    OutputParser,
+    Reasoning,
+    ReasoningParser,
+    ToolCallFound,
+    ToolParser,
+    parse_output,
+    starts_in_reasoning,
+)
+from ..service import Service
+from ..stream import DONE, event
+from .generation import Generation, sampling_of
 from .logprobs import LogprobsWriter, TextPositions
-from .openai_types import (
+from .wire import (
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
@@ -32,18 +45,6 @@ from .openai_types import (
     ToolCall,
     Usage,
 )
-from .parsers import (
-    Content,
-    Event,
-    OutputParser,
-    Reasoning,
-    ReasoningParser,
-    ToolCallFound,
-    ToolParser,
-    parse_output,
-    starts_in_reasoning,
-)
-from .stream import DONE, event
 
 
 class Chat:

@@ -11,12 +11,12 @@ import time
 
 import msgspec
 
-from ..engine.errors import UnknownRollout
-from ..engine.journal.ops import Query, RequestKey
-from ..engine.manager.intake import Submission
-from ..engine.manager.manager import RolloutManager
-from ..engine.rollout import Rollout, RolloutState
-from .batch_lines import Job
+from ...engine.errors import UnknownRollout
+from ...engine.journal.ops import Query, RequestKey
+from ...engine.manager.intake import Submission
+from ...engine.manager.manager import RolloutManager
+from ...engine.rollout import Rollout, RolloutState
+from .lines import Job
 
 HOLDER = "batch"
 PAGE = 1000

@@ -4,8 +4,8 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from ..engine.checkpoint.manifest import Version
-from ..engine.messages import Flipped, KVPolicy, Priority, Staged, Staging
+from ...engine.checkpoint.manifest import Version
+from ...engine.messages import Flipped, KVPolicy, Priority, Staged, Staging
 
 Path = Annotated[str, Meta(min_length=1)]
 Number = Annotated[int, Meta(ge=0, le=2**53)]

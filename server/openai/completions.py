@@ -5,20 +5,16 @@ from collections.abc import AsyncGenerator
 
 from starlette.requests import Request
 
-from ..engine.errors import InvalidRequest
-from ..engine.journal.ops import RequestKey
-from ..engine.manager.manager import Delta
-from ..engine.rollout import LogprobsMode, Rollout
-from .generation import Generation, Service, sampling_of
-from .http import encode_json
+from ...engine.errors import InvalidRequest
+from ...engine.journal.ops import RequestKey
+from ...engine.manager.manager import Delta
+from ...engine.rollout import LogprobsMode, Rollout
+from ..http import encode_json
+from ..service import Service
+from ..stream import DONE, event
+from .generation import Generation, sampling_of
 from .logprobs import LogprobsWriter, TextPositions
-from .openai_types import (
-    CompletionChoice,
-    CompletionLogprobs,
-    CompletionRequest,
-    CompletionResponse,
-)
-from .stream import DONE, event
+from .wire import CompletionChoice, CompletionLogprobs, CompletionRequest, CompletionResponse
 
 
 class Completions:

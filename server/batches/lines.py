@@ -12,9 +12,9 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Struct
 
-from ..engine.errors import InvalidRequest, UnknownModel
-from ..engine.rollout import MAX_SAMPLES, SamplingParams, derive_seed
-from ..engine.tokenizer import Tokenizer
+from ...engine.errors import InvalidRequest, UnknownModel
+from ...engine.rollout import MAX_SAMPLES, SamplingParams, derive_seed
+from ...engine.tokenizer import Tokenizer
 
 Kind = Literal["chat", "completion"]
 URLS: dict[str, Kind] = {"/v1/chat/completions": "chat", "/v1/completions": "completion"}

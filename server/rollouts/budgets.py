@@ -8,14 +8,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from .decoding import decode_own, fields_of
-from .generation import Service
-from .http import read_body
-from .idempotency import request_key
-from .media import answer, answer_media, body_media
-from .rollouts_requests import MAX_WAIT_S, Parameters
-from .rollouts_types import BudgetList, BudgetRequest, Empty
-from .stream import unless_disconnected
+from ..decoding import decode_own, fields_of
+from ..http import read_body
+from ..idempotency import request_key
+from ..media import answer, answer_media, body_media
+from ..service import Service
+from ..stream import unless_disconnected
+from .requests import MAX_WAIT_S, Parameters
+from .wire import BudgetList, BudgetRequest, Empty
 
 
 class BudgetsFace:

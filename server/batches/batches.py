@@ -11,14 +11,14 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 from starlette.types import Message
 
-from ..engine.errors import InvalidRequest, JournalError
+from ...engine.errors import InvalidRequest, JournalError
+from ..decoding import decode_request
+from ..http import BodyTooLarge, ignored_fields_header, json_response, read_body
+from ..idempotency import request_key
+from ..rollouts.requests import Parameters
+from ..stream import ClientGone
 from .batch_queue import BatchQueue
-from .batches_types import BatchRequest, FileDeleted, Page, Purpose
-from .decoding import decode_request
-from .http import BodyTooLarge, ignored_fields_header, json_response, read_body
-from .idempotency import request_key
-from .rollouts_requests import Parameters
-from .stream import ClientGone
+from .wire import BatchRequest, FileDeleted, Page, Purpose
 
 # OpenAI's limit
 MAX_FILE_BYTES = 200 * 2**20

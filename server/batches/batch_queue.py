@@ -4,7 +4,7 @@
                ▸ failed (a file that is no batch)
 
 Every change of state is on the disk before anybody sees it. The lines themselves are durable
-rollouts (server/batch_jobs.py), and records are appended to BATCH.records: after a kill a batch
+rollouts (server/batches/jobs.py), and records are appended to BATCH.records: after a kill a batch
 goes on where it was, and no line has two records.
 """
 
@@ -18,8 +18,8 @@ from pathlib import Path
 import msgspec
 from msgspec.structs import replace
 
-from ..engine import log
-from ..engine.errors import (
+from ...engine import log
+from ...engine.errors import (
     Conflict,
     Draining,
     EngineUnavailable,
@@ -27,19 +27,19 @@ from ..engine.errors import (
     JournalError,
     Overloaded,
 )
-from ..engine.journal.ops import RequestKey
-from ..engine.manager.manager import RolloutManager
-from ..engine.manager.request_keys import check_same_body
-from ..engine.rollout import SamplingParams, derive_seed
-from ..engine.tokenizer import Tokenizer
-from .batch_input import check_lines, error_of, select
-from .batch_jobs import Jobs
-from .batch_lines import Defaults
-from .batch_output import BatchOutput
-from .batch_records import parsed_answer
-from .batch_run import WINDOW, BatchRun, Counts
-from .batches_types import ENDED, Batch, BatchError, BatchErrors, BatchRequest, RequestCounts
+from ...engine.journal.ops import RequestKey
+from ...engine.manager.manager import RolloutManager
+from ...engine.manager.request_keys import check_same_body
+from ...engine.rollout import SamplingParams, derive_seed
+from ...engine.tokenizer import Tokenizer
 from .file_store import FileStore, read_whole, write_whole, writing
+from .input import check_lines, error_of, select
+from .jobs import Jobs
+from .lines import Defaults
+from .output import BatchOutput
+from .records import parsed_answer
+from .run import WINDOW, BatchRun, Counts
+from .wire import ENDED, Batch, BatchError, BatchErrors, BatchRequest, RequestCounts
 
 # beside somebody who waits for an answer a batch steps back
 PRIORITY = -1

@@ -11,11 +11,11 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
-from ..engine.errors import EverstepError, InvalidRequest
-from ..engine.rollout import Rollout
-from ..engine.tokenizer import Tokenizer
-from .batch_lines import Job
-from .parsers import OutputParser, ReasoningParser, ToolParser, parse_output, starts_in_reasoning
+from ...engine.errors import EverstepError, InvalidRequest
+from ...engine.rollout import Rollout
+from ...engine.tokenizer import Tokenizer
+from ..parsers import OutputParser, ReasoningParser, ToolParser, parse_output, starts_in_reasoning
+from .lines import Job
 
 
 class Message(Struct, kw_only=True):

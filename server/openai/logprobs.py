@@ -9,11 +9,11 @@ from itertools import groupby
 
 from msgspec import UNSET, Struct, to_builtins
 
-from ..engine.detokenizer import Detokenizer
-from ..engine.messages import Ready
-from ..engine.rollout import LogprobsMode, Rollout
-from ..engine.tokenizer import Tokenizer
-from .openai_types import (
+from ...engine.detokenizer import Detokenizer
+from ...engine.messages import Ready
+from ...engine.rollout import LogprobsMode, Rollout
+from ...engine.tokenizer import Tokenizer
+from .wire import (
     ChatLogprobs,
     CompletionLogprobs,
     Extension,

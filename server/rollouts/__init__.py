@@ -1,0 +1,1 @@
+"""/rollouts: durable rollouts and the token budgets of their pools."""

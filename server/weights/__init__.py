@@ -1,0 +1,1 @@
+"""/weights: which version serves, and its changes."""
