@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Struct
 
 from .clients.async_client import AsyncClient
-from .clients.client_flows import FIRST_CONTACT_S
+from .clients.patience import FIRST_CONTACT_S
 from .engine.checkpoint.manifest import Version
 from .engine.errors import (
     ConfigError,

@@ -14,7 +14,7 @@ from typing import Annotated, Any, BinaryIO
 import msgspec
 from msgspec import Meta, Struct
 
-from .clients.client_flows import sampling_fields
+from .clients.flows import sampling_fields
 from .engine.errors import ConfigError, InvalidRequest
 from .engine.rollout import Record, SamplingParams
 from .server.batches.lines import parse_line

@@ -11,9 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from everstep import AsyncClient, Client, SamplingParams
-from everstep.clients import client_flows as flows
-from everstep.clients.client_flows import Address, Call, Patience, Pause
-from everstep.clients.client_stream import ServerEvents, StreamReader
+from everstep.clients import flows
+from everstep.clients.calls import Address
+from everstep.clients.event_stream import ServerEvents, StreamReader
+from everstep.clients.flows import Call, Pause
+from everstep.clients.patience import FIRST_CONTACT_S, LONGEST_PAUSE_S, Patience, error_of
 from everstep.engine.errors import (
     ConfigError,
     Conflict,
@@ -104,7 +106,7 @@ def drive(flow, replies: list, clock: FakeClock | None = None) -> tuple:
     ],
 )
 def test_an_error_of_the_server_is_raised_as_its_class(error):
-    found = flows.error_of(failed(error))
+    found = error_of(failed(error))
     assert type(found) is type(error)
     assert (str(found), found.code, found.status) == (str(error), error.code, error.status)
     assert getattr(found, "field", None) == getattr(error, "field", None)
@@ -114,14 +116,14 @@ def test_an_error_of_the_server_is_raised_as_its_class(error):
 
 @pytest.mark.parametrize("error", [EngineDied("gone"), Draining("going")])
 def test_kinds_that_share_a_code_come_as_the_general_one(error):
-    assert type(flows.error_of(failed(error))) is EngineUnavailable
+    assert type(error_of(failed(error))) is EngineUnavailable
 
 
 @pytest.mark.parametrize(
     ("status", "body"), [(500, b"<html>"), (404, b""), (418, b'{"error": "x"}'), (502, b"\xff")]
 )
 def test_an_answer_of_somebody_else_is_an_error_too(status, body):
-    found = flows.error_of(reply(status, body))
+    found = error_of(reply(status, body))
     assert found.status == status
     assert found.code == "unexpected_answer"
     assert str(status) in str(found)
@@ -129,7 +131,7 @@ def test_an_answer_of_somebody_else_is_an_error_too(status, body):
 
 def test_a_code_that_no_class_has_is_kept():
     body = {"error": {"message": "key", "type": "t", "param": None, "code": "invalid_api_key"}}
-    found = flows.error_of(reply(401, body))
+    found = error_of(reply(401, body))
     assert (type(found), found.code, found.status) == (EverstepError, "invalid_api_key", 401)
 
 
@@ -194,7 +196,7 @@ def test_an_address_that_never_answered_is_given_up_soon():
             [httpx.ConnectError("refused")] * 500,
             clock,
         )
-    assert clock.now_s - began <= flows.FIRST_CONTACT_S
+    assert clock.now_s - began <= FIRST_CONTACT_S
 
 
 def test_retry_after_is_kept_to():
@@ -332,7 +334,7 @@ def test_heartbeats_are_signs_of_life():
         clock.advance(15)
         assert list(reader.take(b": keep-alive\n\n")) == []
         clock.advance(50)
-        assert reader.pause_after(httpx.ReadError("cut")) <= flows.LONGEST_PAUSE_S
+        assert reader.pause_after(httpx.ReadError("cut")) <= LONGEST_PAUSE_S
     for _ in range(3):
         clock.advance(39)
         reader.pause_after(httpx.ConnectError("refused"))
@@ -497,7 +499,7 @@ def test_both_clients_have_the_same_calls():
         return {
             name: str(inspect.signature(value)).split(" -> ")[0]
             for name, value in vars(kind).items()
-            if not name.startswith("_")
+            if callable(value) and not name.startswith("_")
         }
 
     assert calls(Client) == calls(AsyncClient)
@@ -514,7 +516,7 @@ def test_a_call_without_a_server_goes_through_httpx_once_and_is_retried():
 
     http = httpx.Client(transport=httpx.MockTransport(handle))
     client = Client(URL, api_key="secret", http=http)
-    client._patience = lambda: Patience(URL, 120.0, has_answered=True)  # type: ignore[method-assign]
+    client._calls.patience = lambda: Patience(URL, 120.0, has_answered=True)  # type: ignore[method-assign]
     assert client.submit("Hi", samples=2, tools=[]).rollout_ids == ["ro-1"]
     assert [str(request.url) for request in seen] == [f"{URL}/rollouts"] * 2
     assert seen[0].headers["authorization"] == "Bearer secret"

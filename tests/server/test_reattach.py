@@ -24,8 +24,8 @@ HI = [{"role": "user", "content": "Hi"}]
 @pytest.fixture(autouse=True)
 def _hurry(monkeypatch):
     """The pauses between two tries are tested without a network."""
-    monkeypatch.setattr("everstep.clients.client_flows.FIRST_PAUSE_S", 0.001)
-    monkeypatch.setattr("everstep.clients.client_flows.LONGEST_PAUSE_S", 0.01)
+    monkeypatch.setattr("everstep.clients.patience.FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr("everstep.clients.patience.LONGEST_PAUSE_S", 0.01)
 
 
 async def collected(client: AsyncClient, rollout_id: str, after: int = 0) -> list:
@@ -175,7 +175,7 @@ async def test_the_blocking_client_does_the_same_over_a_proxy_that_cuts(anyio_ba
 
 
 async def test_an_address_where_nothing_listens_is_an_error_soon(monkeypatch):
-    monkeypatch.setattr("everstep.clients.client_flows.FIRST_CONTACT_S", 0.1)
+    monkeypatch.setattr("everstep.clients.patience.FIRST_CONTACT_S", 0.1)
     async with AsyncClient("http://127.0.0.1:9") as client:
         with pytest.raises(EngineUnavailable, match=r"no answer from http://127.0.0.1:9"):
             await client.get("ro-1")

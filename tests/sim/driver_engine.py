@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, Protocol
 
-from everstep.clients.client_flows import Patience, error_from
+from everstep.clients.patience import Patience, error_from
 from everstep.engine.errors import EngineUnavailable, EverstepError, UnknownRollout
 from everstep.engine.journal.ops import BudgetState, Query
 from everstep.engine.messages import KVPolicy, Priority

@@ -8,7 +8,8 @@ import msgspec
 from ..engine.errors import EngineUnavailable, EverstepError
 from ..server.openai.wire import ErrorResponse
 from ..server.rollouts.wire import StreamEvent
-from .client_flows import Call, Patience, error_from, path_of
+from .flows import Call, path_of
+from .patience import Patience, error_from
 
 # far beyond any event; a server that sends no line's end would fill memory
 MAX_EVENT_BYTES = 256 * 2**20

@@ -5,10 +5,9 @@ what came of it, and returns the result. So retries, polls and pages are written
 `Client` and `AsyncClient` differ only in how they wait.
 """
 
-import os
 import time
 import uuid
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import httpx
@@ -16,18 +15,13 @@ import msgspec
 from msgspec import UNSET, Struct
 
 from ..engine.errors import (
-    ConfigError,
     EngineUnavailable,
-    EverstepError,
     InvalidRequest,
-    Overloaded,
-    WeightsRefused,
 )
 from ..engine.journal.ops import Budget, BudgetState
 from ..engine.messages import Staged
 from ..engine.rollout import Record, Rollout, RolloutState, SamplingParams
 from ..engine.trajectory import Trajectory, decode, seal, unpack
-from ..server.openai.wire import ErrorResponse
 from ..server.rollouts.wire import (
     BudgetList,
     BudgetRequest,
@@ -39,23 +33,17 @@ from ..server.rollouts.wire import (
     Submitted,
 )
 from ..server.weights.wire import StageRequest, Updated, WeightsAnswer
+from .patience import Clock, Patience
 
 T = TypeVar("T")
 StructT = TypeVar("StructT", bound=Struct)
-Clock = Callable[[], float]
 
-DEFAULT_URL = "http://127.0.0.1:8000"
-# an address that never answered is more likely wrong than restarting
-FIRST_CONTACT_S = 5.0
+PAGE = 500
 POLL_S = 20.0
 MIN_POLL_S = 1.0
 READ_TIMEOUT_S = 60.0
 # a version is loaded and checked beside generation, which has most of the time
 WEIGHTS_TIMEOUT_S = 3600.0
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 2.0
-# answers of proxies whose server is away for a moment
-_AWAY = frozenset({502, 503, 504})
-_FOREIGN = "unexpected_answer"
 _MSGPACK = "application/msgpack"
 _encode = msgspec.json.Encoder().encode
 
@@ -82,152 +70,6 @@ Reply = httpx.Response | httpx.TransportError | None
 Flow = Generator[Step, Reply, T]
 
 
-class Address(Struct, frozen=True):
-    """Where the server is and what it asks for.
-
-    `OPENAI_API_KEY` is sent only to where `OPENAI_BASE_URL` points: it is a secret of that server.
-    """
-
-    url: str
-    api_key: str | None
-
-    @classmethod
-    def find(cls, base_url: str | None, api_key: str | None) -> "Address":
-        """From the arguments, else EVERSTEP_BASE_URL and EVERSTEP_API_KEY, else OpenAI's two.
-
-        Raises ConfigError.
-        """
-        url = base_url or os.environ.get("EVERSTEP_BASE_URL")
-        key = api_key or os.environ.get("EVERSTEP_API_KEY")
-        if url is None and (url := os.environ.get("OPENAI_BASE_URL")) is not None:
-            key = key or os.environ.get("OPENAI_API_KEY")
-        url = (url or DEFAULT_URL).rstrip("/").removesuffix("/v1")
-        if not url.startswith(("http://", "https://")):
-            raise ConfigError(f"base_url must begin with http:// or https://, got {url!r}")
-        return cls(url, key)
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {} if self.api_key is None else {"authorization": f"Bearer {self.api_key}"}
-
-
-class Patience:
-    """How long trouble is borne: `retry_s` from the first failure after the last success.
-
-    has_answered  whether the server ever did, in an earlier call
-    """
-
-    def __init__(
-        self,
-        url: str,
-        retry_s: float,
-        *,
-        has_answered: bool = False,
-        clock: Clock = time.monotonic,
-    ) -> None:
-        self._url = url
-        self._retry_s = retry_s
-        self._clock = clock
-        self._since: float | None = None
-        self._pause_s = FIRST_PAUSE_S
-        self._has_answered = has_answered
-
-    def heard(self) -> None:
-        """A sign of life, if only a heartbeat: whoever is silent for long may go on for long."""
-        self._has_answered = True
-        self._since = None
-
-    def succeeded(self) -> None:
-        """Trouble that comes later is new trouble."""
-        self._has_answered = True
-        self._since, self._pause_s = None, FIRST_PAUSE_S
-
-    def pause_after(self, trouble: httpx.Response | httpx.TransportError | EverstepError) -> float:
-        """Seconds to the next try. Raises the trouble as an EverstepError where none is due."""
-        is_silent = isinstance(trouble, httpx.TransportError)
-        error = self._error_of(trouble)
-        now = self._clock()
-        self._since = now if self._since is None else self._since
-        self._has_answered |= not is_silent
-        limit = self._retry_s if self._has_answered else min(self._retry_s, FIRST_CONTACT_S)
-        pause_s = max(self._pause_s, _retry_after_s(trouble))
-        if not _may_pass(error) or now + pause_s > self._since + limit:
-            raise error
-        self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
-        return pause_s
-
-    def _error_of(
-        self, trouble: httpx.Response | httpx.TransportError | EverstepError
-    ) -> EverstepError:
-        if isinstance(trouble, EverstepError):
-            return trouble
-        if isinstance(trouble, httpx.Response):
-            return error_of(trouble)
-        words = str(trouble) or type(trouble).__name__
-        return EngineUnavailable(f"no answer from {self._url}: {words}")
-
-
-def _may_pass(error: EverstepError) -> bool:
-    """Whether the same request may succeed later."""
-    return error.retryable or (error.code == _FOREIGN and error.status in _AWAY)
-
-
-def _retry_after_s(trouble: object) -> float:
-    """What the server asks for; 0 where it does not."""
-    if not isinstance(trouble, httpx.Response):
-        return 0.0
-    try:
-        return max(0.0, float(trouble.headers.get("retry-after", "0")))
-    except ValueError:
-        return 0.0
-
-
-# --- errors of the server, as the classes that it raised
-
-
-def error_of(response: httpx.Response) -> EverstepError:
-    """The error in an answer of 400 and more."""
-    try:
-        body = msgspec.json.decode(response.content, type=ErrorResponse).error
-    except msgspec.MsgspecError:
-        words = response.text[:200].strip() or response.reason_phrase
-        error = EverstepError(f"HTTP {response.status_code}: {words}")
-        error.code, error.status = _FOREIGN, response.status_code
-        return error
-    error = error_from(body.code, body.message, body.param)
-    error.status = response.status_code
-    if isinstance(error, Overloaded):
-        error.retry_after_s = _retry_after_s(response)
-    return error
-
-
-def error_from(code: str | None, message: str, field: str | None) -> EverstepError:
-    """An instance of the class in engine/errors.py that has this code."""
-    kind = _classes().get(code or "")
-    if kind is None:
-        error = EverstepError(message)
-        error.code = code or error.code
-        return error
-    if issubclass(kind, InvalidRequest):
-        return kind(message, field=field)
-    return kind(message, tensor=field) if issubclass(kind, WeightsRefused) else kind(message)
-
-
-def _classes() -> dict[str, type[EverstepError]]:
-    """code → class; where several share one, the most general."""
-    found: dict[str, type[EverstepError]] = {}
-    level: list[type[EverstepError]] = [EverstepError]
-    while level:
-        for kind in level:
-            if kind.__module__ == EverstepError.__module__:
-                found.setdefault(kind.code, kind)
-        level = [child for kind in level for child in kind.__subclasses__()]
-    return found
-
-
-# --- calls
-
-
 def send(call: Call, patience: Patience) -> Flow[httpx.Response]:
     """The answer, once there is a good one. Only for calls that may be sent twice."""
     while True:
@@ -237,6 +79,9 @@ def send(call: Call, patience: Patience) -> Flow[httpx.Response]:
             patience.succeeded()
             return reply
         yield Pause(patience.pause_after(reply))
+
+
+# --- rollouts
 
 
 def submit(fields: Mapping[str, Any], key: str | None, patience: Patience) -> Flow[Submitted]:
