@@ -4,9 +4,12 @@ A library picks its inner loops by shape, so the bits of a row may change with t
 rows beside it. Here every product is issued in tiles of a fixed number of rows, padded with
 zeros; a tile size is used only after `probe` has seen on this machine, for this very matrix
 shape, that a row's bits do not depend on its place in the tile, nor on the tile size chosen
-(docs/explain/numerics.md). Where no tile holds, rows are multiplied one at a time.
+(docs/explain/numerics.md). Where no tile holds, rows are multiplied one at a time. Small steps run on
+one thread: where several give other bits than one does, one multiplies everything.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -70,14 +73,27 @@ class Weight:
 
 @dataclass
 class ItemPlan:
-    """Whether batched products keep an item's bits, per (R, D, L, layout, threads)."""
+    """Whether batched products keep an item's bits, per (R, D, L, layout, threads); None: so many
+    threads give other bits than one."""
 
-    is_safe: dict[tuple[int, int, int, bool, int], bool] = field(default_factory=dict)
+    is_safe: dict[tuple[int, int, int, bool, int], bool | None] = field(default_factory=dict)
+
+    def of(self, rows: int, inner: int, columns: int, is_contiguous: bool) -> bool | None:
+        """Of a product of this shape; probed at first use."""
+        shape = (rows, inner, columns, is_contiguous)
+        key = (*shape, torch.get_num_threads())
+        if key not in self.is_safe:
+            found: bool | None = probe_items(*shape)
+            if key[-1] > 1 and not _items_are_of_one_thread(found, *shape):
+                found = None
+            self.is_safe[key] = found
+        return self.is_safe[key]
 
 
 @dataclass
 class TilePlan:
-    """Row tiles that were seen to give equal bits, per (dtype, N, K, threads)."""
+    """Row tiles that were seen to give equal bits, per (dtype, N, K, threads); none: so many threads
+    give other bits than one."""
 
     tiles: dict[tuple[torch.dtype, int, int, int], tuple[int, ...]] = field(default_factory=dict)
 
@@ -85,12 +101,25 @@ class TilePlan:
         """Tile sizes for this matrix, largest first; probed at first use."""
         key = (w.dtype, w.shape[0], w.shape[1], torch.get_num_threads())
         if key not in self.tiles:
-            self.tiles[key] = probe(w)
+            found = probe(w)
+            if key[-1] > 1 and not _rows_are_of_one_thread(w, found):
+                found = ()
+            self.tiles[key] = found
         return self.tiles[key]
 
 
 PLAN = TilePlan()
 ITEMS = ItemPlan()
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _product(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> None:
@@ -104,7 +133,7 @@ def probe(w: torch.Tensor) -> tuple[int, ...]:
     returns  tile sizes, largest first. (1,) if a row's bits depend on its place in a small tile;
              the small tile alone if wider ones give other bits than it does
     """
-    generator = torch.Generator().manual_seed(20251018)
+    generator = _generator()
     x = torch.randn(WIDE_TILES[0], w.shape[1], generator=generator).to(w.dtype)
     order = torch.randperm(SMALL_TILE * 4, generator=generator)
 
@@ -134,8 +163,23 @@ def matmul_rows(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     w        (N, K) contiguous, same dtype
     returns  (M, N), that dtype (sums in float32 inside)
     """
-    rows, tiles = x.shape[0], PLAN.of(w)
-    smallest = tiles[-1]
+    tiles = PLAN.of(w)
+    if not tiles:
+        with _one_thread():
+            return matmul_rows(x, w)
+    return _by_tiles(x, w, tiles)
+
+
+def _rows_are_of_one_thread(w: torch.Tensor, tiles: tuple[int, ...]) -> bool:
+    """Whether products by these tiles have the bits of those on one thread."""
+    x = torch.randn(SMALL_TILE * 2, w.shape[1], generator=_generator()).to(w.dtype)
+    here = _by_tiles(x, w, tiles[-1:])
+    with _one_thread():
+        return torch.equal(here, matmul_rows(x, w))
+
+
+def _by_tiles(x: torch.Tensor, w: torch.Tensor, tiles: tuple[int, ...]) -> torch.Tensor:
+    rows, smallest = x.shape[0], tiles[-1]
     padded = -(-rows // smallest) * smallest
     if padded != rows:
         x = torch.cat([x, x.new_zeros(padded - rows, x.shape[1])])
@@ -161,31 +205,54 @@ def matmul_items(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     b        (I, L, D) float32, itself or its transpose contiguous
     returns  (I, R, L) float32
     """
-    key = (a.shape[1], a.shape[2], b.shape[1], b.is_contiguous(), torch.get_num_threads())
-    if key not in ITEMS.is_safe:
-        ITEMS.is_safe[key] = probe_items(*key[:4])
-    if ITEMS.is_safe[key]:
+    is_safe = ITEMS.of(a.shape[1], a.shape[2], b.shape[1], b.is_contiguous())
+    if is_safe is None:
+        with _one_thread():
+            return matmul_items(a, b)
+    if is_safe:
         return torch.bmm(a, b.transpose(1, 2))
     return tree_sum(a.unsqueeze(2) * b.unsqueeze(1))
+
+
+def _items_are_of_one_thread(
+    is_safe: bool | None, rows: int, inner: int, columns: int, is_contiguous: bool
+) -> bool:
+    """Whether batched products have the bits, or the refusal, of one thread."""
+    a, right = _drawn_items(rows, inner, columns, is_contiguous)
+    here = torch.bmm(a, right)
+    with _one_thread():
+        if ITEMS.of(rows, inner, columns, is_contiguous) != is_safe:
+            return False
+        return not is_safe or torch.equal(here, torch.bmm(a, right))
 
 
 def probe_items(rows: int, inner: int, columns: int, is_contiguous: bool) -> bool:
     """True iff a batched product of this shape keeps an item's bits on this machine:
     for any number of items, any place among them, any place of a row in its item."""
-    generator = torch.Generator().manual_seed(20251018)
-    count = 96
-    a = torch.randn(count, rows, inner, generator=generator)
-    shape = (count, columns, inner) if is_contiguous else (count, inner, columns)
-    b = torch.randn(shape, generator=generator)
-    right = b.transpose(1, 2) if is_contiguous else b
+    a, right = _drawn_items(rows, inner, columns, is_contiguous)
     whole = torch.bmm(a, right)
-    order = torch.randperm(count, generator=generator)
+    order = torch.randperm(len(a), generator=_generator())
     flipped = torch.bmm(a.flip(1), right).flip(1)
     return (
         all(torch.equal(torch.bmm(a[:n], right[:n]), whole[:n]) for n in (1, 2, 3, 7, 16, 50))
         and torch.equal(torch.bmm(a[order], right[order]), whole[order])
         and torch.equal(flipped, whole)
     )
+
+
+def _drawn_items(
+    rows: int, inner: int, columns: int, is_contiguous: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both sides of a batched product of 96 items: (96, R, D) and (96, D, L)."""
+    generator, count = _generator(), 96
+    a = torch.randn(count, rows, inner, generator=generator)
+    shape = (count, columns, inner) if is_contiguous else (count, inner, columns)
+    b = torch.randn(shape, generator=generator)
+    return a, b.transpose(1, 2) if is_contiguous else b
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(20251018)
 
 
 def linear(x: torch.Tensor, weight: Weight) -> torch.Tensor:
@@ -248,7 +315,9 @@ def explain() -> dict[str, str]:
     tiles: dict[tuple[int, ...], int] = {}
     for found in PLAN.tiles.values():
         tiles[found] = tiles.get(found, 0) + 1
-    shapes = ", ".join(f"rows by {'/'.join(map(str, t))}: {n} shapes" for t, n in tiles.items())
+    shapes = ", ".join(
+        f"rows by {'/'.join(map(str, t)) or 'one thread'}: {n} shapes" for t, n in tiles.items()
+    )
     slow = sum(not safe for safe in ITEMS.is_safe.values())
     return {
         "linear": f"torch.mm in padded row tiles ({shapes or 'not probed yet'})",

@@ -22,6 +22,7 @@ from .draws import (
     seeds,
     sizes,
     strided,
+    threads,
 )
 
 
@@ -176,6 +177,42 @@ def test_a_refused_tile_is_not_used(monkeypatch):
     seen.clear()
     assert_same_bits(torch.cat([matmul_rows(row, w) for row in x.split(1)]), whole)
     assert set(seen) == {1}
+
+
+def test_where_two_threads_give_other_bits_one_multiplies(monkeypatch, noisy_product):
+    """A small step runs on one thread, a large one on all: a row must not see in which it was."""
+    monkeypatch.setattr(gemm, "PLAN", gemm.TilePlan())
+    noisy_product(lambda x: torch.full((x.shape[0],), 1e-3 * (torch.get_num_threads() > 1)))
+    x, w = random(0, 37, 24), random(1, 5, 24)
+    with threads(1):
+        expected = matmul_rows(x, w)
+    with threads(2):
+        assert_same_bits(matmul_rows(x, w), expected)
+        assert torch.get_num_threads() == 2
+    assert "rows by one thread: 1 shapes" in explain()["linear"]
+
+
+def test_where_two_threads_give_other_bits_one_multiplies_items(monkeypatch, noisy_items):
+    monkeypatch.setattr(gemm, "ITEMS", gemm.ItemPlan())
+    noisy_items(lambda a: 1e-3 * (torch.get_num_threads() > 1))
+    a, b = random(0, 5, 16, 8), random(1, 5, 12, 8)
+    with threads(1):
+        expected = gemm.matmul_items(a, b)
+    with threads(2):
+        assert_same_bits(gemm.matmul_items(a, b), expected)
+
+
+def test_items_that_only_two_threads_get_wrong_are_multiplied_by_one(monkeypatch, noisy_items):
+    """One thread takes the library's product, and two may not take another."""
+    monkeypatch.setattr(gemm, "ITEMS", gemm.ItemPlan())
+    noisy_items(
+        lambda a: torch.arange(a.shape[0]).view(-1, 1, 1) * 1e-3 * (torch.get_num_threads() > 1)
+    )
+    a, b = random(0, 5, 16, 8), random(1, 5, 12, 8)
+    with threads(1):
+        expected = gemm.matmul_items(a, b)
+    with threads(2):
+        assert_same_bits(gemm.matmul_items(a, b), expected)
 
 
 @pytest.fixture
