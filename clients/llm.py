@@ -28,6 +28,7 @@ from ..engine.manager.intake import Submission
 from ..engine.manager.manager import Delta, RolloutManager
 from ..engine.messages import Died, Loading, Ready
 from ..engine.native import ThreadBackend
+from ..engine.preload import preload_torch
 from ..engine.rollout import Rollout, SamplingParams, check_prompt
 from ..engine.tokenizer import Tokenizer
 from .loop_thread import LoopThread
@@ -74,6 +75,7 @@ class LLM:
         **settings: Any,
     ) -> None:
         self.config = configure(model, config, settings)
+        preload_torch()
         self._tokenizer: Tokenizer | None = None
         folder = resolve(self.config.model.path, on_progress)
         if not skip_tokenizer_init:

@@ -5,6 +5,7 @@ path, the value, what is accepted and where it was given.
 """
 
 import difflib
+import functools
 import re
 import tomllib
 import types
@@ -74,7 +75,12 @@ class Resolved(Struct, Generic[TreeT], frozen=True):
 
 def settings_of(tree: type[Struct]) -> list[Setting]:
     """Every leaf, in order of declaration."""
-    return list(_walk(tree, ""))
+    return list(_settings(tree))
+
+
+@functools.cache
+def _settings(tree: type[Struct]) -> tuple[Setting, ...]:
+    return tuple(_walk(tree, ""))
 
 
 def load(

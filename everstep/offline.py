@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .engine.errors import ConfigError
+from .engine.preload import preload_torch
 from .engine.rollout import SamplingParams
 from .progress import BatchProgress, Stages, duration
 from .server.config import ServeConfig
@@ -28,6 +29,7 @@ BATCH_SCOPE = "batch"
 @contextlib.contextmanager
 def open_llm(settings: "Settings") -> Iterator["LLM"]:
     """The model of the settings in this process, the stages of its loading shown."""
+    preload_torch()
     from .clients.llm import LLM
 
     with Stages() as stages:
@@ -50,6 +52,7 @@ def run_batch(
     return_token_ids: bool,
 ) -> int:
     """Run a batch to its end; returns the number of error records in the output."""
+    preload_torch()
     from .server.batches.lines import Defaults
     from .server.batches.output import BatchOutput
     from .server.batches.run import check_paths

@@ -48,6 +48,7 @@ BOOKS = {
     "journal",
     "manager",
     "native",
+    "preload",
     "proofs.capsule",
     "proofs.replay",
     "tokenizer",

@@ -136,6 +136,10 @@ class Checkpoint:
         self._verified.add(name)
         return hashing.hexdigest()
 
+    def trust(self) -> None:
+        """Look at no values any more: somebody else does (`verifying`)."""
+        self._verified.update(self.names)
+
     def letting_go(self, name: str) -> Pieces[None]:
         """Of the pages of a tensor in the file's map; they are mapped again where they are read.
 

@@ -6,7 +6,10 @@ head keep their float32 sums (PAPER.md §3).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar, overload
 
@@ -30,13 +33,15 @@ from ...kernels import (
 )
 from ..checkpoint.checkpoint import Checkpoint, StoredLinear
 from ..checkpoint.expected_tensors import expected_tensors
+from ..checkpoint.manifest import combine_digests
 from ..checkpoint.ring_config import RingConfig
 from ..config import ModelConfig
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError, WeightsRefused
 
 Progress = Callable[[str, int, int], None]
 Part = torch.Tensor | PackedWeight
 Item = TypeVar("Item")
+TELL_EVERY_S = 0.1
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -361,13 +366,69 @@ def load_weights(
 ) -> Weights:
     """Read every main layer; peak memory is the model plus one tensor.
 
+    Values are looked at, and digested, on a thread beside: numpy and sha256 hold no interpreter, and
+    most of reading does not either.
     Raises CheckpointError naming the tensor that is not finite or cannot be read, ConfigError
     where the numerics do not fit the checkpoint.
     """
     reader, count = WeightReader(checkpoint, model), checkpoint.config.num_hidden_layers
-    weights = drain(
-        reader.reading(version=version, on_layer=lambda i: on_progress("read", i, count))
-    )
-    on_progress("read", count, count)
-    digest = checkpoint.content_digest(lambda _, done, total: on_progress("check", done, total))
-    return replace(weights, digest=digest)
+    checkpoint.trust()
+    with _verifying(checkpoint) as checking:
+
+        def on_layer(index: int) -> None:
+            on_progress("read", index, count)
+            checking.raise_early()
+
+        weights = drain(reader.reading(version=version, on_layer=on_layer))
+        on_progress("read", count, count)
+        return replace(weights, digest=checking.wait(on_progress))
+
+
+class _Checking:
+    """All tensors of a checkpoint, verified in the order of their names; `run` is the thread's."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        # a map of its own: the reader lets go of the pages of its
+        self._checkpoint = Checkpoint(checkpoint.folder, checkpoint.config, checkpoint.entries)
+        self._done = 0
+        self.is_given_up = False
+        self.result: Future[str]
+
+    def run(self) -> str:
+        """The content's digest; raises CheckpointError for a value that is not finite."""
+        digests = {}
+        for name in self._checkpoint.names:
+            if self.is_given_up:
+                raise InterruptedError
+            try:
+                digests[name] = drain(self._checkpoint.verifying(name))
+            except WeightsRefused as error:
+                raise CheckpointError(str(error)) from None
+            self._done += 1
+        return combine_digests(digests)
+
+    def raise_early(self) -> None:
+        """What `run` has raised by now."""
+        if self.result.done():
+            self.result.result()
+
+    def wait(self, on_progress: Progress) -> str:
+        """What `run` gives, and how far it is meanwhile."""
+        count = len(self._checkpoint.names)
+        while not self.result.done():
+            on_progress("check", self._done, count)
+            futures.wait([self.result], TELL_EVERY_S)
+        digest = self.result.result()
+        on_progress("check", count, count)
+        return digest
+
+
+@contextmanager
+def _verifying(checkpoint: Checkpoint) -> Iterator[_Checking]:
+    checking = _Checking(checkpoint)
+    with futures.ThreadPoolExecutor(1, "check") as thread:
+        checking.result = thread.submit(checking.run)
+        try:
+            yield checking
+        finally:
+            checking.is_given_up = True
