@@ -464,7 +464,7 @@ def receive_weights(
     from .weights_receiving import Job, receive
 
     log.setup(json_lines=log_format() == "json")
-    receive(Job.of(bind, run_name, root, keys))
+    receive(Job.of(bind, run_name, root, keys, flag="--bind"))
 
 
 @app.command("make-checkpoint")

@@ -29,27 +29,34 @@ _PAUSE_S = 0.5
 
 
 class Job(msgspec.Struct, frozen=True):
-    """What a receiver is to do. keys: folder of the engine's side, None for none."""
+    """What a receiver is to do.
+
+    keys  folder of the engine's side, None for none
+    flag  that the endpoint was given with
+    """
 
     endpoint: str
     run: str
     root: str
     keys: str | None
+    flag: str = "--bind"
 
     @classmethod
-    def of(cls, endpoint: str, run: str, root: Path | None, keys: Path | None) -> Self:
+    def of(
+        cls, endpoint: str, run: str, root: Path | None, keys: Path | None, *, flag: str
+    ) -> Self:
         """From flags: without a root the run's own folder in shared memory."""
         from .trainer_bridge.weights.folder import default_root
 
         folder = default_root(run) if root is None else root.resolve()
-        return cls(endpoint, run, str(folder), None if keys is None else str(keys))
+        return cls(endpoint, run, str(folder), None if keys is None else str(keys), flag)
 
     def check(self) -> None:
         """Raises ConfigError for an address or keys that cannot be used."""
         from .trainer_bridge.curve import check_endpoint, read_keys
 
         keys = None if self.keys is None else read_keys(Path(self.keys), "engine")
-        check_endpoint(self.endpoint, keys, "weights.bind")
+        check_endpoint(self.endpoint, keys, self.flag)
 
 
 def receive(job: Job) -> None:
@@ -173,6 +180,7 @@ def _receive(job: Job, watch: Callable[[Callable[[], None]], None], *, says_arri
         Path(job.root),
         run=job.run,
         endpoint=job.endpoint,
+        setting=job.flag,
         keys=None if job.keys is None else read_keys(Path(job.keys), "engine"),
         on_arrival=_tell if says_arrivals else lambda *_: None,
     )

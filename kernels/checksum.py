@@ -1,4 +1,4 @@
-"""CRC-32: zlib's, several times as fast where the processor has carry-less products (cpu/crc32.cpp)."""
+"""CRC-32: zlib's, many times as fast where the processor has carry-less products (cpu/crc32.cpp)."""
 
 import ctypes
 import functools
@@ -10,15 +10,26 @@ import numpy.typing as npt
 from . import native
 
 _LEAST, _STEP = 64, 16
+Bytes = npt.NDArray[np.uint8]
 
 
-def crc32(data: npt.NDArray[np.uint8], crc: int = 0) -> int:
-    """`zlib.crc32(data, crc)` of contiguous bytes; other threads run meanwhile."""
+def crc32(data: Bytes, crc: int = 0, to: Bytes | None = None) -> int:
+    """`zlib.crc32(data, crc)` of contiguous bytes; other threads run meanwhile.
+
+    to  of the same size and elsewhere: gets the bytes in the same pass
+    """
     whole = data.size - data.size % _STEP
     library = _library()
     if library is None or whole < _LEAST:
-        return zlib.crc32(data.data, crc)
-    return zlib.crc32(data[whole:].data, library.everstep_crc32(data.ctypes.data, whole, crc))
+        whole = 0
+    else:
+        target = None if to is None else to.ctypes.data
+        crc = library.everstep_crc32(data.ctypes.data, whole, crc, target)
+    if whole == data.size:
+        return crc
+    if to is not None:
+        to[whole:] = data[whole:]
+    return zlib.crc32(data[whole:].data, crc)
 
 
 @functools.cache
@@ -27,7 +38,9 @@ def _library() -> ctypes.CDLL | None:
     library = native.library()
     if library is None:
         return None
-    library.everstep_crc32.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint32]
+    place, crc = ctypes.c_void_p, ctypes.c_uint32
+    library.everstep_crc32.argtypes = [place, ctypes.c_int64, crc, place]
     library.everstep_crc32.restype = ctypes.c_int64
     probe = np.zeros(_LEAST, np.uint8)
-    return library if library.everstep_crc32(probe.ctypes.data, _LEAST, 0) >= 0 else None
+    found = library.everstep_crc32(probe.ctypes.data, _LEAST, 0, None)
+    return library if found >= 0 else None

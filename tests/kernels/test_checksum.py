@@ -19,6 +19,13 @@ def test_it_is_that_of_zlib(start: int, size: int, crc: int) -> None:
     assert crc32(data, crc) == zlib.crc32(data.tobytes(), crc)
 
 
+@given(start=st.integers(0, 70), size=st.integers(0, 2000), crc=st.integers(0, 2**32 - 1))
+def test_it_copies_what_it_sums(start: int, size: int, crc: int) -> None:
+    data, place = WORDS[start : start + size], np.zeros(size + 2, np.uint8)
+    assert crc32(data, crc, place[1:-1]) == zlib.crc32(data.tobytes(), crc)
+    assert place.tobytes() == b"\0" + data.tobytes() + b"\0"
+
+
 @given(cut=st.integers(0, WORDS.size))
 def test_parts_add_up(cut: int) -> None:
     assert crc32(WORDS[cut:], crc32(WORDS[:cut])) == zlib.crc32(WORDS.tobytes())
@@ -27,4 +34,6 @@ def test_parts_add_up(cut: int) -> None:
 def test_without_a_library_it_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     found = crc32(WORDS)
     monkeypatch.setattr(checksum, "_library", lambda: None)
-    assert crc32(WORDS) == found
+    place = np.zeros_like(WORDS)
+    assert crc32(WORDS, 0, place) == found
+    assert place.tobytes() == WORDS.tobytes()

@@ -1,5 +1,6 @@
 """What a receiver makes of offers and pieces that are not what they should be."""
 
+import hashlib
 from collections.abc import Iterator
 from concurrent.futures import wait
 from pathlib import Path
@@ -22,6 +23,14 @@ PARTS = [
 ]
 HEAD, _ = layout(PARTS)
 SIZE = len(HEAD) + 16 + 6
+TENSORS = {"a": bytes(range(16)), "b": b"", "c": bytes(range(16, 22))}
+
+
+def digest_of(name: str, data: bytes) -> str:
+    """As docs/reference/bridge.md says it."""
+    dtype, shape = {"a": ("F32", "4"), "b": ("BF16", "0,3"), "c": ("BF16", "3")}[name]
+    head = b"\0".join(part.encode() for part in (name, dtype, shape, ""))
+    return hashlib.sha256(head + data).hexdigest()
 
 
 @pytest.fixture
@@ -53,10 +62,10 @@ def test_bytes_in_any_order_from_two_ranks(tmp_path: Path, workers: Workers) -> 
     assert arrival.digests() is None
     assert arrival.doing.startswith("has ")
     take(arrival, 0, 0, 10)
-    wait(arrival._digests.values())
-    digests = arrival.digests()
-    assert digests is not None
-    assert set(digests) == {"a", "b", "c"}
+    digests = None
+    while digests is None:
+        digests = arrival.digests()
+    assert digests == {name: digest_of(name, data) for name, data in TENSORS.items()}
     whole = HEAD + bytes(range(22))
     assert (arrival.folder.partial / "model.safetensors").read_bytes() == whole
     assert (arrival.folder.partial / "config.json").read_bytes() == b"{}"
@@ -64,6 +73,21 @@ def test_bytes_in_any_order_from_two_ranks(tmp_path: Path, workers: Workers) -> 
         arrival.publish(b"{")
     arrival.discard()
     assert not list(tmp_path.iterdir())
+
+
+def test_tensors_that_are_there_are_hashed_when_there_is_time(
+    tmp_path: Path, workers: Workers
+) -> None:
+    arrival = arrival_of(tmp_path, workers)
+    take(arrival, 0, 0, 18)
+    assert arrival.has_whole
+    assert not arrival._digests
+    arrival.hash()
+    assert not arrival.has_whole
+    found = {name: digest.result() for name, digest in arrival._digests.items()}
+    assert found == {name: digest_of(name, TENSORS[name]) for name in ("a", "b")}
+    assert arrival.digests() is None
+    arrival.discard()
 
 
 def test_bytes_that_come_twice_are_named(tmp_path: Path, workers: Workers) -> None:

@@ -285,8 +285,8 @@ def test_keys(source: Path, tmp_path: Path) -> None:
 
 
 def test_beyond_this_machine_keys_are_asked_for(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"weights\.bind: .* can be reached from outside"):
-        WeightReceiver(tmp_path, run="run", endpoint="tcp://0.0.0.0:5601")
+    with pytest.raises(ConfigError, match=r"--weights-bind: .* can be reached from outside"):
+        WeightReceiver(tmp_path, run="run", endpoint="tcp://0.0.0.0:5601", setting="--weights-bind")
     with pytest.raises(ConfigError, match=r"publish\.endpoints: .* can be reached from outside"):
         Elsewhere(_Alone(), ["tcp://10.0.0.2:5601"], run="run", lineage="a")  # type: ignore[arg-type]
 

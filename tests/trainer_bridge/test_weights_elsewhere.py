@@ -243,7 +243,7 @@ def test_the_command_says_what_arrives_and_what_it_cannot(source: Path, tmp_path
         [*command, "--bind", "tcp://0.0.0.0:1"], capture_output=True, text=True
     )
     assert refused.returncode == 2
-    assert refused.stderr.startswith("error: weights.bind: 'tcp://0.0.0.0:1' can be reached from")
+    assert refused.stderr.startswith("error: --bind: 'tcp://0.0.0.0:1' can be reached from")
     assert refused.stderr.count("\n") == 1
     with subprocess.Popen(
         [*command, "--bind", "tcp://127.0.0.1:0"], stdout=subprocess.PIPE, text=True

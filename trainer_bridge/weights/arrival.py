@@ -55,7 +55,8 @@ class Arrival:
 
     taken    pieces of each rank that have come
     have     and those that are in their places, as far as `settle` has looked
-    on_done  called on another thread when bytes are in their places, and when a tensor is hashed
+    on_done  called on another thread when bytes are in their places, and when all tensors that were
+             to be hashed are
     """
 
     def __init__(
@@ -79,13 +80,16 @@ class Arrival:
         self._workers, self._on_done = workers, on_done
         self._writes: deque[_Write] = deque()
         self._digests: dict[str, Future[str]] = {}
-        self._hashing: deque[Future[str]] = deque()
+        self._whole: deque[int] = deque()
+        """Tensors that are there, and not hashed yet."""
+        self._num_hashing = 0
+        self._hashing = threading.Lock()
         self.folder = VersionFolder(root, offer.version)
         self.folder.begin(offer.head, offer.num_bytes, offer.files)
         self.folder.open()
         for index, tensor in enumerate(self._tensors):
             if not tensor.span.size:
-                self._hash(index)
+                self._whole.append(index)
 
     @property
     def is_complete(self) -> bool:
@@ -96,7 +100,7 @@ class Arrival:
     def doing(self) -> str:
         """In a few words."""
         if self.is_complete:
-            left = len(self._hashing)
+            left = self._num_hashing + len(self._whole)
             return f"hashes version {self.offer.version}, {left} tensors are left"
         return (
             f"has {self.num_bytes / 1e6:.1f} of {self.offer.num_bytes / 1e6:.1f} MB of version "
@@ -135,13 +139,38 @@ class Arrival:
         return found
 
     def digests(self) -> dict[str, str] | None:
-        """Of every tensor; None while there are some to come. Raises WeightsRefused for bytes that
-        came twice, CheckpointError where the file cannot be read."""
-        while self._hashing and self._hashing[0].done():
-            self._hashing.popleft()
-        if not self.is_complete or self._hashing:
+        """Of every tensor; None while there are some to come. Raises CheckpointError where the file
+        cannot be read."""
+        if not self.is_complete:
+            return None
+        self.hash()
+        if self._num_hashing:
             return None
         return {name: digest.result() for name, digest in self._digests.items()}
+
+    @property
+    def has_whole(self) -> bool:
+        """There are tensors to be hashed."""
+        return bool(self._whole)
+
+    def hash(self) -> None:
+        """Begin with the tensors that are there. What comes meanwhile comes more slowly, where cores
+        are few: `digests` begins at the latest, when every byte is there."""
+        with self._hashing:
+            self._num_hashing += len(self._whole)
+        while self._whole:
+            tensor: StoredTensor = self._tensors[self._whole.popleft()]
+            digest = self._workers.hashing.submit(self.folder.digest, tensor)
+            self._digests[tensor.name] = digest
+            digest.add_done_callback(self._note_hashed)
+
+    def _note_hashed(self, _: Future[str]) -> None:
+        """On a thread of its own."""
+        with self._hashing:
+            self._num_hashing -= 1
+            is_last = not self._num_hashing
+        if is_last:
+            self._on_done()
 
     def publish(self, manifest: bytes) -> Path:
         """The folder gets its name. Raises WeightsRefused for a manifest of other bytes."""
@@ -214,7 +243,7 @@ class Arrival:
             self._lacks[index] -= end - offset
             if self._lacks[index] <= 0:
                 self._check_once(rank, index)
-                self._hash(index)
+                self._whole.append(index)
             offset = end
         self.num_bytes += span.size
 
@@ -230,10 +259,3 @@ class Arrival:
                 )
             end = span.end
         self._spans[index].clear()
-
-    def _hash(self, index: int) -> None:
-        tensor: StoredTensor = self._tensors[index]
-        digest = self._workers.hashing.submit(self.folder.digest, tensor)
-        self._digests[tensor.name] = digest
-        self._hashing.append(digest)
-        digest.add_done_callback(lambda _: self._on_done())

@@ -52,6 +52,8 @@ PATIENCE_S = 60.0
 MAX_BYTES = 64 * 2**20
 _LEAST_WINDOW = 2 * 2**20
 _MAX_BURST = 8
+# when nothing has come for so long, there is time to hash
+_PAUSE_S = 0.005
 
 
 @dataclass
@@ -65,6 +67,7 @@ class _Seat:
 class WeightReceiver:
     """Puts the versions of one run into folders under `root`.
 
+    setting      what the endpoint is called in errors: the flag that the user gave
     max_bytes    on their way at once, of all ranks together; a rank has 2 MiB at least
     patience_s   silence of all ranks after which a version under way is given up
     on_arrival   told a version's number, its folder, its bytes, and the seconds since it was offered
@@ -76,6 +79,7 @@ class WeightReceiver:
         *,
         run: str,
         endpoint: str,
+        setting: str = "endpoint",
         keys: Keys | None = None,
         max_bytes: int = MAX_BYTES,
         heartbeat_s: float = HEARTBEAT_S,
@@ -83,12 +87,12 @@ class WeightReceiver:
         on_arrival: Callable[[int, Path, int, float], None] = lambda *_: None,
     ) -> None:
         """Raises ConfigError for an endpoint that is reached from outside without keys."""
-        check_endpoint(endpoint, keys, "weights.bind")
+        check_endpoint(endpoint, keys, setting)
         weight_checksum.prepare()
         self.num_refused = 0
         """Messages that were none of this protocol."""
         self._root, self._run_name = root, run
-        self._endpoint, self._keys = endpoint, keys
+        self._endpoint, self._setting, self._keys = endpoint, setting, keys
         self._max_bytes, self._heartbeat_s = max_bytes, heartbeat_s
         self._patience_s, self._on_arrival = patience_s, on_arrival
         self._id = secrets.token_hex(8)
@@ -133,7 +137,7 @@ class WeightReceiver:
         try:
             self._socket.bind(self._endpoint)
         except zmq.ZMQError as error:
-            raise ConfigError(f"weights.bind: {self._endpoint}: {error}") from None
+            raise ConfigError(f"{self._setting}: {self._endpoint}: {error}") from None
         bound = self._socket.getsockopt(zmq.LAST_ENDPOINT)
         assert isinstance(bound, bytes)
         return bound.rstrip(b"\0").decode()
@@ -145,7 +149,12 @@ class WeightReceiver:
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._waker, zmq.POLLIN)
         while not self._is_stopping:
-            ready = dict(poller.poll(int(1000 * self._heartbeat_s / 2)))
+            arrival = self._arrival
+            is_short = arrival is not None and arrival.has_whole
+            wait_s = _PAUSE_S if is_short else self._heartbeat_s / 2
+            ready = dict(poller.poll(int(1000 * wait_s)))
+            if arrival is not None and not ready:
+                arrival.hash()
             if self._waker.fileno() in ready:
                 with contextlib.suppress(BlockingIOError):
                     self._waker.recv(4096)
