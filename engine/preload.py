@@ -20,7 +20,8 @@ from .config import PATIENCE
 def preload_torch() -> threading.Thread | None:
     """Begin, once per process; the later `import torch` finds the library mapped, or waits for it.
 
-    None where there is nothing to do: torch is imported, or keeps its library elsewhere. A library
+    None where there is nothing to do: torch is imported, is a build for GPUs, or keeps its library
+    elsewhere. A library
     that cannot be loaded is left for the import to complain of.
     """
     library = None if "torch" in sys.modules else _library()
@@ -39,8 +40,10 @@ def _library() -> Path | None:
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return None
-    path = Path(spec.origin).parent / "lib" / "libtorch_cpu.so"
-    return path if path.is_file() else None
+    folder = Path(spec.origin).parent / "lib"
+    # a build for GPUs finds CUDA's libraries in an order of its own, which is not ours to disturb
+    is_ours = (folder / "libtorch_cpu.so").is_file() and not (folder / "libtorch_cuda.so").exists()
+    return folder / "libtorch_cpu.so" if is_ours else None
 
 
 def _map(library: Path) -> None:
