@@ -21,8 +21,7 @@ def preload_torch() -> threading.Thread | None:
     """Begin, once per process; the later `import torch` finds the library mapped, or waits for it.
 
     None where there is nothing to do: torch is imported, is a build for GPUs, or keeps its library
-    elsewhere. A library
-    that cannot be loaded is left for the import to complain of.
+    elsewhere. A library that cannot be loaded is left for the import to complain of.
     """
     library = None if "torch" in sys.modules else _library()
     if library is None:
