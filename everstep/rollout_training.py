@@ -7,6 +7,7 @@ from pathlib import Path
 from .engine.messages import KVPolicy, Priority
 from .http_engine import HttpEngine
 from .trainer_bridge.curve import Keys, check_endpoint, read_keys
+from .trainer_bridge.protocol import check_run_name
 from .trainer_bridge.run.engine import Engine
 from .trainer_bridge.run.learner import BridgeLearner
 from .trainer_bridge.run.manager_engine import ManagerEngine
@@ -40,6 +41,7 @@ class Training:
 
     def check(self) -> None:
         """Raises ConfigError."""
+        check_run_name(self.run, "--run-name")
         check_endpoint(self.endpoint, self._keys, "--bridge")
         if self.weights is not None:
             self.weights.check()

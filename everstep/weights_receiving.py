@@ -45,9 +45,12 @@ class Job(msgspec.Struct, frozen=True):
     def of(
         cls, endpoint: str, run: str, root: Path | None, keys: Path | None, *, flag: str
     ) -> Self:
-        """From flags: without a root the run's own folder in shared memory."""
+        """From flags: without a root the run's own folder in shared memory. Raises ConfigError for
+        a name that no run can have."""
+        from .trainer_bridge.protocol import check_run_name
         from .trainer_bridge.weights.folder import default_root
 
+        check_run_name(run, "--run-name")
         folder = default_root(run) if root is None else root.resolve()
         return cls(endpoint, run, str(folder), None if keys is None else str(keys), flag)
 

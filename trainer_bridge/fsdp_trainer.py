@@ -7,6 +7,7 @@ The output folder holds everything of a run, and the same command goes on from i
     checkpoints/    what it goes on from (trainer/checkpointing.py)
     metrics.jsonl   a line per iteration (trainer.Report)
     final/          the trained model, as `everstep serve` loads it
+    over.json       the engine's run has ended: nobody is waited for any more
 """
 
 import contextlib
@@ -57,6 +58,16 @@ def explain(config: TrainConfig, say: Say) -> None:
                 say(line)
 
 
+_OVER = "over.json"
+
+
+class Over(Struct, frozen=True):
+    """An engine has said that its run is over, when this version was trained."""
+
+    run: str
+    version: int
+
+
 class Run:
     """One rank's part of a run."""
 
@@ -70,17 +81,34 @@ class Run:
         """The version of the newest checkpoint."""
 
     def run(self) -> None:
-        source = self._open(self._go_on())
+        checkpoint = self._go_on()
+        if why := self.world.same(self._why_done()):
+            self._export()
+            self.say(f"{why}: nothing is left to train; the model is in {self.output / 'final'}")
+            return
+        source = self._open(checkpoint)
         try:
             self._train(source)
         finally:
             source.close()
+
+    def _why_done(self) -> str:
+        """Nothing, unless a checkpoint holds all that there is to train: then no source is asked,
+        which may be gone."""
+        version, most = self.trainer.version, self.config.max_steps
+        if most is not None and version >= most:
+            return f"max_steps is {most}, and {version} iterations were trained"
+        run = self.config.source.run
+        if self.config.source.endpoint and _read_over(self.output / _OVER) == Over(run, version):
+            return f"the engine's run {run!r} is over"
+        return ""
 
     def _train(self, source: Source) -> None:
         trainer, every = self.trainer, self.config.checkpoint.every
         while self.config.max_steps is None or trainer.version < self.config.max_steps:
             groups = source.share(trainer.version)
             if groups is None:
+                self._note_end(source)
                 break
             with self._within_memory():
                 report = trainer.step(groups)
@@ -90,10 +118,20 @@ class Run:
                 self._save(source)
         if every and trainer.version > self._saved:
             self._save(source)
-        export(trainer.ring, trainer.folder, self.output / "final", trainer.dtype, self.world)
+        self._export()
         self.say(f"{trainer.version} iterations; the model is in {self.output / 'final'}")
         if left := source.finish():
             self.say(left)
+
+    def _note_end(self, source: Source) -> None:
+        """Before the last checkpoint: what is said here counts once that is there."""
+        if source.is_over and self.world.is_first:
+            over = Over(self.config.source.run, self.trainer.version)
+            (self.output / _OVER).write_bytes(msgspec.json.encode(over) + b"\n")
+
+    def _export(self) -> None:
+        trainer = self.trainer
+        export(trainer.ring, trainer.folder, self.output / "final", trainer.dtype, self.world)
 
     @contextlib.contextmanager
     def _within_memory(self) -> Iterator[None]:
@@ -175,6 +213,14 @@ def _cut(path: Path, version: int) -> None:
     partial = path.with_suffix(".partial")
     partial.write_bytes(b"".join(kept))
     partial.replace(path)
+
+
+def _read_over(path: Path) -> Over | None:
+    """None where there is none, or half of one."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Over)
+    except (FileNotFoundError, msgspec.MsgspecError):
+        return None
 
 
 class _Numbered(Struct):

@@ -9,12 +9,13 @@ an iteration of C3PO++: its groups are dealt to the ranks, each to exactly one, 
 that a checkpoint holds its effect. docs/reference/bridge.md tells it for other languages.
 """
 
+import re
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta, Struct
 
-from ..engine.errors import BridgeError
+from ..engine.errors import BridgeError, ConfigError
 from ..engine.trajectory import Trajectory
 
 PROTOCOL_VERSION = 1
@@ -175,11 +176,13 @@ class IterationEnd(Struct, tag="iteration_end", frozen=True):
 class RunEnd(Struct, tag="run_end", frozen=True):
     """No more iterations come: the rank saves what it has, and leaves.
 
-    needs  folders of versions that an engine serves, or may start with again; None: not known
+    needs    folders of versions that an engine serves, or may start with again; None: not known
+    is_over  no other process goes on with the run: a trainer that is started again waits for nobody
     """
 
     reason: str
     needs: list[str] | None = None
+    is_over: bool = False
 
 
 class Ping(Struct, tag="ping", frozen=True):
@@ -200,6 +203,18 @@ _to_rank: msgspec.msgpack.Decoder[ToRank] = msgspec.msgpack.Decoder(ToRank)
 _fields: msgspec.msgpack.Decoder[dict[str, msgspec.Raw]] = msgspec.msgpack.Decoder(
     dict[str, msgspec.Raw]
 )
+
+
+_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def check_run_name(name: str, setting: str) -> None:
+    """Raises ConfigError, naming the setting, for a name that could not be part of a folder's."""
+    if not _RUN_NAME.fullmatch(name):
+        raise ConfigError(
+            f"{setting} is {name!r}; accepted: letters, digits, '.', '_' and '-', at most 64, and "
+            "the first a letter or a digit"
+        )
 
 
 def decode_to_engine(frame: bytes) -> ToEngine:

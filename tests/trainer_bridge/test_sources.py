@@ -1,15 +1,17 @@
 """A trainer that an engine's end of the bridge feeds: nothing twice, nothing lost, over a restart."""
 
 import asyncio
+import shutil
 import threading
 from contextlib import contextmanager
 
 import pytest
+from msgspec.structs import replace
 
 from everstep.engine.checkpoint.checkpoint import Checkpoint
 from everstep.engine.checkpoint.manifest import read_manifest
 from everstep.engine.config import ModelConfig
-from everstep.engine.errors import BridgeError, ConfigError
+from everstep.engine.errors import BridgeError, ConfigError, PeerMissing
 from everstep.engine.model.canaries import make_canary
 from everstep.engine.model.weights import load_weights
 from everstep.trainer_bridge.fsdp_trainer import train
@@ -26,8 +28,11 @@ def folder(tmp_path_factory):
 
 
 @contextmanager
-def an_engine(source, iterations, *, acked=-1):
-    """The engine's end on a thread of its own, with some iterations complete; (sender, endpoint)."""
+def an_engine(source, iterations, *, acked=-1, is_over=None):
+    """The engine's end on a thread of its own, with some iterations complete; (sender, endpoint).
+
+    is_over: it says goodbye when the last is trained, for ever or not; None: it stays
+    """
     ready, done = threading.Event(), asyncio.Event()
     found = {}
 
@@ -40,6 +45,11 @@ def an_engine(source, iterations, *, acked=-1):
         for iteration in iterations:
             sender.announce(iteration)
         ready.set()
+        if is_over is not None:
+            await sender.trained(iterations[-1], 60)
+            await sender.finish("enough", 20, is_over=is_over)
+            await sender.close()
+            return
         await done.wait()
         await sender.close()
 
@@ -49,12 +59,13 @@ def an_engine(source, iterations, *, acked=-1):
         assert ready.wait(20)
         yield found["sender"], found["endpoint"]
     finally:
-        found["loop"].call_soon_threadsafe(done.set)
+        if thread.is_alive():
+            found["loop"].call_soon_threadsafe(done.set)
         thread.join(20)
 
 
 def config_of(folder, output, endpoint, **more):
-    source = {"path": "", "endpoint": endpoint, "deadline_s": 20.0}
+    source = {"path": "", "endpoint": endpoint, "deadline_s": 20.0} | more.pop("source", {})
     sections = {
         "source": source,
         "publish": {"root": str(folder / f"{output}-versions"), "canaries": 2},
@@ -93,6 +104,49 @@ def test_iterations_are_trained_acknowledged_and_dealt_anew_after_a_restart(fold
     # a response of no tokens counts
     assert [report["samples"] for report in found] == [4, 2, 0, 4]
     assert [report["trained_groups"] for report in found] == [2, 1, 0, 2]
+
+
+def test_a_run_that_is_over_waits_for_no_engine(folder):
+    source = ListSource([[[3, 5]], [[2, 2]]])
+    with an_engine(source, range(2), is_over=True) as (_, endpoint):
+        # the last iteration is in the checkpoint that is saved when it has ended
+        config = config_of(folder, "over", endpoint, checkpoint={"every": 3})
+        train(config, lambda line: None)
+    final, said = folder / "over" / "final", []
+    shutil.rmtree(final)
+    train(config, said.append)
+    assert said == [
+        f"goes on from {folder / 'over' / 'checkpoints' / '00000002'}: 2 iterations were trained",
+        f"the engine's run 'run' is over: nothing is left to train; the model is in {final}",
+    ]
+    assert (final / "model.safetensors").is_file()
+    # an older checkpoint is another matter, and so is another run
+    soon = {"source": replace(config.source, deadline_s=0.2)}
+    for other in (
+        soon | {"output": str(folder / "none")},
+        {"source": replace(soon["source"], run="b")},
+    ):
+        with pytest.raises(PeerMissing, match="no engine answers"):
+            train(replace(config, **other), said.append)
+
+
+def test_what_max_steps_allows_is_trained_without_asking_an_engine(folder):
+    with an_engine(ListSource([[[3, 5]]]), range(1), is_over=False) as (_, endpoint):
+        config = config_of(folder, "enough", endpoint, max_steps=1)
+        train(config, lambda line: None)
+    said = []
+    train(config, said.append)
+    assert said[-1].startswith("max_steps is 1, and 1 iterations were trained: nothing is left to")
+    # without that limit the run may go on one day: its engine did not say that it is over
+    longer = replace(config, max_steps=None, source=replace(config.source, deadline_s=0.2))
+    with pytest.raises(PeerMissing, match="no engine answers"):
+        train(longer, said.append)
+
+
+@pytest.mark.parametrize("name", ["a/b", "../a", ".", "-a", "a b", "", "x" * 65, "é"])
+def test_a_run_s_name_is_part_of_a_folder_s(folder, name):
+    with pytest.raises(ConfigError, match=r"source.run is .*; accepted: letters, digits"):
+        config_of(folder, "named", "tcp://127.0.0.1:9", source={"run": name})
 
 
 def test_weights_older_than_what_was_acknowledged_are_refused(folder):

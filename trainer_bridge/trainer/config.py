@@ -12,6 +12,7 @@ from ...engine.settings import Assignment, load
 from ..losses.advantages import Std
 from ..losses.alarms import AlarmConfig
 from ..losses.config import LossConfig
+from ..protocol import check_run_name
 from ..rewards.rewards import RewardConfig
 
 Objective = Literal["rl", "sft"]
@@ -194,6 +195,7 @@ class TrainConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
                 raise ConfigError(f"{name} must be set: {_NEEDED[name]}")
         if bool(self.source.path) == bool(self.source.endpoint):
             raise ConfigError("source.path (files) or source.endpoint (an engine): set one of them")
+        check_run_name(self.source.run, "source.run")
         if self.publish.root and self.publish.endpoints:
             raise ConfigError(
                 "publish.root (this host) or publish.endpoints (others): set one of them"

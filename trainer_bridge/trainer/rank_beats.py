@@ -32,15 +32,17 @@ class Beats:
 
     def missing(self) -> list[int]:
         """Ranks that do not beat for a while; the first one, where it took the store with it."""
+        begun = time.monotonic()
+        silent = set(range(self._size)) - {self._rank}
         try:
             before = [self._count(rank) for rank in range(self._size)]
-            end = time.monotonic() + SILENCE_S
-            silent = set(range(self._size)) - {self._rank}
-            while silent and time.monotonic() < end:
+            while silent and time.monotonic() < begun + SILENCE_S:
                 time.sleep(BEAT_S / 2)
                 silent = {rank for rank in silent if self._count(rank) == before[rank]}
         except RuntimeError:
-            return [0]
+            # the first rank may have looked as we do, and ended: others were silent before
+            is_later = time.monotonic() > begun + 4 * BEAT_S
+            return sorted(silent - {0}) if is_later and silent - {0} else [0]
         return sorted(silent)
 
     def close(self) -> None:

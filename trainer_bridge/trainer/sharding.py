@@ -63,8 +63,9 @@ class World:
 def join_world(device: str = "auto", timeout_s: float = 600.0) -> Iterator[World]:
     """The world that torchrun made (RANK, WORLD_SIZE, MASTER_ADDR …), else one of one rank.
 
-    Raises ConfigError where CUDA is asked for and there is none. Where a call of all ranks fails
-    because some are gone, PeerMissing naming them takes the place of what torch says.
+    Raises ConfigError where CUDA is asked for and there is none. PeerMissing takes the place of what
+    torch says where the ranks do not meet, or where a call of all of them fails: it names who is
+    gone.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("numerics.device is 'cuda', and torch sees no CUDA device here")
@@ -75,9 +76,7 @@ def join_world(device: str = "auto", timeout_s: float = 600.0) -> Iterator[World
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     beats = None
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-        rank, size = dist.get_rank(), dist.get_world_size()
-        beats = Beats(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), rank, size)
+        beats = _meet(backend, timeout)
     else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     try:
@@ -86,13 +85,15 @@ def join_world(device: str = "auto", timeout_s: float = 600.0) -> Iterator[World
         yield World(dist.get_rank(), size, torch.device(where), init_device_mesh(kind, (size,)))
     except RuntimeError as error:
         gone = [] if beats is None else beats.missing()
-        if not gone:
+        if not gone and (beats is None or not _is_between_ranks(error)):
             raise
         names = " and ".join(f"rank {rank}" for rank in gone)
-        first_line = str(error).partition("\n")[0]
+        what = f"{names} of {size} {'is' if len(gone) == 1 else 'are'} gone"
+        if not gone:
+            what = f"all {size} ranks live, and do not answer each other within {timeout_s:.0f} s"
         raise PeerMissing(
-            f"{names} of {size} {'is' if len(gone) == 1 else 'are'} gone ({first_line}); start all "
-            "ranks again: they go on from the newest checkpoint"
+            f"{what} ({_first_line(error)}); start all ranks again: they go on from the newest "
+            "checkpoint"
         ) from None
     finally:
         if beats is not None:
@@ -100,6 +101,28 @@ def join_world(device: str = "auto", timeout_s: float = 600.0) -> Iterator[World
         # it may be broken, and is given up either way
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
+
+
+def _meet(backend: str, timeout: timedelta) -> Beats:
+    """With the ranks that torchrun started. Raises PeerMissing where some do not come."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        dist.init_process_group(backend, timeout=timeout)
+        return Beats(host, port, dist.get_rank(), dist.get_world_size())
+    except RuntimeError as error:
+        size = os.environ["WORLD_SIZE"]
+        raise PeerMissing(
+            f"the {size} ranks did not meet at {host}:{port} ({_first_line(error)})"
+        ) from None
+
+
+def _is_between_ranks(error: RuntimeError) -> bool:
+    """Whether a call of all ranks failed, and not something of this rank's own."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
+
+
+def _first_line(error: RuntimeError) -> str:
+    return str(error).partition("\n")[0]
 
 
 def shard(ring: TrainableRing, world: World, dtype: torch.dtype) -> None:

@@ -1,5 +1,6 @@
 """Where a run's groups come from: files that are read whole, or an engine that goes on sampling."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from secrets import token_hex
@@ -42,6 +43,10 @@ class Source(Protocol):
     def durable(self, checkpoint: Path, version: int, oldest: int) -> None:
         """A checkpoint holds this version; the run may go back to `oldest`, and not further."""
 
+    @property
+    def is_over(self) -> bool:
+        """Whether it has said that nothing comes any more, to whoever asks again."""
+
     def finish(self) -> str:
         """Everything is trained: what nobody needs any more is removed. Returns a line about what
         is left, or nothing."""
@@ -73,6 +78,11 @@ class FileSource:
     def durable(self, checkpoint: Path, version: int, oldest: int) -> None:
         """Files stay."""
 
+    @property
+    def is_over(self) -> bool:
+        """Files can be read again, for more epochs say."""
+        return False
+
     def finish(self) -> str:
         return ""
 
@@ -91,11 +101,19 @@ class BridgeSource:
     """
 
     def __init__(self, trainer: Trainer, checkpoint: Path | None, oldest: int) -> None:
-        self._trainer, config = trainer, trainer.config
+        self._trainer = trainer
+        with contextlib.ExitStack() as opened:
+            self._connect(checkpoint, oldest, opened)
+            self._opened = opened.pop_all()
+
+    def _connect(self, checkpoint: Path | None, oldest: int, opened: contextlib.ExitStack) -> None:
+        """Hold the folder of the versions, publish where this trainer stands, and say hello."""
+        trainer, config = self._trainer, self._trainer.config
         world, source = trainer.world, config.source
         lineage = world.same(token_hex(8))
         self._root = None if config.publish.endpoints else _root(config).resolve()
-        self._held = None if self._root is None else _hold(self._root, world)
+        if self._root is not None and (held := _hold(self._root, world)) is not None:
+            opened.enter_context(held)
         self._sender = WeightSender(
             trainer.ring,
             world,
@@ -104,6 +122,7 @@ class BridgeSource:
             stored=stored_as(config, trainer.ring, trainer.dtype),
             lineage=lineage,
         )
+        opened.callback(self._sender.close)
         begun = None
         if checkpoint is not None:
             # the engine may be ahead of it, and goes back to these weights
@@ -121,12 +140,8 @@ class BridgeSource:
             begun=begun,
             keys=read_keys(Path(source.keys), "trainer") if source.keys else None,
         )
-        try:
-            self._receiver.connect(source.deadline_s)
-        except BaseException:
-            self._receiver.close("it could not begin")
-            self._sender.close()
-            raise
+        opened.callback(self._receiver.close)
+        self._receiver.connect(source.deadline_s)
 
     def share(self, iteration: int) -> Sequence[Group] | None:
         self._receiver.doing = f"waits for iteration {iteration}"
@@ -153,6 +168,10 @@ class BridgeSource:
     def durable(self, checkpoint: Path, version: int, oldest: int) -> None:
         self._receiver.durable(checkpoint.name, version - 1, oldest - 1)
 
+    @property
+    def is_over(self) -> bool:
+        return self._receiver.ended is not None and self._receiver.ended.is_over
+
     def finish(self) -> str:
         """Versions that an engine serves, or may start with again, stay; where that is not known,
         all do."""
@@ -170,10 +189,7 @@ class BridgeSource:
         )
 
     def close(self) -> None:
-        self._receiver.close()
-        self._sender.close()
-        if self._held is not None:
-            self._held.close()
+        self._opened.close()
 
     def _group(self, group: TrajectoryGroup) -> Group:
         """Responses of no tokens count in the group's baseline and in the batch."""

@@ -171,9 +171,9 @@ class Dealer:
                 found.append(f"rank {rank} of {self.world} is silent for {silence:.0f} s{doing}")
         return found
 
-    def end(self, reason: str, needs: Sequence[str]) -> list[Outgoing]:
-        """No more is announced: what everybody is told. needs: as in `RunEnd`."""
-        end = RunEnd(reason, list(needs))
+    def end(self, reason: str, needs: Sequence[str], *, is_over: bool) -> list[Outgoing]:
+        """No more is announced: what everybody is told. needs, is_over: as in `RunEnd`."""
+        end = RunEnd(reason, list(needs), is_over)
         return [(seat.peer, end) for seat in self._seats.values()]
 
     def forget(self) -> None:

@@ -116,7 +116,7 @@ class TrajectorySender:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(patience_s):
                 await self._until(lambda: self.dealer.is_delivered)
-                for out in self.dealer.end(reason, needs):
+                for out in self.dealer.end(reason, needs, is_over=is_over):
                     await self._out(out)
                 await self._until(lambda: not self.dealer.num_seated)
         if is_over:
