@@ -1,14 +1,18 @@
 """What a face asks for, checked once: a submission that passes can run."""
 
+import hashlib
 import time
 import uuid
 from typing import Any
 
+import msgspec
 from msgspec import Struct
 
 from ..errors import ContextTooLong, InvalidRequest
 from ..messages import Ready
 from ..rollout import MAX_SAMPLES, Rollout, SamplingParams, check_prompt, derive_seed
+
+_canonical = msgspec.msgpack.Encoder(order="deterministic").encode
 
 
 class Accepted(Struct, frozen=True):
@@ -97,6 +101,23 @@ class Submission(Struct, kw_only=True):
             )
             for index in range(self.samples)
         ]
+
+
+def digest_of(content: Any) -> str:
+    """Of submissions, or of other plain values: equal ones give equal digests, in any process."""
+    return hashlib.blake2b(_canonical(_with_text_keys(content)), digest_size=16).hexdigest()
+
+
+def _with_text_keys(content: Any) -> Any:
+    """The deterministic encoder sorts keys, which are strings for it."""
+    if isinstance(content, list):
+        return [_with_text_keys(one) for one in content]
+    if not isinstance(content, Submission) or not content.sampling.logit_bias:
+        return content
+    bias = {str(token_id): value for token_id, value in content.sampling.logit_bias.items()}
+    fields = {name: getattr(content, name) for name in content.__struct_fields__}
+    sampling = {name: getattr(content.sampling, name) for name in SamplingParams.__struct_fields__}
+    return fields | {"sampling": sampling | {"logit_bias": bias}}
 
 
 def new_rollout_id() -> str:

@@ -5,7 +5,6 @@ a kill finds what the one before began, and goes on at the token where it was. A
 are acknowledged when its record is on the disk, so between the two nothing is lost or done twice.
 """
 
-import hashlib
 import itertools
 import time
 
@@ -13,14 +12,13 @@ import msgspec
 
 from ...engine.errors import UnknownRollout
 from ...engine.journal.ops import Query, RequestKey
-from ...engine.manager.intake import Submission
+from ...engine.manager.intake import Submission, digest_of
 from ...engine.manager.manager import RolloutManager
 from ...engine.rollout import Rollout, RolloutState
 from .lines import Job
 
 HOLDER = "batch"
 PAGE = 1000
-_encode = msgspec.msgpack.Encoder(order="deterministic").encode
 
 
 class Jobs:
@@ -94,7 +92,7 @@ class Jobs:
     async def _run_durable(
         self, scope: str, custom_id: str, submissions: list[Submission]
     ) -> list[Rollout]:
-        digest = hashlib.blake2b(_encode(submissions), digest_size=16).hexdigest()
+        digest = digest_of(submissions)
         for attempt in itertools.count():
             key = RequestKey(
                 holder=HOLDER,

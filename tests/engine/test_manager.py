@@ -14,7 +14,7 @@ from everstep.engine.errors import (
     Overloaded,
     UnknownRollout,
 )
-from everstep.engine.manager.intake import Submission
+from everstep.engine.manager.intake import Submission, digest_of
 from everstep.engine.manager.manager import RolloutManager
 from everstep.engine.messages import StateChanged
 from everstep.engine.rollout import RolloutState, SamplingParams
@@ -287,6 +287,18 @@ def test_a_bad_submission_names_its_field_and_disturbs_nothing(submission, error
             assert manager.num_live == 0
 
     run(body())
+
+
+def test_what_was_submitted_has_one_digest():
+    def said(**sampling: object) -> list[Submission]:
+        return [Submission(prompt_ids=[1], sampling=SamplingParams(**sampling))]
+
+    biases = [{}, {7: 1.0}, {7: 2.0}, {8: 1.0}, {7: 1.0, 8: 1.0}]
+    found = {digest_of(said(logit_bias=bias)) for bias in biases}
+    assert len(found) == len(biases)
+    assert digest_of(said(logit_bias={8: 1.0, 7: 1.0})) in found
+    assert digest_of(said(seed=1)) != digest_of(said(seed=2))
+    assert digest_of(said(logit_bias={7: 1.0})[0]) not in found
 
 
 def test_a_full_house_says_when_to_come_again():

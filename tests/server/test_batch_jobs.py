@@ -87,6 +87,20 @@ def test_a_killed_batch_goes_on_at_its_last_tokens(tmp_path: Path, steps: int) -
     assert all(summary.is_acked for summary in journal.list(Query(limit=1000)))
 
 
+def test_every_parameter_of_a_line_can_be_journaled(tmp_path: Path) -> None:
+    line = {
+        "custom_id": "x",
+        "prompt": [5],
+        "logit_bias": {"7": -100, "3": 2.5},
+        "stop_token_ids": [9],
+    }
+    source = write_lines(tmp_path / "in", [line, *prompts(2)])
+    output = BatchOutput(tmp_path / "out")
+    run(source, output, Noting(), Kept())
+    output.close()
+    assert [r["error"] for r in records(tmp_path / "out").values()] == [None] * 3
+
+
 def test_lines_that_changed_or_went_leave_nothing_running(tmp_path: Path) -> None:
     journal = Kept()
     source = write_lines(tmp_path / "in", prompts(4))

@@ -1,17 +1,15 @@
 """The engine of this process, as a run of C3PO++ sees it: a manager with a journal."""
 
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 
-import msgspec
 from msgspec.structs import replace
 
 from ...engine.checkpoint.manifest import Version
 from ...engine.errors import StaleVersion, UnknownRollout
 from ...engine.journal.ops import Budget as EngineBudget
 from ...engine.journal.ops import BudgetState, Query, RequestKey
-from ...engine.manager.intake import Submission
+from ...engine.manager.intake import Submission, digest_of
 from ...engine.manager.manager import RolloutManager
 from ...engine.messages import Flipped, KVPolicy, Priority
 from ...engine.rollout import Rollout, RolloutState
@@ -21,7 +19,6 @@ from .hosts import Prepared
 HOLDER = "rollout"
 PAGE = 1000
 UNBOUNDED = 2**53
-_encode = msgspec.msgpack.Encoder(order="deterministic").encode
 
 
 class ManagerEngine:
@@ -163,8 +160,7 @@ def _submission(prompt: Prompt, group_id: str, pool: str, attempt: int) -> Submi
 
 
 def _key(route: str, key: str, body: object) -> RequestKey:
-    digest = hashlib.blake2b(_encode(body), digest_size=16).hexdigest()
-    return RequestKey(HOLDER, route, key, digest, created_s=time.time())
+    return RequestKey(HOLDER, route, key, digest_of(body), created_s=time.time())
 
 
 def _seen(budget: EngineBudget) -> Budget:
