@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -111,7 +112,18 @@ class Tokenizer:
         return self._digest
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # its `encode` holds the interpreter's lock: a long text on a thread would stop a server
+        [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return encoding.ids
+
+    @cached_property
+    def longest_token_bytes(self) -> int | None:
+        """UTF-8 bytes of text that one token stands for at most; None where that is not known."""
+        added = self._backend.get_added_tokens_decoder().values()
+        swallows_spaces = any(token.lstrip or token.rstrip for token in added)
+        if not self.is_byte_level or swallows_spaces or self._backend.normalizer is not None:
+            return None
+        return max(len(token.encode()) for token in self._backend.get_vocab())
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         if skip_special_tokens:

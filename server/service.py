@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from msgspec import Struct
 
-from ..engine.errors import InvalidRequest, UnknownModel
+from ..engine.errors import ContextTooLong, InvalidRequest, UnknownModel
 from ..engine.manager.manager import RolloutManager
 from ..engine.tokenizer import Tokenizer
 from .config import ServeConfig
@@ -41,7 +41,14 @@ class Service(Struct, frozen=True):
                 field="n",
             )
 
-    async def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+    async def encode(
+        self, texts: Sequence[str], *, add_special_tokens: bool, is_cut: bool = False
+    ) -> list[list[int]]:
+        """Token ids of each.
+
+        is_cut  only their last tokens are used, so that they may be longer than the context
+        Raises InvalidRequest (ContextTooLong).
+        """
         tokenizer = self.tokenizer
         if tokenizer is None:
             raise InvalidRequest(
@@ -55,4 +62,21 @@ class Service(Struct, frozen=True):
 
         if sum(map(len, texts)) < LONG_TEXT:
             return encode()
+        if not is_cut:
+            for text in texts:
+                self._check_length(text, tokenizer)
         return await asyncio.to_thread(encode)
+
+    def _check_length(self, text: str, tokenizer: Tokenizer) -> None:
+        """Tokens take a hundred times the memory of their text: what cannot fit is not made one."""
+        max_model_len, longest = (
+            self.manager.known_info.max_model_len,
+            tokenizer.longest_token_bytes,
+        )
+        num_bytes = len(text.encode())
+        if longest is not None and num_bytes > max_model_len * longest:
+            raise ContextTooLong(
+                f"prompt has {num_bytes} bytes; the context holds {max_model_len} tokens, which "
+                f"are at most {max_model_len * longest} bytes",
+                field="prompt",
+            )

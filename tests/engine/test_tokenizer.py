@@ -1,6 +1,8 @@
 """The tokenizer reads a checkpoint's own files and renders its own template."""
 
 import json
+import threading
+import time
 
 import pytest
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
@@ -66,6 +68,31 @@ def test_text_survives_and_truncation_and_padding_of_the_file_are_off(folder):
     assert tokenizer.decode(ids) == text.replace("<|role_end|>", "")
     assert tokenizer.is_added(tokenizer.token_id("<|role_end|>"))
     assert b"".join(tokenizer.token_bytes(i) for i in ids) == text.encode()
+
+
+def test_a_long_text_lets_other_threads_go_on(folder):
+    tokenizer = Tokenizer.from_folder(folder)
+    ids: list[int] = []
+    thread = threading.Thread(target=lambda: ids.extend(tokenizer.encode("x y " * 200_000)))
+    thread.start()
+    num_turns = 0
+    while not ids:
+        num_turns += 1
+        time.sleep(0.001)
+    thread.join()
+    assert num_turns > 5, "encoding held the interpreter's lock to its end"
+
+
+def test_no_text_of_so_many_tokens_is_longer(folder):
+    tokenizer = Tokenizer.from_folder(folder)
+    longest = tokenizer.longest_token_bytes
+    assert longest is not None
+    for text in ("hello world é", "<|endoftext|><|role_end|>", "é" * 50, "\x00 ü hello"):
+        assert len(text.encode()) <= longest * len(tokenizer.encode(text))
+    # a token that takes the blanks beside it stands for any number of them
+    backend = Backend.from_file(str(folder / "tokenizer.json"))
+    backend.add_special_tokens([AddedToken("<|x|>", rstrip=True)])
+    assert Tokenizer(backend).longest_token_bytes is None
 
 
 def test_ids_of_the_padded_vocabulary_are_empty(folder):
