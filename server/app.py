@@ -174,7 +174,9 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     status = error.status_code
     reason = HTTPStatus(status).phrase.lower()
     body = error_body(
-        f"{request.method} {request.url.path}: {reason}", status=status, code=_CODES.get(status)
+        f"{request.method} {request.url.path[:200]}: {reason}",
+        status=status,
+        code=_CODES.get(status),
     )
     return json_response(body, status=status, headers=error.headers)
 

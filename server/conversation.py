@@ -45,6 +45,7 @@ def render(
             "leave add_generation_prompt out, or set it to false",
             field="continue_final_message",
         )
+    _check_contents(messages)
     if add_generation_prompt is None:
         add_generation_prompt = not continue_final_message
     return tokenizer.render_chat(
@@ -55,6 +56,21 @@ def render(
         chat_template=template,
         **options,
     )
+
+
+def _check_contents(messages: Sequence[Mapping[str, Any]]) -> None:
+    """A message says something: only an assistant's may be nothing but calls or reasoning."""
+    for index, message in enumerate(messages):
+        says = ["content"]
+        if message["role"] == "assistant":
+            says += ["tool_calls", "reasoning_content", "reasoning"]
+        if all(message.get(name) is None for name in says):
+            place = f"messages[{index}].content"
+            also = " without tool_calls" if len(says) > 1 else ""
+            raise InvalidRequest(
+                f"{place} is required of a message of the role {message['role']!r}{also}",
+                field=place,
+            )
 
 
 def template_message(message: dict[str, Any]) -> dict[str, Any]:

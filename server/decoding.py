@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, Generic, Literal, TypeVar
 
@@ -49,7 +49,14 @@ REFUSED = {
     "functions": "removed by OpenAI; send `tools`",
     "function_call": "removed by OpenAI; send `tool_choice`",
     "audio": "not supported: the model gives text only",
+    "echo": "not supported here; /v1/completions has it",
+    "sampling_seed": 'not supported under this name; send "seed"',
+    "repetition_detection": "not supported yet",
 }
+
+
+# taken where they ask for what is given anyway
+_TEXT_ONLY = ("response_format", "modalities")
 
 
 class Decoded(Struct, Generic[RequestT]):
@@ -67,11 +74,11 @@ def decode_request(body: bytes, kind: type[RequestT]) -> Decoded[RequestT]:
     for name, reason in REFUSED.items():
         if fields.get(name) and (name not in known):
             raise InvalidRequest(f"{name}: {reason}", field=name)
-    _check_response_format(fields.get("response_format"))
+    _check_text_only(fields)
     ignored = [
         name
         for name in fields
-        if name not in known and name not in REFUSED and name != "response_format"
+        if name not in known and name not in REFUSED and name not in _TEXT_ONLY
     ]
     try:
         request = msgspec.convert(fields, kind, str_keys=True)
@@ -108,8 +115,14 @@ def decode_own(
     Raises InvalidRequest: an unknown field is named with the nearest that there is.
     """
     fields = dict(fields)
-    check_names(fields, accepted(kind))
     types = {field.name: field.type for field in fields_info(kind)}
+    places = {
+        name: outer
+        for outer in inner
+        if isinstance(info := types[outer], inspect.StructType)
+        for name in accepted(info.cls)
+    }
+    check_names(fields, accepted(kind), places=places)
     for name in inner:
         value, info = fields.get(name), types[name]
         if isinstance(value, dict) and isinstance(info, inspect.StructType):
@@ -121,13 +134,25 @@ def decode_own(
         raise _explain(str(error), fields, kind) from None
 
 
-def check_names(given: Iterable[Any], known: Iterable[str], *, place: str = "") -> None:
-    """Raise InvalidRequest for the first name that is not known, with the nearest one."""
+def check_names(
+    given: Iterable[Any],
+    known: Iterable[str],
+    *,
+    place: str = "",
+    places: Mapping[str, str] = {},
+) -> None:
+    """Raise InvalidRequest for the first name that is not known, with the nearest one.
+
+    place   of the names themselves, for the message
+    places  names that stand elsewhere: name → field that has it
+    """
     known = list(known)
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
             hint = f"did you mean {place}{near[0]}?" if near else f"known: {', '.join(known)}"
+            if name in places:
+                hint = f"did you mean {places[name]}.{name}?"
             shown = f"{place}{name}"[:80]
             raise InvalidRequest(f"{shown} is no field here; {hint}", field=shown)
 
@@ -138,13 +163,18 @@ def fields_info(kind: type[Struct]) -> tuple[inspect.Field, ...]:
     return info.fields
 
 
-def _check_response_format(value: Any) -> None:
-    if value is None or (isinstance(value, dict) and value.get("type") == "text"):
-        return
-    raise InvalidRequest(
-        f"response_format: {_NO_GRAMMAR}; the accepted value is {{'type': 'text'}}",
-        field="response_format",
-    )
+def _check_text_only(fields: dict[str, Any]) -> None:
+    form = fields.get("response_format")
+    if form is not None and not (isinstance(form, dict) and form.get("type") == "text"):
+        raise InvalidRequest(
+            f"response_format: {_NO_GRAMMAR}; the accepted value is {{'type': 'text'}}",
+            field="response_format",
+        )
+    if fields.get("modalities", ["text"]) != ["text"]:
+        raise InvalidRequest(
+            "modalities: the model gives text only; the accepted value is ['text']",
+            field="modalities",
+        )
 
 
 def _explain(text: str, fields: dict[str, Any], kind: type[Struct]) -> InvalidRequest:
@@ -166,7 +196,10 @@ def _explain(text: str, fields: dict[str, Any], kind: type[Struct]) -> InvalidRe
         )
     if path == steps[0]:
         value = _short(fields.get(path))
-        return InvalidRequest(f"{path} must be {accepted(kind)[path]}, got {value}", field=path)
+        limit = f" ({reason.lower()})" if "<= 2147483647" in reason else ""
+        return InvalidRequest(
+            f"{path} must be {accepted(kind)[path]}{limit}, got {value}", field=path
+        )
     field = path.removesuffix("[...]")
     expected = _walk(inspect.type_info(kind), steps)
     if "missing" in reason or expected is None:
@@ -217,6 +250,9 @@ def _describe(info: inspect.Type) -> str:
             return "an integer" + _range(info)
         case inspect.FloatType():
             return "a number" + _range(info)
+        case inspect.StrType(pattern=pattern, max_length=longest) if pattern is not None:
+            text = "printable ASCII characters without spaces"
+            return f"a string of at most {longest} {text}" if longest else f"a string of {text}"
         case inspect.StrType():
             return "a non-empty string" if info.min_length else "a string"
         case inspect.ListType(item_type=item):

@@ -5,6 +5,7 @@ not on the pieces, so a streamed reply and a whole one always agree.
 """
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from msgspec import Struct
@@ -231,11 +232,21 @@ def _ends_inside_string(block: str) -> bool:
 
 
 class OutputParser:
-    """Reasoning, then tool calls in what follows. `None` leaves a part as it is."""
+    """Reasoning, then tool calls in what follows. `None` leaves a part as it is.
 
-    def __init__(self, reasoning: ReasoningParser | None, tools: ToolParser | None) -> None:
+    max_calls  further ones are left out; None: any number
+    """
+
+    def __init__(
+        self,
+        reasoning: ReasoningParser | None,
+        tools: ToolParser | None,
+        *,
+        max_calls: int | None = None,
+    ) -> None:
         self.reasoning = reasoning
         self.tools = tools
+        self._max_calls = max_calls
 
     @property
     def num_calls(self) -> int:
@@ -250,16 +261,24 @@ class OutputParser:
     def finish(self) -> list[Event]:
         pieces = self.reasoning.finish() if self.reasoning is not None else []
         events = self._through_tools(pieces)
-        return events + (self.tools.finish() if self.tools is not None else [])
+        return events + self._kept(self.tools.finish() if self.tools is not None else [])
 
     def _through_tools(self, pieces: list[Reasoning | Content]) -> list[Event]:
         events: list[Event] = []
         for piece in pieces:
             if self.tools is not None and isinstance(piece, Content):
-                events += self.tools.feed(piece.text)
+                events += self._kept(self.tools.feed(piece.text))
             else:
                 events.append(piece)
         return events
+
+    def _kept(self, events: Sequence[Event]) -> list[Event]:
+        most = self._max_calls
+        return [
+            event
+            for event in events
+            if most is None or not isinstance(event, ToolCallFound) or event.index < most
+        ]
 
 
 class Parsed(Struct):

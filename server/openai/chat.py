@@ -78,7 +78,6 @@ class Chat:
         _check(request)
         service.check_choices(1, request.n)
         prompt = _prompt(service, request, raw)
-        prompts = await service.encode([prompt], add_special_tokens=request.add_special_tokens)
         mode = request.logprobs_mode or service.config.openai.logprobs_mode
         num_top = (request.top_logprobs or 0) if request.logprobs else None
         sampling = sampling_of(
@@ -90,6 +89,11 @@ class Chat:
             record=request.record,
         )
         try:
+            prompts = await service.encode(
+                [prompt],
+                add_special_tokens=request.add_special_tokens,
+                is_cut=request.truncate_prompt_tokens is not None,
+            )
             generation = await Generation.submit(service, request, prompts, sampling, key=key)
         except InvalidRequest as error:
             raise _renamed(error, request) from None
@@ -110,6 +114,7 @@ class Chat:
         return OutputParser(
             ReasoningParser(is_open=self._is_open) if reads_reasoning else None,
             ToolParser() if reads_tools else None,
+            max_calls=None if request.parallel_tool_calls else 1,
         )
 
     # --- whole
@@ -202,7 +207,11 @@ class Chat:
     def chunk(self, choices: list[ChatChunkChoice]) -> ChatChunk:
         generation = self.generation
         return ChatChunk(
-            id=self.id, created=generation.created, model=generation.model, choices=choices
+            id=self.id,
+            created=generation.created,
+            model=generation.model,
+            choices=choices,
+            system_fingerprint=generation.fingerprint,
         )
 
 

@@ -98,13 +98,16 @@ class Completions:
     def _chunk(self, choices: list[CompletionChoice]) -> CompletionResponse:
         generation = self.generation
         return CompletionResponse(
-            id=self.id, created=generation.created, model=generation.model, choices=choices
+            id=self.id,
+            created=generation.created,
+            model=generation.model,
+            choices=choices,
+            system_fingerprint=generation.fingerprint,
         )
 
     def _response(self, choices: list[CompletionChoice]) -> CompletionResponse:
         response = self._chunk(choices)
         response.usage = self.generation.usage()
-        response.system_fingerprint = self.generation.fingerprint
         return response
 
     def echoed(self, rollout: Rollout) -> str:
@@ -218,5 +221,9 @@ async def _prompts(service: Service, request: CompletionRequest) -> list[list[in
         return [[part for part in prompt if isinstance(part, int)]]
     texts = [part for part in prompt if isinstance(part, str)]
     if texts:
-        return await service.encode(texts, add_special_tokens=request.add_special_tokens)
+        return await service.encode(
+            texts,
+            add_special_tokens=request.add_special_tokens,
+            is_cut=request.truncate_prompt_tokens is not None,
+        )
     return [part for part in prompt if isinstance(part, list)]

@@ -106,7 +106,7 @@ class ToolCallIn(Struct, frozen=True, kw_only=True):
 
 class Message(Struct, frozen=True, kw_only=True):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Meta(min_length=1)] | None = None
     name: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
@@ -134,6 +134,8 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     tools: list[Tool] = []
     tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool = True
+    """False: only the first call of an answer is given."""
     reasoning_effort: str | None = None
     """Handed to the template under its own name."""
     documents: list[dict[str, Any]] | None = None
@@ -310,6 +312,7 @@ class ChatChunk(Struct, kw_only=True):
     model: str
     choices: list[ChatChunkChoice]
     usage: Usage | UnsetType | None = UNSET
+    system_fingerprint: str | UnsetType = UNSET
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
 

@@ -82,9 +82,9 @@ class RolloutsFace:
         fields = await self._fields(http)
         request = decode_own(fields, SubmitRequest, inner=("sampling",))
         self._service.model_name(request.model)
-        submission = await submission_of(self._service, request, fields)
         key = request_key(http, "/rollouts", fields)
         try:
+            submission = await submission_of(self._service, request, fields)
             accepted = await self._manager.accept(submission, key)
         except InvalidRequest as error:
             raise renamed(error, request) from None

@@ -8,6 +8,7 @@ from .conftest import serve
 pytestmark = pytest.mark.anyio
 HI = [{"role": "user", "content": "Hi"}]
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+CHAT = "/v1/chat/completions"
 CALL = '<tool_call>\n{"name": "add", "arguments": {"x": 1}}\n</tool_call>'
 
 
@@ -109,6 +110,25 @@ async def test_tool_calls_whole_and_streamed(server):
     assert arguments == {0: '{"x": 1}', 1: '{"x": 1}'}
     assert len(set(ids.values())) == 2
     assert reason == "tool_calls"
+
+
+async def test_a_client_that_takes_one_call_at_a_time_gets_the_first(server):
+    server.reply(f"Ok.\n{CALL}{CALL.replace('add', 'sub')}")
+    asked = {"messages": HI, "tools": TOOLS, "parallel_tool_calls": False}
+    reply = await server.client().chat.completions.create(model="org/ring", **asked)
+    [choice] = reply.choices
+    assert [call.function.name for call in choice.message.tool_calls] == ["add"]
+    assert (choice.message.content, choice.finish_reason) == ("Ok.", "tool_calls")
+    deltas = [chunk["choices"][0]["delta"] for chunk in await server.events(CHAT, **asked)]
+    calls = [call for delta in deltas for call in delta.get("tool_calls", [])]
+    assert [call["function"].get("name") for call in calls] == ["add", None]
+
+
+async def test_every_chunk_says_which_weights_made_it(server):
+    for path, body in ((CHAT, {"messages": HI}), ("/v1/completions", {"prompt": "Hi"})):
+        usage = {"stream_options": {"include_usage": True}}
+        prints = {e.get("system_fingerprint") for e in await server.events(path, **body, **usage)}
+        assert prints == {"fake@0123456789ab"}
 
 
 async def test_tool_results_go_back_into_the_template(server):

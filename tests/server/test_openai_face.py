@@ -58,6 +58,9 @@ BOTH = [
     ("bad_words", [["a"]]),
     ("use_beam_search", [True]),
     ("lora_path", ["a"]),
+    ("modalities", [["audio"], ["text", "audio"], "text", 1]),
+    ("sampling_seed", [5]),
+    ("max_tokens", [10**12]),
     ("chat_template", ["{{ 1 }}"]),
 ]
 TEXT_ONLY = [
@@ -67,6 +70,7 @@ TEXT_ONLY = [
     ("echo", ["yes"]),
     ("logprobs", [-1, 65, True, "a"]),
     ("suffix", ["a"]),
+    ("prompt", ["long " * 60_000, ["a", "long " * 60_000]]),
     ("add_special_tokens", [1]),
 ]
 CHAT_ONLY = [
@@ -83,6 +87,14 @@ CHAT_ONLY = [
             [{"role": "user", "content": [{"type": "text"}]}],
             [{"role": "assistant", "tool_calls": [{"id": "a"}]}],
             [{"role": "user", "content": "long " * 600}],
+            [{"role": "user", "content": "long " * 60_000}],
+            [{"role": "user"}],
+            [{"role": "user", "content": None}],
+            [{"role": "user", "content": []}],
+            [{"role": "user", "contents": "a"}],
+            [{"role": "system"}],
+            [{"role": "tool", "tool_call_id": "a"}],
+            [{"role": "assistant"}],
         ],
     ),
     ("max_tokens", [0, -1, "a", 600]),
@@ -97,6 +109,8 @@ CHAT_ONLY = [
     ("documents", ["a", [1]]),
     ("reasoning_effort", [1]),
     ("input_ids", [[1]]),
+    ("echo", [True]),
+    ("parallel_tool_calls", ["no", 0]),
 ]
 TABLE = [
     (path, name, value)
@@ -133,6 +147,8 @@ async def test_every_bad_value_is_a_400_that_names_its_field(server):
         ("messages", [{"role": "x"}], "'assistant', 'developer', 'system', 'tool', 'user'"),
         ("response_format", {"type": "x"}, "not supported yet"),
         ("tool_choice", "required", "'auto' and 'none'"),
+        ("max_tokens", 10**12, "<= 2147483647"),
+        ("messages", [{"role": "assistant"}], "of the role 'assistant' without tool_calls"),
     ],
 )
 async def test_the_message_gives_the_accepted_values(server, name, value, accepted):
@@ -148,12 +164,12 @@ async def test_falsy_values_of_refused_fields_ask_for_nothing(server):
 
 
 async def test_unknown_fields_are_accepted_and_named(server):
-    body = {**BASE[CHAT], "store": True, "weird näme\r\n": 1, "parallel_tool_calls": False}
+    body = {**BASE[CHAT], "store": True, "weird näme\r\n": 1, "modalities": ["text"]}
     for stream in (False, True):
         response = await server.post(CHAT, **body, stream=stream)
         assert response.status_code == 200
         names = response.headers["x-everstep-ignored-fields"]
-        assert names == "store,weird%20n%C3%A4me%0D%0A,parallel_tool_calls"
+        assert names == "store,weird%20n%C3%A4me%0D%0A"
 
 
 @pytest.mark.parametrize(
@@ -330,6 +346,24 @@ async def test_the_extension_has_what_a_trainer_needs(server):
     chunks = await server.events(TEXT, prompt="Hi", return_meta_info=True)
     assert chunks[-1]["choices"][0]["everstep"]["versions"] == [[7, len(ids)]]
     assert all("everstep" not in chunk["choices"][0] for chunk in chunks[:-1])
+
+
+async def test_a_text_that_no_context_could_hold_is_not_encoded(server, monkeypatch):
+    monkeypatch.setattr(Tokenizer, "encode", lambda *_: pytest.fail("it was encoded"))
+    for path, body in (
+        (TEXT, {"prompt": "a b " * 50_000}),
+        (CHAT, {"messages": [{"role": "user", "content": "a b " * 50_000}]}),
+    ):
+        error = (await server.post(path, **body)).json()["error"]
+        assert error["code"] == "context_length_exceeded"
+        assert error["param"] == next(iter(body))
+
+
+async def test_what_only_an_assistant_may_leave_out(server):
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    for said in ({"tool_calls": [call]}, {"reasoning_content": "so"}, {"content": ""}):
+        messages = [*HI, {"role": "assistant", "content": None, **said}, *HI]
+        assert (await server.post(CHAT, messages=messages)).status_code == 200
 
 
 async def test_versions_and_fingerprint_of_every_answer(server):

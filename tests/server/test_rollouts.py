@@ -173,6 +173,9 @@ BAD = [
     ({"prompt": "Hi", "metadata": 2**64}, "metadata"),
     ({"prompt": "Hi", "metadata": "x" * 2**20}, "metadata"),
     ({"prompt": "Hi", "group_id": ""}, "group_id"),
+    ({"prompt": "long " * 60_000}, "prompt"),
+    ({"messages": [{"role": "user", "content": "long " * 60_000}]}, "messages"),
+    ({"messages": [{"role": "user"}]}, "messages[0].content"),
     ({"prompt": "Hi", "model": "other"}, "model"),
     ({"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {"tools": 1}}, None),
 ]
@@ -188,6 +191,20 @@ async def test_a_bad_submission_is_400_in_one_line_and_makes_nothing(durable, bo
         assert error["param"] == field, error
     assert durable.backend.adds == []
     assert (await durable.http.get("/rollouts")).json()["data"] == []
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"prompt": "Hi", "max_tokens": 3}, "did you mean sampling.max_tokens?"),
+        ({"prompt": "Hi", "smaples": 3}, "did you mean samples?"),
+        ({"prompt": "Hi", "group_id": "a b"}, "at most 128 printable ASCII characters"),
+        ({"prompt": "Hi", "pool": "a b"}, "at most 128 printable ASCII characters"),
+    ],
+)
+async def test_a_refusal_says_what_was_meant(durable, body, words):
+    response = await durable.post("/rollouts", **body)
+    assert words in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
