@@ -149,7 +149,10 @@ def _left_runs() -> list[Row]:
     for folder in runs_there():
         sizes = sizes_of(folder)
         age = duration(max(0.0, time.time() - folder.stat().st_mtime))
-        versions = f"{len(sizes)} version{'s' * (len(sizes) != 1)}"
+        count = sum(name.startswith("v") for name in sizes)
+        versions = f"{count} version{'s' * (count != 1)}"
+        if count < len(sizes):
+            versions += f", {len(sizes) - count} left over"
         size = f"{sum(sizes.values()) / 1e6:.1f} MB"
         rows.append(("run's weights", f"{folder}: {versions}, {size}, written {age} ago"))
     return rows

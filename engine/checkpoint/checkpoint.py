@@ -27,6 +27,7 @@ from .expected_tensors import TensorSpec, expected_tensors
 from .hub import Progress, ignore_progress
 from .manifest import combine_digests, tensor_hash
 from .quant_format import QuantFormat, is_ignored
+from .reader_locks import lock_for_reading
 from .ring_config import RingConfig, read_config
 from .safetensors_header import DTYPE_NAMES, DTYPES, TensorEntry, listed, reading_entries
 
@@ -186,7 +187,8 @@ class Checkpoint:
         return combine_digests(digests)
 
     def close(self) -> None:
-        """Drop the maps. Tensors that alias them stay valid until they are freed."""
+        """Drop the maps and their locks. Tensors that alias them stay valid, and keep the locks, until
+        they are freed."""
         self._shards.clear()
 
     def _raw(self, name: str) -> Tensor:
@@ -199,7 +201,8 @@ class Checkpoint:
         try:
             if entry.shard not in self._shards:
                 with entry.shard.open("rb") as file:
-                    # a private map: nothing is written to the file, whoever writes
+                    lock_for_reading(file.fileno(), entry.shard)
+                    # a private map: nothing is written to the file, whoever writes; it keeps the lock
                     self._shards[entry.shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
             flat = torch.frombuffer(
                 self._shards[entry.shard], dtype=dtype, count=count, offset=entry.start

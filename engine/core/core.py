@@ -200,6 +200,7 @@ def build(
     kv = resolve_kv(config, ring, reader.dtype.itemsize, weight_bytes)
     number = 0 if version is None else version.number
     weights = load_weights(checkpoint, config.model, version=number, on_progress=progress)
+    checkpoint.close()
     if version is not None and weights.digest != version.digest:
         raise CheckpointError(
             f"{path} holds {weights.digest[:12]}, not {version.words}: its files were changed"

@@ -11,6 +11,7 @@ What a piece touches is bounded (kernels/pieces.py), so that a step never waits 
 
 import math
 from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -74,19 +75,21 @@ class WeightStager:
         folder = Path(order.path)
         manifest = self._manifest(order, folder)
         checkpoint = yield from _told(Checkpoint.opening(folder), lambda: ("layout", 0, 1))
-        if manifest is not None:
-            found = {name: (e.dtype, e.shape) for name, e in checkpoint.entries.items()}
-            check_layout(manifest, found, folder)
-        reader = self._reader(checkpoint)
-        self._made = reader.made
-        yield "layout", 1, 1
-        num_bytes = self._check_room(checkpoint, reader)
-        digest = yield from _digests(checkpoint, manifest)
-        if order.digest and digest != order.digest:
-            raise WeightsRefused(
-                f"{folder}: digest {digest[:12]}, version {order.version} has {order.digest[:12]}"
-            )
-        read = yield from _read(reader, order.version)
+        # from here on the file is locked, and only as long as it is read
+        with closing(checkpoint):
+            if manifest is not None:
+                found = {name: (e.dtype, e.shape) for name, e in checkpoint.entries.items()}
+                check_layout(manifest, found, folder)
+            reader = self._reader(checkpoint)
+            self._made = reader.made
+            yield "layout", 1, 1
+            num_bytes = self._check_room(checkpoint, reader)
+            digest = yield from _digests(checkpoint, manifest)
+            if order.digest and digest != order.digest:
+                raise WeightsRefused(
+                    f"{folder}: digest {digest[:12]}, version {order.version} has {order.digest[:12]}"
+                )
+            read = yield from _read(reader, order.version)
         weights = replace(read, digest=digest, config=self._runner.weights.config)
         comparison = Comparison(weights, self._runner.numerics)
         if manifest is not None:

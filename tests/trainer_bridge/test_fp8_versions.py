@@ -1,5 +1,6 @@
 """Versions in FP8 by sharded trainers: byte for byte the offline quantiser's of a whole export."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from everstep.trainer_bridge.weights.sender import WeightSender
 from everstep.trainer_bridge.weights.targets import Here
 
 from ..fp8_reference import block_reference
+from .memory import memory_folder
 from .weight_runs import start_ranks
 
 # two ranks cut 260 rows at 130, three at 87 and 174; 136 columns leave blocks of 8
@@ -42,7 +44,8 @@ FORMATS: tuple[Fp8Format, ...] = ("fp8-experts", "fp8-block")
 
 
 def publish(rank: int, world: int, port: int, source: Path, root: Path, dtype: torch.dtype) -> None:
-    """Two versions in each format, the second of other weights, which are exported too."""
+    """Three versions in each format, the last of other weights, over the first one's pages; those
+    weights are exported too."""
     import os
 
     os.environ |= {
@@ -55,16 +58,19 @@ def publish(rank: int, world: int, port: int, source: Path, root: Path, dtype: t
     with join_world("cpu") as joined:
         ring = ring_of(source, joined)
         senders = [sender_of(ring, joined, source, root / fp8, dtype, fp8) for fp8 in FORMATS]
-        for sender in senders:
-            sender.publish(1)
+        for sender, number in [(sender, number) for sender in senders for number in (1, 2)]:
+            sender.publish(number)
+        before_last = [(root / fp8 / ".spare-v1" / "model.safetensors").stat() for fp8 in FORMATS]
         with torch.no_grad():
             for name, tensor in ring.tensors():
                 factor = {ZEROS: 0.0, TINY_VALUES: 1e-7}.get(name, 1.37)
                 tensor.mul_(factor)
         for sender in senders:
-            offsets = [piece.offset for piece in sender.layout.pieces()]
+            offsets = [o for piece in sender.layout.pieces() for o, *_ in piece.places]
             assert offsets == sorted(offsets)
-            sender.publish(2)
+            sender.publish(3)
+        last = [(root / fp8 / "v3" / "model.safetensors").stat() for fp8 in FORMATS]
+        assert [one.st_ino for one in last] == [one.st_ino for one in before_last]
         export(ring, source, root / "exported", dtype, joined)
         before = {name: local_of(tensor).clone() for name, tensor in ring.tensors()}
         with torch.no_grad(), senders[0].layout.as_stored():
@@ -85,21 +91,29 @@ def sender_of(
     ring: TrainableRing, world: World, source: Path, root: Path, dtype: torch.dtype, fp8: Fp8Format
 ) -> WeightSender:
     stored = StoredFormat(ring.config, dtype, fp8)
-    return WeightSender(ring, world, Here(world, root), source=source, stored=stored, lineage="a")
+    return WeightSender(
+        ring, world, Here(world, root, 1), source=source, stored=stored, lineage="a"
+    )
+
+
+@pytest.fixture
+def root() -> Iterator[Path]:
+    with memory_folder() as folder:
+        yield folder
 
 
 @pytest.mark.parametrize(
     ("world", "dtype"), [(1, torch.bfloat16), (2, torch.float32), (3, torch.bfloat16)]
 )
 def test_a_version_has_the_bytes_of_the_offline_quantiser(
-    world: int, dtype: torch.dtype, tmp_path: Path
+    world: int, dtype: torch.dtype, tmp_path: Path, root: Path
 ) -> None:
     # MTP layers are not trained, and config.json must not count them
     source = make_checkpoint(tmp_path / "source", shape=RAGGED, format="f32", mtp=1)
-    start_ranks(publish, world, source, tmp_path, dtype)
+    start_ranks(publish, world, source, root, dtype)
     for fp8 in FORMATS:
-        offline = quantize_checkpoint(tmp_path / "exported", tmp_path / f"offline-{fp8}", fp8)
-        expected, found = Checkpoint.open(offline), Checkpoint.open(tmp_path / fp8 / "v2")
+        offline = quantize_checkpoint(root / "exported", tmp_path / f"offline-{fp8}", fp8)
+        expected, found = Checkpoint.open(offline), Checkpoint.open(root / fp8 / "v3")
         assert found.config == expected.config
         assert read_json(found.folder / "config.json") == read_json(offline / "config.json")
         assert found.names == expected.names
@@ -110,11 +124,11 @@ def test_a_version_has_the_bytes_of_the_offline_quantiser(
         assert manifest is not None
         assert (manifest.weights, manifest.digest) == ("block", expected.content_digest())
         assert manifest.digest != manifest.parent
-    served, scored = (Checkpoint.open(tmp_path / name) for name in ("fp8-experts/v2", "as-stored"))
+    served, scored = (Checkpoint.open(root / name) for name in ("fp8-experts/v3", "as-stored"))
     for name in (name for name in served.names if ".experts." in name and "scale" not in name):
         meant = dequantize(served.linear(name.removesuffix(".weight")))
         assert torch.equal(scored.tensor(name), meant)
-    said = (tmp_path / "explained").read_text()
+    said = (root / "explained").read_text()
     assert ("blocks of 128×128 are cut by shards" in said) == (world > 1)
 
 

@@ -10,11 +10,16 @@ import msgspec
 import pytest
 import torch
 
+from everstep.engine.checkpoint.manifest import Manifest, TensorRecord, combine_digests
+from everstep.engine.checkpoint.safetensors_header import DTYPE_NAMES as NAMES
 from everstep.engine.checkpoint.safetensors_writer import Part, layout
 from everstep.engine.errors import CheckpointError, WeightsRefused
 from everstep.trainer_bridge.weights.arrival import Arrival, Workers
 from everstep.trainer_bridge.weights.checksum import piece_crc
+from everstep.trainer_bridge.weights.pages import Pages
 from everstep.trainer_bridge.weights.protocol import Offer, Piece
+
+from .memory import memory_folder
 
 PARTS = [
     Part("a", torch.float32, (4,)),
@@ -42,7 +47,7 @@ def workers() -> Iterator[Workers]:
 
 def arrival_of(root: Path, workers: Workers, **changes: Any) -> Arrival:
     offer = Offer(version=1, attempt=1, num_bytes=SIZE, head=HEAD, files={}, keep=1)
-    return Arrival(root, msgspec.structs.replace(offer, **changes), 2, workers, lambda: None)
+    return Arrival(Pages(root), msgspec.structs.replace(offer, **changes), 2, workers, lambda: None)
 
 
 def take(
@@ -136,3 +141,29 @@ def test_an_offer_that_cannot_be_taken(
         arrival_of(tmp_path / "root", workers, **changes)
     assert not (tmp_path / "x").exists()
     assert not (tmp_path / "root").exists()
+
+
+def test_a_version_arrives_over_an_older_one(workers: Workers) -> None:
+    with memory_folder() as root:
+        pages, numbers = Pages(root), []
+        for version in (1, 2, 3):
+            data = bytes(range(100 * version - 99, 100 * version - 77))
+            offer = Offer(version=version, attempt=1, num_bytes=SIZE, head=HEAD, files={}, keep=1)
+            arrival = Arrival(pages, offer, 1, workers, lambda: None)
+            for number, (start, end) in enumerate([(10, 22), (0, 10)]):
+                where, part = [len(HEAD) + start, end - start], memoryview(data[start:end])
+                arrival.take(0, Piece(version, 1, number, where, piece_crc(where, part)), part)
+            wait([write.done for write in arrival._writes])
+            arrival.settle()
+            wait(arrival._digests.values())
+            digests = arrival.digests()
+            assert digests is not None
+            tensors = {
+                p.name: TensorRecord(NAMES[p.dtype], p.shape, digests[p.name]) for p in PARTS
+            }
+            manifest = Manifest(version=version, digest=combine_digests(digests), tensors=tensors)
+            file = arrival.publish(msgspec.json.encode(manifest)) / "model.safetensors"
+            assert file.read_bytes() == HEAD + data
+            numbers.append(file.stat().st_ino)
+        assert numbers[0] == numbers[2] != numbers[1]
+        pages.close()

@@ -1,6 +1,7 @@
 """Chunks against the bytes of the pieces, for drawn sizes."""
 
 from collections.abc import Iterator
+from functools import partial
 from unittest.mock import patch
 
 import torch
@@ -9,24 +10,26 @@ from hypothesis import strategies as st
 
 from everstep.trainer_bridge.weights import chunks as weight_chunks
 from everstep.trainer_bridge.weights.chunks import chunks
-from everstep.trainer_bridge.weights.layout import Piece
+from everstep.trainer_bridge.weights.layout import Piece, Place
 
 CHUNK, SPANS = 64, 5
 
 
 @st.composite
 def drawn_pieces(draw: st.DrawFn) -> list[Piece]:
-    """Pieces in file order, gaps between some of them."""
+    """Pieces in file order, gaps between some of them and between their places."""
     pieces, offset = [], draw(st.integers(0, 9))
-    for size in draw(st.lists(st.integers(0, 3 * CHUNK), max_size=20)):
-        values = torch.arange(offset, offset + 2 * size) % 251
+    for sizes in draw(st.lists(st.lists(st.integers(0, 3 * CHUNK), max_size=4), max_size=8)):
         dtype = draw(st.sampled_from([torch.uint8, torch.bfloat16]))
-        if dtype == torch.bfloat16:
-            data = values.to(torch.uint8).view(dtype)
-        else:
-            data = values[:size].to(dtype)
-        pieces.append(Piece(offset, data))
-        offset += data.numel() * data.itemsize + draw(st.sampled_from([0, 0, 3]))
+        places: list[Place] = []
+        for size in sizes:
+            start = places[-1].start + places[-1].size if places else 0
+            offset += -offset % dtype.itemsize
+            places.append(Place(offset, start, size))
+            offset += size * dtype.itemsize + draw(st.sampled_from([0, 0, 3]))
+        values = torch.arange(offset, offset + sum(sizes) * dtype.itemsize) % 251
+        data = values.to(torch.uint8).view(dtype)
+        pieces.append(Piece(partial(torch.clone, data), dtype, tuple(places)))
     return pieces
 
 
@@ -51,11 +54,29 @@ def test_every_byte_is_in_one_chunk_at_its_place(pieces: list[Piece]) -> None:
 
 
 def bytes_of(pieces: list[Piece]) -> Iterator[tuple[int, int]]:
-    for offset, data in pieces:
-        yield from enumerate(data.view(torch.uint8).tolist(), offset)
+    for make, dtype, places in pieces:
+        values = make()
+        for offset, start, size in places:
+            own = values[start : start + size]
+            yield from enumerate(own.view(torch.uint8).tolist(), offset)
+        assert sum(size for *_, size in places) * dtype.itemsize == values.nbytes
+
+
+@given(drawn_pieces())
+def test_a_piece_puts_its_bytes_where_it_belongs(pieces: list[Piece]) -> None:
+    written = dict(bytes_of(pieces))
+    size = 2 + max(written, default=0)
+    file = torch.full((size,), 255, dtype=torch.uint8)
+    for piece in pieces:
+        piece.put(file)
+    assert file.tolist() == [written.get(place, 255) for place in range(size)]
 
 
 def test_small_pieces_share_a_chunk() -> None:
-    pieces = [Piece(8 * n, torch.full((8,), n, dtype=torch.uint8)) for n in range(10)]
+    values = [torch.full((8,), n, dtype=torch.uint8) for n in range(10)]
+    pieces = [
+        Piece(partial(torch.clone, data), torch.uint8, (Place(8 * n, 0, 8),))
+        for n, data in enumerate(values)
+    ]
     [chunk] = chunks(pieces)
     assert chunk.spans == ((0, 80),)

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,13 @@ from everstep.trainer_bridge.weights import folder as weight_folder
 from everstep.trainer_bridge.weights.sender import WeightSender
 from everstep.trainer_bridge.weights.targets import Here
 
+from .memory import memory_folder
 from .training_runs import free_port, make_run, start, write_config
-from .weight_runs import ring_of, start_ranks
+from .weight_runs import change, names_of, ring_of, start_ranks
 
 
 def publish(rank: int, world: int, port: int, source: Path, root: Path) -> None:
-    """Two versions, the second with other weights; and the second as an export."""
+    """Versions, each with other weights, the last over the first one's pages; it as an export too."""
     import os
 
     os.environ |= {
@@ -44,32 +46,35 @@ def publish(rank: int, world: int, port: int, source: Path, root: Path) -> None:
             stored=StoredFormat(ring.config, torch.bfloat16),
             lineage="a",
         )
-        first = sender.publish(1)
-        with torch.no_grad():
-            for _, tensor in ring.tensors():
-                tensor.mul_(1.01)
-        second = sender.publish(2)
-        assert first.digest != second.digest
+        digests = set()
+        for version in (1, 2, 3, 4):
+            change(ring)
+            digests.add(sender.publish(version).digest)
+        assert len(digests) == 4
         export(ring, source, root / "exported", torch.bfloat16, joined)
         if joined.is_first:
             (root / "explained").write_text(sender.layout.explain())
 
 
+@pytest.fixture
+def root() -> Iterator[Path]:
+    with memory_folder() as folder:
+        yield folder
+
+
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_versions_are_those_of_an_export(world: int, tmp_path: Path) -> None:
+def test_versions_are_those_of_an_export(world: int, tmp_path: Path, root: Path) -> None:
     source = make_checkpoint(tmp_path / "source", format="f32")
-    root = tmp_path / "versions"
-    root.mkdir()
     start_ranks(publish, world, source, root)
-    versions = [Checkpoint.open(root / name) for name in ("v1", "v2", "exported")]
+    versions = [Checkpoint.open(root / name) for name in ("v3", "v4", "exported")]
     first, second, exported = versions
-    manifests = [read_manifest(root / name) for name in ("v1", "v2")]
+    manifests = [read_manifest(root / name) for name in ("v3", "v4")]
     assert manifests[0] is not None
     assert manifests[1] is not None
     assert first.content_digest() == manifests[0].digest == manifests[1].parent
     assert second.content_digest() == manifests[1].digest == exported.content_digest()
-    assert [m.version for m in manifests if m] == [1, 2]
-    assert not list(root.glob(".partial-*"))
+    assert [m.version for m in manifests if m] == [3, 4]
+    assert names_of(root) == [".spare-v2", "v3", "v4"]
     text = (root / "explained").read_text()
     assert text.count("rank ") == world
     total = sum(

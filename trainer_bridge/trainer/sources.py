@@ -19,6 +19,7 @@ from ..trajectories.files import TrajectoryFiles
 from ..trajectories.receiver import TrajectoryReceiver
 from ..trajectories.samples import Group, Sample, sample_of
 from ..weights.folder import default_root
+from ..weights.pages import clean
 from ..weights.sender import WeightSender
 from ..weights.targets import Elsewhere, Here, Target
 from .canaries import make_canaries, texts_of
@@ -180,6 +181,8 @@ class BridgeSource:
         ended = self._receiver.ended
         if ended is not None and ended.needs is not None:
             remove_versions(self._root, ended.needs)
+        else:
+            clean(self._root)
         found = sizes_of(self._root)
         if not found:
             return ""

@@ -16,7 +16,8 @@ from ...engine.checkpoint.manifest import FILE as MANIFEST
 from ...engine.checkpoint.manifest import Manifest
 from ...engine.errors import CheckpointError, WeightsRefused
 from .checksum import piece_crc
-from .folder import FILE, Span, StoredTensor, VersionFolder, stored_tensors
+from .folder import Span, StoredTensor, VersionFolder, stored_tensors
+from .pages import FILE, Pages
 from .protocol import Offer, Piece
 
 # hashing is what the rest of the machine does not need the processor for
@@ -61,7 +62,7 @@ class Arrival:
 
     def __init__(
         self,
-        root: Path,
+        pages: Pages,
         offer: Offer,
         world: int,
         workers: Workers,
@@ -84,7 +85,7 @@ class Arrival:
         """Tensors that are there, and not hashed yet."""
         self._num_hashing = 0
         self._hashing = threading.Lock()
-        self.folder = VersionFolder(root, offer.version)
+        self.folder = VersionFolder(pages, offer.version)
         self.folder.begin(offer.head, offer.num_bytes, offer.files)
         self.folder.open()
         for index, tensor in enumerate(self._tensors):

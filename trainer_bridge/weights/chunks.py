@@ -28,10 +28,7 @@ def chunks(pieces: Iterable[Piece]) -> Iterator[Chunk]:
     number = 0
     filling = _Filling()
     for piece in pieces:
-        data = piece.data.cpu().view(torch.uint8)
-        for start in range(0, data.numel(), CHUNK_BYTES):
-            part = data[start : start + CHUNK_BYTES]
-            span = Span(piece.offset + start, part.numel())
+        for span, part in _spans(piece):
             if span.size >= CHUNK_BYTES // 2:
                 yield Chunk(number, (span,), part.numpy().data)
                 number += 1
@@ -42,6 +39,22 @@ def chunks(pieces: Iterable[Piece]) -> Iterator[Chunk]:
             filling.take(span, part)
     if filling.size:
         yield filling.chunk(number)
+
+
+def spans_of(piece: Piece) -> list[Span]:
+    """Where its bytes belong, one after the other."""
+    return [Span(offset, size * piece.dtype.itemsize) for offset, _, size in piece.places]
+
+
+def _spans(piece: Piece) -> Iterator[tuple[Span, Tensor]]:
+    """Its bytes, at most CHUNK_BYTES at once."""
+    data = piece.data().view(torch.uint8)
+    begin = 0
+    for offset, size in spans_of(piece):
+        for start in range(0, size, CHUNK_BYTES):
+            part = data[begin + start : begin + min(size, start + CHUNK_BYTES)]
+            yield Span(offset + start, part.numel()), part
+        begin += size
 
 
 class _Filling:

@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
+import numpy as np
 
 from ...engine.checkpoint.manifest import Manifest, TensorRecord, tensor_hash, write_manifest
 from ...engine.errors import CheckpointError
+from .pages import FILE, PARTIAL, SPARE, OpenFile, Pages
 
-FILE = "model.safetensors"
 SHARED_MEMORY = Path("/dev/shm")
-_PARTIAL = ".partial-"
-# of the folders of versions, half-written ones too
-VERSION_NAME = re.compile(rf"({re.escape(_PARTIAL)})?v\d+")
+# of the folders of versions, half-written ones too, and what is left of old ones
+VERSION_NAME = re.compile(rf"({re.escape(PARTIAL)}|{re.escape(SPARE)})?v\d+")
 _ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1}
 
 
@@ -94,14 +94,16 @@ def _stored(name: str, entry: _Entry, start: int) -> StoredTensor:
 class VersionFolder:
     """`root/vN`; while it is being filled it has another name.
 
-    One process begins and finishes it; any number of them write and digest.
+    One process begins and finishes it; any number of them write and digest. Each has the `pages` of
+    that root, which are the same from version to version.
     """
 
-    def __init__(self, root: Path, version: int) -> None:
-        self.path = root / f"v{version}"
-        self.partial = root / f"{_PARTIAL}v{version}"
+    def __init__(self, pages: Pages, version: int) -> None:
+        self.path = pages.root / f"v{version}"
+        self.partial = pages.root / f"{PARTIAL}v{version}"
+        self._pages = pages
         self._version = version
-        self._file: int | None = None
+        self._file: OpenFile | None = None
 
     def begin(self, head: bytes, num_bytes: int, files: Mapping[str, bytes]) -> None:
         """Make the weights' file in its whole size, and the other files.
@@ -109,10 +111,12 @@ class VersionFolder:
         Raises CheckpointError where there is no room.
         """
         try:
-            shutil.rmtree(self.partial, ignore_errors=True)
+            self._pages.clean()
             self.partial.mkdir(parents=True)
-            self._check_room(num_bytes + sum(map(len, files.values())))
-            with (self.partial / FILE).open("wb") as file:
+            target = self.partial / FILE
+            is_there = self._pages.take(target, num_bytes)
+            self._check_room((0 if is_there else num_bytes) + sum(map(len, files.values())))
+            with target.open("r+b" if is_there else "wb") as file:
                 file.write(head)
                 file.truncate(num_bytes)
             for name, content in files.items():
@@ -124,29 +128,43 @@ class VersionFolder:
             self.discard()
             raise
 
+    def open(self) -> None:
+        """Before several threads write. Raises CheckpointError where nobody has begun it."""
+        try:
+            self._file = self._pages.open(self.partial / FILE)
+        except OSError as error:
+            raise self._fault(error) from None
+
+    @property
+    def target(self) -> mmap.mmap | None:
+        """After `open`: the file's bytes, to be changed in place by any thread; None where they have no
+        place yet, and `write` makes it."""
+        assert self._file is not None
+        return self._file.pages
+
     def write(self, spans: Sequence[Span], data: memoryview) -> None:
         """Put the bytes of `data`, one span after the other, in their places; on any thread.
 
-        Written by the system and not through a map: where the disk has no room for a page, that is
-        an error and no SIGBUS, and a page that is new is not cleared before. Raises CheckpointError.
+        New pages are made by the system and not through a map: where there is no room for one, that
+        is an error and no SIGBUS, and it is not cleared before. Raises CheckpointError.
         """
         if self._file is None:
             self.open()
         assert self._file is not None
         start = 0
+        if self._file.pages is not None:
+            # without the interpreter's lock, which a memoryview would keep
+            source, target = (np.frombuffer(b, np.uint8) for b in (data, self._file.pages))
+            for offset, size in spans:
+                target[offset : offset + size] = source[start : start + size]
+                start += size
+            return
         try:
             for offset, size in spans:
                 end = start + size
                 while start < end:
-                    done = os.pwrite(self._file, data[start:end], offset)
+                    done = os.pwrite(self._file.fd, data[start:end], offset)
                     start, offset = start + done, offset + done
-        except OSError as error:
-            raise self._fault(error) from None
-
-    def open(self) -> None:
-        """Before several threads write. Raises CheckpointError where nobody has begun it."""
-        try:
-            self._file = os.open(self.partial / FILE, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
             raise self._fault(error) from None
 
@@ -156,36 +174,40 @@ class VersionFolder:
             return self._digest(data, tensor)
 
     def records(self, tensors: Sequence[StoredTensor], threads: int = 1) -> dict[str, TensorRecord]:
-        """Of these tensors, as they are in the file."""
+        """Of these tensors, as they are in the file; the largest first, so that threads end together."""
         with self._mapped() as data, ThreadPoolExecutor(threads) as pool:
-            digests = pool.map(lambda tensor: self._digest(data, tensor), tensors)
+            found = {
+                tensor: pool.submit(self._digest, data, tensor)
+                for tensor in sorted(tensors, key=lambda tensor: -tensor.span.size)
+            }
             return {
-                tensor.name: TensorRecord(tensor.dtype, tensor.shape, digest)
-                for tensor, digest in zip(tensors, digests, strict=True)
+                tensor.name: TensorRecord(tensor.dtype, tensor.shape, found[tensor].result())
+                for tensor in tensors
             }
 
     def finish(self, manifest: Manifest, keep: int) -> None:
-        """It gets its name; older ones than the newest `keep` go, and what was never finished."""
+        """It gets its name; older ones than the newest `keep` go, and what was never finished.
+
+        One that goes may stay as memory, for the next version to be written over it.
+        """
         self.close()
         write_manifest(self.partial, manifest)
-        shutil.rmtree(self.path, ignore_errors=True)
+        self._pages.retire(self.path)
         self.partial.rename(self.path)
-        for folder in self.path.parent.iterdir():
+        for folder in sorted(self.path.parent.iterdir()):
             number = folder.name.removeprefix("v")
             if number.isdecimal() and int(number) <= self._version - keep:
-                shutil.rmtree(folder, ignore_errors=True)
-        clean(self.path.parent)
+                self._pages.retire(folder)
+        self._pages.clean()
 
     def close(self) -> None:
         """Nothing is written from now on."""
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
+        self._file = None
 
     def discard(self) -> None:
         """Nothing is left of what was not finished."""
         self.close()
-        shutil.rmtree(self.partial, ignore_errors=True)
+        self._pages.remove(self.partial)
 
     @staticmethod
     def _digest(data: mmap.mmap, tensor: StoredTensor) -> str:
@@ -197,14 +219,14 @@ class VersionFolder:
     @contextlib.contextmanager
     def _mapped(self) -> Iterator[mmap.mmap]:
         try:
-            file = os.open(self.partial / FILE, os.O_RDONLY | os.O_CLOEXEC)
+            file = self._pages.open(self.partial / FILE)
+            if file.pages is not None:
+                yield file.pages
+                return
+            with mmap.mmap(file.fd, 0, prot=mmap.PROT_READ) as data:
+                yield data
         except OSError as error:
             raise self._fault(error) from None
-        try:
-            with mmap.mmap(file, 0, prot=mmap.PROT_READ) as data:
-                yield data
-        finally:
-            os.close(file)
 
     def _check_room(self, num_bytes: int) -> None:
         """Before any byte is moved, and with the figures."""
@@ -217,9 +239,3 @@ class VersionFolder:
 
     def _fault(self, error: OSError) -> CheckpointError:
         return CheckpointError(f"{self.path}: {error.strerror or error}")
-
-
-def clean(root: Path) -> None:
-    """What was never finished goes."""
-    for folder in root.glob(f"{_PARTIAL}*"):
-        shutil.rmtree(folder, ignore_errors=True)

@@ -4,8 +4,9 @@ FP8 weights are quantised here, in the ranks that hold them: half the bytes trav
 has digests of its own. Codes and scales are parts of the file like any other.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -28,12 +29,45 @@ from .reshard import Block, Run, explain, plan, rows_of
 PIECE_BYTES = 1 << 20
 
 
-class Piece(NamedTuple):
-    """Consecutive values of the file, at most `PIECE_BYTES`: `data` (one-dimensional, contiguous, in
-    the stored type) from byte `offset` on."""
+class Place(NamedTuple):
+    """`size` values of a piece, from its value `start` on, belong to the file from byte `offset` on."""
 
     offset: int
-    data: Tensor
+    start: int
+    size: int
+
+
+class Piece(NamedTuple):
+    """Values that are made together, about `PIECE_BYTES` of the file, on any thread.
+
+    make    gives them flat, not yet in the stored type where to copy them is to convert them
+    dtype   the stored type
+    places  where they belong, in order; all of them do
+    """
+
+    make: Callable[[], Tensor]
+    dtype: torch.dtype
+    places: tuple[Place, ...]
+
+    def data(self) -> Tensor:
+        """Flat, in the stored type, on the CPU."""
+        return self.make().to(self.dtype).cpu()
+
+    def put(self, file: Tensor) -> None:
+        """Into the file, its bytes (uint8): converted where they belong, without a copy between."""
+        values = self.make()
+        if not values.is_cpu:
+            values = values.to(self.dtype).cpu()
+        for offset, start, size in self.places:
+            target = file[offset : offset + size * self.dtype.itemsize].view(self.dtype)
+            target.copy_(values[start : start + size])
+
+
+class _Part(NamedTuple):
+    """Consecutive values of what is here of a tensor."""
+
+    size: int
+    make: Callable[[], Tensor]
 
 
 class WeightLayout:
@@ -81,8 +115,8 @@ class WeightLayout:
         )
 
     def pieces(self) -> Iterator[Piece]:
-        """What this rank writes, as the weights are now, in file order; a piece is good until the
-        weights change.
+        """What this rank writes, in file order; a piece is made when it is asked for, of the weights as
+        they are then.
 
         The call is collective (scales of blocks that are cut), to go through the pieces is not: each
         rank calls as often as the others, also one that has nothing to write.
@@ -108,27 +142,30 @@ class WeightLayout:
     def _pieces(self, scales: dict[str, Tensor]) -> Iterator[Piece]:
         shares = self.plan[self._world.rank]
         for share in sorted(shares, key=lambda share: self._offsets[share.name]):
-            itemsize = self._itemsizes[share.name]
-            for target, data in _cut(self._chunks(share.name, scales), share.runs, itemsize):
-                yield Piece(self._offsets[share.name] + target * itemsize, data)
+            dtype = self.parts[share.name].dtype
+            parts = self._parts(share.name, scales)
+            yield from _place(parts, share.runs, self._offsets[share.name], dtype)
 
-    def _chunks(self, name: str, scales: dict[str, Tensor]) -> Iterator[Tensor]:
-        """What is here of a part, flat, in order, in the stored type; each made when it is asked
-        for, so that a conversion's result is still in the cache when it is copied."""
+    def _parts(self, name: str, scales: dict[str, Tensor]) -> Iterator[_Part]:
+        """What is here of a tensor, flat, in order; each made when it is asked for, so that a
+        conversion's result is still in the cache when it is copied."""
         if (weight := self._weights.get(name)) is not None:
-            yield part_of(scales[weight], self._blocks[weight]).reshape(-1)
+            cells = part_of(scales[weight], self._blocks[weight]).reshape(-1)
+            yield _Part(cells.numel(), partial(_as_it_is, cells))
             return
         local = _local(self._tensors[name])
         if name in scales:
             top, left = self._start(name)
             for first, rows in zip(*_bands(local, top), strict=True):
                 cells = scales[name][(top + first) // BLOCK - top // BLOCK :]
-                codes = block_codes(rows.to(self._stored.dtype), cells, (top + first, left))
-                yield codes.reshape(-1)
+                yield _Part(rows.numel(), partial(self._codes, rows, cells, (top + first, left)))
             return
-        dtype = self.parts[name].dtype
-        for values in torch.split(local.reshape(-1), PIECE_BYTES // dtype.itemsize):
-            yield values.to(dtype)
+        itemsize = self.parts[name].dtype.itemsize
+        for values in torch.split(local.reshape(-1), PIECE_BYTES // itemsize):
+            yield _Part(values.numel(), partial(_as_it_is, values))
+
+    def _codes(self, rows: Tensor, cells: Tensor, start: tuple[int, int]) -> Tensor:
+        return block_codes(rows.to(self._stored.dtype), cells, start).reshape(-1)
 
     def _scales(self) -> dict[str, Tensor]:
         """Of the blocks of each weight here that is stored in FP8. Collective."""
@@ -163,22 +200,26 @@ def _bands(local: Tensor, top: int) -> tuple[list[int], tuple[Tensor, ...]]:
     return edges, torch.split(local, sizes)
 
 
-def _cut(
-    chunks: Iterable[Tensor], runs: Sequence[Run], itemsize: int
-) -> Iterator[tuple[int, Tensor]]:
-    """(place in the whole tensor, values) of at most `PIECE_BYTES`: the chunks, one after the other,
-    are the runs."""
-    most = PIECE_BYTES // itemsize
+def _place(
+    parts: Iterable[_Part], runs: Sequence[Run], offset: int, dtype: torch.dtype
+) -> Iterator[Piece]:
+    """The parts of a tensor that begins at byte `offset`; one after the other, they are the runs."""
     left = iter(runs)
     run, used = next(left), 0
-    for chunk in chunks:
+    for size, make in parts:
+        places: list[Place] = []
         start = 0
-        while start < len(chunk):
+        while start < size:
             if used == run.size:
                 run, used = next(left), 0
-            size = min(len(chunk) - start, run.size - used, most)
-            yield run.target + used, chunk[start : start + size]
-            start, used = start + size, used + size
+            most = min(size - start, run.size - used)
+            places.append(Place(offset + (run.target + used) * dtype.itemsize, start, most))
+            start, used = start + most, used + most
+        yield Piece(make, dtype, tuple(places))
+
+
+def _as_it_is(values: Tensor) -> Tensor:
+    return values
 
 
 def _local(tensor: Tensor) -> Tensor:

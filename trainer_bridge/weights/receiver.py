@@ -26,7 +26,7 @@ from ..run.folders import hold
 from ..trajectories.dealing import SOFTWARE
 from . import checksum as weight_checksum
 from .arrival import Arrival, Workers
-from .folder import clean
+from .pages import Pages
 from .protocol import (
     MAX_MESSAGE_BYTES,
     Alive,
@@ -92,6 +92,7 @@ class WeightReceiver:
         self.num_refused = 0
         """Messages that were none of this protocol."""
         self._root, self._run_name = root, run
+        self._pages = Pages(root)
         self._endpoint, self._setting, self._keys = endpoint, setting, keys
         self._max_bytes, self._heartbeat_s = max_bytes, heartbeat_s
         self._patience_s, self._on_arrival = patience_s, on_arrival
@@ -121,7 +122,7 @@ class WeightReceiver:
         `close` is called in every case.
         """
         self._held = hold(self._root)
-        clean(self._root)
+        self._pages.clean()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 500)
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
@@ -172,6 +173,7 @@ class WeightReceiver:
         """After `run`. What was not finished goes."""
         self._give_up()
         self._workers.close()
+        self._pages.close()
         if self._gate is not None:
             self._gate.stop()
         if self._socket is not None:
@@ -294,7 +296,7 @@ class WeightReceiver:
             self._give_up()
             self._offered_s = time.monotonic()
             self._is_told = False
-            self._arrival = Arrival(self._root, offer, self._world, self._workers, self._ring)
+            self._arrival = Arrival(self._pages, offer, self._world, self._workers, self._ring)
             log.event("weights.offered", version=offer.version, bytes=offer.num_bytes)
         self._say(self._seats[rank].peer, Begun(offer.version, offer.attempt))
 

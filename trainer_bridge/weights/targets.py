@@ -2,24 +2,29 @@
 of them do the same at the same time; what only the first rank does says so."""
 
 import os
-from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import msgspec
+import torch
 
 from ...engine.checkpoint.manifest import Manifest, TensorRecord
 from ...engine.errors import BridgeError
 from ..curve import Keys
 from ..trainer.sharding import World
 from ..trajectories.dealing import deal
-from .chunks import chunks
+from .chunks import chunks, spans_of
 from .folder import VersionFolder, stored_tensors
 from .layout import Piece
 from .link import WeightLink
+from .pages import Pages
 from .protocol import Offer, Publish
+
+Item = TypeVar("Item")
 
 
 class Target(Protocol):
@@ -49,32 +54,40 @@ class Target(Protocol):
 class Here:
     """Folders on this host, in shared memory say, filled by all ranks.
 
-    keep  versions that stay; an engine that was killed starts from the newest again
+    keep  versions that stay; an engine that was killed starts from the newest again. In memory there
+          is one more: the one that is being written, and between versions its place (pages.py)
     """
 
     def __init__(self, world: World, root: Path, keep: int = 2) -> None:
-        self._world, self._root, self._keep = world, root.resolve(), keep
+        self._world, self._keep = world, keep
+        self._pages = Pages(root.resolve())
         self._threads = max(1, len(os.sched_getaffinity(0)) // _ranks_here(world))
         self._folder: VersionFolder | None = None
 
     def open(self, version: int, _attempt: int, /) -> None:
-        self._folder = VersionFolder(self._root, version)
+        self._folder = VersionFolder(self._pages, version)
 
     def begin(self, head: bytes, num_bytes: int, files: Mapping[str, bytes]) -> None:
         self._own.begin(head, num_bytes, files)
 
     def write(self, pieces: Iterable[Piece]) -> None:
-        """One thread converts, others copy."""
+        """Each thread converts its pieces straight to their places, where those are there."""
         folder = self._own
         folder.open()
-        writing: deque[Future[None]] = deque()
-        with ThreadPoolExecutor(self._threads, "write") as pool:
-            for chunk in chunks(pieces):
-                writing.append(pool.submit(folder.write, chunk.spans, chunk.data))
-                # what waits to be copied is in the cache, and bounded
-                if len(writing) > 2 * self._threads:
-                    writing.popleft().result()
-            for done in writing:
+        target = folder.target
+        file = None if target is None else torch.frombuffer(target, dtype=torch.uint8)
+        shared = _Shared(pieces)
+
+        def work() -> None:
+            for piece in shared:
+                if file is not None:
+                    piece.put(file)
+                else:
+                    data = piece.data().view(torch.uint8).numpy().data
+                    folder.write(spans_of(piece), data)
+
+        with _one_thread_each(), ThreadPoolExecutor(self._threads, "write") as pool:
+            for done in [pool.submit(work) for _ in range(self._threads)]:
                 done.result()
         folder.close()
 
@@ -94,7 +107,8 @@ class Here:
                 self._folder.discard()
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Versions stay, and no memory beside them."""
+        self._pages.close()
 
     @property
     def _own(self) -> VersionFolder:
@@ -198,6 +212,31 @@ class Elsewhere:
     def close(self) -> None:
         for link in self._links:
             link.close()
+
+
+class _Shared(Generic[Item]):
+    """An iterator that several threads take from; after an error there is nothing more."""
+
+    def __init__(self, items: Iterable[Item]) -> None:
+        self._items, self._lock = iter(items), threading.Lock()
+
+    def __iter__(self) -> Iterator[Item]:
+        return self
+
+    def __next__(self) -> Item:
+        with self._lock:
+            return next(self._items)
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Threads that begin inside use torch on no threads but themselves."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
 
 
 def _ranks_here(world: World) -> int:

@@ -1,0 +1,99 @@
+"""Versions of one tensor, made without torch; as a program, a trainer that publishes until it is killed.
+
+python -m tests.trainer_bridge.version_writer ROOT FIRST KEEP SIZE
+"""
+
+import hashlib
+import json
+import struct
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from everstep.engine.checkpoint.manifest import (
+    Manifest,
+    combine_digests,
+    read_manifest,
+    tensor_hash,
+)
+from everstep.trainer_bridge.weights.folder import Span, VersionFolder, stored_tensors
+from everstep.trainer_bridge.weights.pages import FILE, Pages
+
+STEP = 5000  # bytes that are written at once: no multiple of a page
+
+
+def head_of(size: int) -> bytes:
+    text = json.dumps({"w": {"dtype": "F8_E4M3", "shape": [size], "data_offsets": [0, size]}})
+    text += " " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text.encode()
+
+
+def values_of(seed: int, size: int) -> bytes:
+    """No byte is that of another seed."""
+    return ((np.arange(size) * 7 + seed) % 251).astype(np.uint8).tobytes()
+
+
+def begin(pages: Pages, version: int, size: int) -> VersionFolder:
+    folder = VersionFolder(pages, version)
+    head = head_of(size)
+    folder.begin(head, len(head) + size, {"config.json": b"{}"})
+    return folder
+
+
+def fill(folders: Sequence[VersionFolder], seed: int, size: int, *, pause_s: float = 0.0) -> None:
+    """The ranks take turns."""
+    start, values = len(head_of(size)), memoryview(values_of(seed, size))
+    for number, offset in enumerate(range(0, size, STEP)):
+        part = values[offset : offset + STEP]
+        folders[number % len(folders)].write([Span(start + offset, len(part))], part)
+        time.sleep(pause_s)
+
+
+def finish(folder: VersionFolder, version: int, size: int, keep: int) -> Path:
+    records = folder.records(stored_tensors(head_of(size)), 2)
+    digest = combine_digests({name: record.digest for name, record in records.items()})
+    folder.finish(Manifest(version=version, digest=digest, tensors=records), keep)
+    return folder.path
+
+
+def publish(pages: Pages, version: int, seed: int, size: int, keep: int) -> Path:
+    folder = begin(pages, version, size)
+    fill([folder], seed, size)
+    return finish(folder, version, size, keep)
+
+
+def check_whole(folder: Path, data: bytes | None = None) -> None:
+    """What it says of itself is so. Raises FileNotFoundError where it goes meanwhile."""
+    (folder / "config.json").stat()
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise FileNotFoundError(folder)
+    assert folder.name == f"v{manifest.version}"
+    check_bytes(manifest, (folder / FILE).read_bytes() if data is None else data)
+
+
+def check_bytes(manifest: Manifest, data: bytes) -> None:
+    """Those of that version."""
+    [(name, record)] = manifest.tensors.items()
+    hashing: hashlib._Hash = tensor_hash(name, record.dtype, record.shape)
+    hashing.update(data[len(data) - record.shape[0] :])
+    assert hashing.hexdigest() == record.digest
+
+
+def main() -> None:
+    root, (first, keep, size) = Path(sys.argv[1]), map(int, sys.argv[2:])
+    pages, version = Pages(root), first
+    while True:
+        folder = begin(pages, version, size)
+        fill([folder], version, size, pause_s=0.0002)
+        finish(folder, version, size, keep)
+        sys.stdout.write(f"{version}\n")
+        sys.stdout.flush()
+        version += 1
+
+
+if __name__ == "__main__":
+    main()
