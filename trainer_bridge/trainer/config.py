@@ -131,7 +131,9 @@ class PublishConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     deadline_s: Annotated[float, Meta(gt=0, description="how long a receiver may say nothing")] = (
         60.0
     )
-    keep: Annotated[int, Meta(ge=1, description="how many of the newest stay")] = 2
+    keep: Annotated[
+        int, Meta(ge=1, description="how many of the newest stay; memory holds one more")
+    ] = 2
     canaries: Annotated[
         int, Meta(ge=0, description="responses that are scored with each, for engines to compare")
     ] = 4
