@@ -197,7 +197,8 @@ class FakeRunner:
         for row in plan.rows:
             assert 0 < row.num_tokens <= row.num_missing <= len(row.all_ids), row.rollout_id
             assert len(row.block_table) * self._block_size >= row.end, "the table does not cover"
-            for block in row.block_table[row.start // self._block_size :]:
+            last = -(-row.end // self._block_size)
+            for block in row.block_table[row.start // self._block_size : last]:
                 assert written.setdefault(block, row.rollout_id) == row.rollout_id
         for row in plan.rows:
             for block in row.block_table[: row.start // self._block_size]:

@@ -30,8 +30,9 @@ class FlipCounts(Struct, frozen=True):
 class Rewriting:
     """Prompts that are computed again in place, before anything else runs.
 
-    A block that several rollouts share is written once. In each of its plans a row reads only what
-    earlier plans have written, and no block is written by two rows.
+    A block that several rollouts share is written once, wherever they come to it: two of them may
+    share a block and not the one before it, of which each has a copy. In each of its plans a row
+    reads only what earlier plans have written, and no block is written by two rows.
     """
 
     def __init__(self, block_size: int, *, budget: int, max_num_seqs: int) -> None:
@@ -72,12 +73,12 @@ class Rewriting:
                 break
             if not written.isdisjoint(blocks):
                 continue
-            end = min(rollout.num_prompt, start + budget)
+            end = self._end(rollout, start, start + budget)
             row = row_of(rollout, start, end)
             row.block_table = blocks
             self._rows.append((rollout, row))
             budget -= end - start
-            written.update(blocks[start // self._block_size :])
+            written.update(blocks[start // self._block_size : -(-end // self._block_size)])
         return [row for _, row in self._rows]
 
     def commit(self, result: StepResult) -> list[tuple[LiveRollout, Row, RowResult]]:
@@ -102,6 +103,15 @@ class Rewriting:
             done = self._done.get(rollout.kv.blocks[index], 0)
             if done < min(size, end - index * size):
                 return index * size + done
+        return end
+
+    def _end(self, rollout: LiveRollout, start: int, most: int) -> int:
+        """Where a row from `start` on ends: at the prompt's end, before a block of which another
+        rollout has written something, and never beyond `most`."""
+        size, end = self._block_size, min(rollout.num_prompt, most)
+        for index in range(start // size + 1, -(-end // size)):
+            if rollout.kv.blocks[index] in self._done:
+                return index * size
         return end
 
 

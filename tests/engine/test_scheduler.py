@@ -1,5 +1,7 @@
 """The scheduler's claims, one by one, over the fake runner that checks every read."""
 
+from collections import Counter
+
 import pytest
 
 from everstep.engine.core.plan import RowResult, StepPlan
@@ -241,6 +243,34 @@ def test_rows_computed_under_other_weights_than_announced_are_shared_with_nobody
     b = arena.ask(PROMPT)
     arena.run()
     assert arena.rollout(b).num_cached_tokens == 0
+
+
+def test_a_block_is_written_again_once_though_what_stands_before_it_has_copies():
+    """Two that report every row compute the same blocks; of each the index keeps who came first,
+    so a third shares the first block of the one and the second of the other."""
+    arena = make_arena(max_num_batched_tokens=6)
+    every_row = SamplingParams(prompt_logprobs=0)
+    prompt = [*PROMPT[:9]]
+    b = arena.ask(prompt, max_tokens=30, sampling=every_row)
+    arena.step()
+    c = arena.ask(prompt, max_tokens=30, seed=1, start_paused=True)
+    a = arena.ask(prompt, max_tokens=30, priority=1, sampling=every_row)
+    arena.step(8)
+    arena.scheduler.resume([c])
+    arena.step(2)
+    tables = {row.rollout_id: row.block_table for row in arena.step().rows}
+    assert (tables[c][0], tables[c][1]) == (tables[b][0], tables[a][1])
+    assert tables[a][0] != tables[b][0]
+    arena.flip(2, "recompute-prompt")
+    written = Counter[tuple[int, int]]()
+    for _ in range(20):
+        for row in arena.step().rows:
+            for position in range(row.start, min(row.start + len(row.token_ids), len(prompt))):
+                written[row.block_table[position // 4], position % 4] += 1
+    assert set(written.values()) == {1}
+    # two of both full blocks, and each rollout's own last token
+    assert len(written) == 4 * 4 + 3
+    arena.run()
 
 
 # resumed elsewhere

@@ -124,6 +124,7 @@ def draw_arena(rng: random.Random) -> Arena:
         max_model_len=MAX_MODEL_LEN,
         prefix_caching=rng.random() < 0.9,
         num_parking_blocks=rng.choice([0, 3, least, 4 * least]),
+        on_pause=rng.choice(["keep", "keep", "park", "drop"]),
     )
     return Arena(
         kv, make_batch(max_num_seqs=rng.randint(1, 6), max_num_batched_tokens=rng.randint(1, 16))
@@ -182,10 +183,16 @@ def storm(seed: int, num_acts: int = 50) -> Arena:
                 arena.step()
                 arena.scheduler.resume()
             case 6:
-                arena.flip(rng.randint(1, 3), rng.choice(POLICIES))
+                # sometimes another while prompts are still being written again
+                for _ in range(rng.choice([1, 1, 2])):
+                    arena.flip(rng.randint(1, 3), rng.choice(POLICIES))
+                    if rng.random() < 0.5:
+                        arena.step()
             case 7:
-                call = rng.choice([arena.cancel, arena.scheduler.pause])
-                arena.step(in_flight=lambda call=call, some=some: call(some))
+                calls = rng.choices(
+                    [arena.cancel, arena.scheduler.pause, arena.scheduler.resume], k=2
+                )
+                arena.step(in_flight=lambda calls=calls, some=some: [call(some) for call in calls])
             case 8:
                 arena.runner.nonfinite.update(some[:1])
             case 9:
