@@ -71,6 +71,7 @@ class PromptFile:
         self._sampling = sampling
         self._epochs = epochs
         self._epoch = 0
+        self._passed = 0, ""
         try:
             self._file = _opened(path)
         except OSError as error:
@@ -80,23 +81,35 @@ class PromptFile:
     def resume(self, position: Position) -> None:
         """Stand where an earlier run stood. Raises ConfigError where the lines before are others.
 
-        A run that was at its end goes on where there are more epochs now.
+        A run that was at its end goes on where there are more epochs now. The file may have moved,
+        and may have got more lines.
         """
         if position == Position():
             return
+        self._skip(position.passed, position.passed_digest)
+        self._passed = position.passed, position.passed_digest
         self._epoch = position.epoch
         self._rewind()
-        while self._number < position.line:
+        self._skip(position.line, position.digest)
+
+    def _skip(self, lines: int, digest: str) -> None:
+        """Read so many, which are known by their digest."""
+        while self._number < lines:
             line = self._next()
             if line is None:
                 break
             # bad ones were named when they were read
             with contextlib.suppress(InvalidRequest):
                 self._name_of(line)
-        if self._number != position.line or self._digest.hexdigest() != position.digest:
+        if self._number != lines:
             raise ConfigError(
-                f"{self._path}: its first {position.line} lines are not those that the run has "
-                "read; give it the same file, or name another output"
+                f"{self._path} has {self._number} lines, and the run has read {lines}; give it the "
+                "same file, or name another output"
+            )
+        if lines and self._digest.hexdigest() != digest:
+            raise ConfigError(
+                f"{self._path}: its first {lines} lines are not those that the run has read; give "
+                "it the same file, or name another output"
             )
 
     def read(self, count: int) -> tuple[list[KeptPrompt], dict[int, str], Position]:
@@ -106,6 +119,7 @@ class PromptFile:
         while len(found) < count and self._epoch < self._epochs:
             line = self._next()
             if line is None:
+                self._passed = self._number, self._digest.hexdigest()
                 self._epoch += 1
                 self._rewind()
                 continue
@@ -124,7 +138,8 @@ class PromptFile:
     @property
     def position(self) -> Position:
         is_at_end = self._epoch >= self._epochs
-        return Position(self._epoch, self._number, self._digest.hexdigest(), is_at_end)
+        digest = self._digest.hexdigest()
+        return Position(self._epoch, self._number, digest, is_at_end, *self._passed)
 
     def prompt(self, kept: KeptPrompt) -> Prompt:
         """The prompt that a line asks for. Raises InvalidRequest naming the field."""

@@ -350,7 +350,11 @@ def test_bad_files_are_one_line_and_change_nothing(
 
 @pytest.mark.usefixtures("core_on_a_thread")
 def test_another_command_on_a_run_is_refused_and_a_longer_one_goes_on(
-    prompts: Path, tmp_path: Path, tiny_checkpoint: Path, capfd: pytest.CaptureFixture[str]
+    prompts: Path,
+    tmp_path: Path,
+    tiny_checkpoint: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "out.jsonl"
     base = arguments(prompts, out, tiny_checkpoint)
@@ -376,5 +380,12 @@ def test_another_command_on_a_run_is_refused_and_a_longer_one_goes_on(
     assert "lines are not those that the run has read" in capfd.readouterr().err
     assert out.stat().st_size == size
     prompts.write_text(changed.replace('"q0"', '"p0"'))
-    assert run([*base, "--budget", "500"]) == 0
-    check_whole(out)
+    # all of it moves, and the command is given from there
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for path in (prompts, *tmp_path.glob("out.jsonl*")):
+        path.rename(moved / path.name)
+    monkeypatch.chdir(moved)
+    again = arguments(Path(prompts.name), Path("out.jsonl"), tiny_checkpoint, "--budget", "500")
+    assert run(again) == 0
+    check_whole(moved / "out.jsonl")

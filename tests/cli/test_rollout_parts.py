@@ -1,5 +1,6 @@
 """What `everstep rollout` reads and shows, without an engine: prompts, output, view."""
 
+import contextlib
 import errno
 import io
 import json
@@ -191,12 +192,34 @@ def test_a_file_that_was_changed_behind_a_run_is_refused(tmp_path: Path) -> None
     file.resume(position)
     assert [one.line for one in file.read(9)[0]] == [3, 4, 5]
     file.close()
-    for texts in ("axcd", "a"):
+    for texts, why in (
+        ("axcd", ": its first 2 lines are not those"),
+        ("a", " has 1 lines, and the"),
+    ):
         write(path, *({"prompt": text} for text in texts))
         file = PromptFile(path, SamplingParams())
-        with pytest.raises(ConfigError, match="its first 2 lines are not those"):
+        with pytest.raises(ConfigError, match=f"in.jsonl{why}"):
             file.resume(position)
         file.close()
+
+
+def test_what_an_epoch_has_read_counts_in_the_next_one_too(tmp_path: Path) -> None:
+    def prompts(name: str, texts: str) -> PromptFile:
+        path = write(tmp_path / name, *({"prompt": text} for text in texts))
+        return PromptFile(path, SamplingParams(), epochs=2)
+
+    file = prompts("in.jsonl", "1234")
+    file.read(4)
+    _, _, position = file.read(1)
+    file.close()
+    for texts, is_same in (("1234", True), ("12345", True), ("1x34", False), ("123", False)):
+        # it may have moved
+        other = prompts("other.jsonl", texts)
+        with (
+            contextlib.nullcontext() if is_same else pytest.raises(ConfigError, match="the run has")
+        ):
+            other.resume(position)
+        other.close()
 
 
 def test_prompts_that_can_be_read_once_alone_are_refused(tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ class StoredHeader:
     """What the run is: fixed by the command that began it."""
 
     def __init__(self, file: RunFile, wanted: Header) -> None:
-        """Raises ConfigError where the file holds a run of other prompts, seed or sampling."""
+        """Raises ConfigError where the file holds a run of other seed or sampling. Prompts may have
+        moved: whoever reads them compares what they are (`Position`)."""
         self._file = file
         known = file.read("header", ONLY, Header)
         if known is None:
@@ -39,6 +40,9 @@ class StoredHeader:
         else:
             self.value = known
             self._compare(wanted)
+            if known.source != wanted.source:
+                self.value = replace(known, source=wanted.source)
+                file.changes.put("header", ONLY, self.value)
 
     def serve(self, weights: str) -> None:
         """What the engines serve. Raises ConfigError where the run was begun with other weights."""
@@ -48,7 +52,7 @@ class StoredHeader:
             self._file.changes.put("header", ONLY, self.value)
 
     def _compare(self, wanted: Header) -> None:
-        for name in ("source", "epochs", "seed", "sampling", "weights"):
+        for name in ("epochs", "seed", "sampling", "weights"):
             old, new = getattr(self.value, name), getattr(wanted, name)
             if old != new and None not in (old, new):
                 raise ConfigError(

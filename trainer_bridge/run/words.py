@@ -15,6 +15,7 @@ LeaseState = Literal["asked", "open", "closing", "over", "lost"]
 class Header(Struct, kw_only=True):
     """What a run is. `id` is its own; the rest is what the command said.
 
+    source   where the prompts are, for people: what counts is their content (`Position`)
     weights  digest and numerics that every engine serves; None until one is known
     """
 
@@ -28,12 +29,17 @@ class Header(Struct, kw_only=True):
 
 
 class Position(Struct, frozen=True):
-    """How far the prompts were read: lines of an epoch, and a digest of their bytes."""
+    """How far the prompts were read: lines of an epoch, and a digest of their bytes.
+
+    passed  lines of the epoch before, which was read to its end, and their digest
+    """
 
     epoch: int = 0
     line: int = 0
     digest: str = ""
     is_at_end: bool = False
+    passed: int = 0
+    passed_digest: str = ""
 
 
 class KeptPrompt(Struct, frozen=True):
