@@ -4,15 +4,19 @@
 
 One rank with float32 masters publishes bf16 versions of a model with experts of 2 MiB: into shared
 memory, and to a receiver in a process of its own over ipc and TCP on loopback, without and with
-CURVE. Beside them, in the same rounds:
+CURVE. The newest stays (keep = 1), so that from the third version on each is written over an older
+one: the first ones, whose pages are new, are shown apart. Ways are measured one after the other, each
+beside, in the same rounds:
 
     memcpy               between memory that is there, one thread
     new file             bytes that are in the cache into a new file in shared memory, all threads
     raw socket           over loopback from one process to another, which drops them
     raw socket to file   and which puts them into a new file in shared memory
 
-A figure is the median of the rounds; processor seconds are those of both sides together, and say
-more than the clock where other work shares the machine. 4 GB (--gb 4) need 16 GB of memory.
+(of 0.5 GB at most). A figure is the median of the rounds; processor seconds are those of both sides
+together, and say more than the clock where other work shares the machine. GB/s are until the bytes
+are there; "whole" is until the version has its name, with sha256 of every tensor. A size takes more
+than four times itself of memory: masters of twice that, and two versions.
 --engine adds what follows in an engine with a model of that size (weights_engine.py), and the whole
 time from publish to serving.
 """
@@ -47,8 +51,8 @@ from everstep.kernels.checksum import crc32
 from everstep.trainer_bridge.curve import make_keys, read_keys
 from everstep.trainer_bridge.trainer.sharding import World, join_world
 from everstep.trainer_bridge.trainer.trainable import trainable_config
-from everstep.trainer_bridge.weights.chunks import CHUNK_BYTES, chunks
 from everstep.trainer_bridge.weights.folder import SHARED_MEMORY
+from everstep.trainer_bridge.weights.layout import PIECE_BYTES
 from everstep.trainer_bridge.weights.sender import Published, WeightSender
 from everstep.trainer_bridge.weights.targets import Elsewhere, Here, Target
 from everstep.weights_receiving import Job, ReceiverChild
@@ -56,6 +60,9 @@ from everstep.weights_receiving import Job, ReceiverChild
 WIDTH = 1024
 WAYS = ("shared memory", "ipc", "tcp", "ipc, CURVE", "tcp, CURVE")
 BASES = ("memcpy", "new file", "raw socket", "raw socket to file")
+BASE_BYTES = 500_000_000
+# versions whose pages are new: with keep = 1 there are two files
+NUM_NEW = 2
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 
@@ -64,6 +71,10 @@ class Took(NamedTuple):
 
     wall_s: float
     cpu_s: float
+
+    def of(self, num_bytes: int) -> "Took":
+        """For each GB."""
+        return Took(*(1e9 * seconds / num_bytes for seconds in self))
 
 
 class Way(NamedTuple):
@@ -123,6 +134,10 @@ def _cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) * _TICK_S
 
 
+def middle(took: Sequence[Took]) -> Took:
+    return Took(*map(statistics.median, zip(*took, strict=True)))
+
+
 def memcpy(num_bytes: int, found: list[Took]) -> None:
     """Again and again between two places of 64 MiB, which no cache holds."""
     size = 64 * 2**20
@@ -145,10 +160,10 @@ def new_file(folder: Path) -> Iterator[int]:
 
 def write_file(num_bytes: int, folder: Path, found: list[Took]) -> None:
     """By as many threads as there are cores."""
-    data = np.ones(CHUNK_BYTES, np.uint8).data
+    data = np.ones(PIECE_BYTES, np.uint8).data
     with new_file(folder) as file, timed(found), ThreadPoolExecutor(os.cpu_count()) as pool:
         for _ in pool.map(
-            lambda offset: os.pwrite(file, data, offset), range(0, num_bytes, CHUNK_BYTES)
+            lambda offset: os.pwrite(file, data, offset), range(0, num_bytes, PIECE_BYTES)
         ):
             pass
 
@@ -161,13 +176,13 @@ def raw_socket(num_bytes: int, found: list[Took], folder: Path | None = None) ->
         with timed(found):
             if os.fork() == 0:
                 with socket.create_connection(listener.getsockname()) as sender:
-                    data = memoryview(bytes(CHUNK_BYTES))
-                    for start in range(0, num_bytes, CHUNK_BYTES):
+                    data = memoryview(bytes(PIECE_BYTES))
+                    for start in range(0, num_bytes, PIECE_BYTES):
                         sender.sendall(data[: num_bytes - start])
                 os._exit(0)
-            buffer, got = memoryview(bytearray(CHUNK_BYTES)), 0
+            buffer, got = memoryview(bytearray(PIECE_BYTES)), 0
             with listener.accept()[0] as receiver:
-                while size := receiver.recv_into(buffer, CHUNK_BYTES):
+                while size := receiver.recv_into(buffer, PIECE_BYTES):
                     if file is not None:
                         os.pwrite(file, buffer[:size], got)
                     got += size
@@ -179,11 +194,12 @@ def parts(sender: WeightSender) -> dict[str, float]:
     """Processor seconds of a version's bytes alone, on one thread: made, summed, hashed."""
     found = dict.fromkeys(("convert", "checksum", "sha256"), 0.0)
     began = time.thread_time()
-    for chunk in chunks(sender.layout.pieces()):
+    for piece in sender.layout.pieces():
+        data = piece.data().view(torch.uint8).numpy()
         made = time.thread_time()
-        crc32(np.frombuffer(chunk.data, np.uint8))
+        crc32(data)
         summed = time.thread_time()
-        tensor_hash("", "BF16", ()).update(chunk.data)
+        tensor_hash("", "BF16", ()).update(data.data)
         found["convert"] += made - began
         found["checksum"] += summed - made
         began = time.thread_time()
@@ -192,113 +208,145 @@ def parts(sender: WeightSender) -> dict[str, float]:
 
 
 @contextmanager
-def opened(world: World, folder: Path, ways: Sequence[str]) -> Iterator[dict[str, Way]]:
-    """Each way with folders of its own, and a receiver where one is needed."""
-    make_keys(folder / "keys")
+def opened(world: World, folder: Path, name: str) -> Iterator[Way]:
+    """With a folder of its own, and a receiver where one is needed."""
     with ExitStack() as stack:
-        found: dict[str, Way] = {}
-        for number, way in enumerate(ways):
-            root = folder / str(number)
-            if way == "shared memory":
-                found[way] = Way(Here(world, root, keep=1), None)
-                continue
-            keys = folder / "keys" if "CURVE" in way else None
-            bind = "tcp://127.0.0.1:0" if "tcp" in way else f"ipc://{root}.socket"
-            job = Job(bind, "bench", str(root), None if keys is None else str(keys))
-            child = stack.enter_context(ReceiverChild(job))
-            # "weights of the run 'bench' arrive at ADDRESS, in ROOT"
-            address = child.ready().partition(" arrive at ")[2].partition(",")[0]
-            target = Elsewhere(
-                world,
-                [address],
-                run="bench",
-                lineage=token_hex(4),
-                keys=None if keys is None else read_keys(keys, "trainer"),
-                keep=1,
-            )
-            stack.callback(target.close)
-            found[way] = Way(target, child)
-        yield found
+        root = folder / "versions"
+        stack.callback(shutil.rmtree, root)
+        if name == "shared memory":
+            here = Here(world, root, keep=1)
+            stack.callback(here.close)
+            yield Way(here, None)
+            return
+        keys = folder / "keys" if "CURVE" in name else None
+        bind = "tcp://127.0.0.1:0" if "tcp" in name else f"ipc://{folder}/socket"
+        job = Job(bind, "bench", str(root), None if keys is None else str(keys))
+        child = stack.enter_context(ReceiverChild(job))
+        # "weights of the run 'bench' arrive at ADDRESS, in ROOT"
+        address = child.ready().partition(" arrive at ")[2].partition(",")[0]
+        target = Elsewhere(
+            world,
+            [address],
+            run="bench",
+            lineage=token_hex(4),
+            keys=None if keys is None else read_keys(keys, "trainer"),
+            keep=1,
+        )
+        stack.callback(target.close)
+        yield Way(target, child)
+
+
+def free_bytes() -> int:
+    """Memory that can be had."""
+    [line] = [s for s in Path("/proc/meminfo").read_text().splitlines() if "MemAvailable" in s]
+    return int(line.split()[1]) * 1024
 
 
 class Measured:
-    """One size: everything, by rounds. The first round warms up, and is not counted."""
+    """One size: everything, by rounds; published: the versions of each way."""
 
     def __init__(self, gigabytes: float, ways: Sequence[str]) -> None:
         self._gigabytes, self._ways = gigabytes, ways
-        self._took: dict[str, list[Took]] = {name: [] for name in (*BASES, *ways)}
+        self._bases: dict[str, list[Took]] = {name: [] for name in BASES}
+        self._took: dict[str, list[Took]] = {name: [] for name in ways}
         self._published: dict[str, list[Published]] = {way: [] for way in ways}
         self._parts: list[dict[str, float]] = []
         self._num_bytes = 0
+        self._most_bytes = 0
+        """Memory that was taken."""
 
     def run(self, rounds: int) -> None:
+        before = free_bytes()
+        needs = 4 * self._gigabytes * 1e9 + 2 * BASE_BYTES
+        if needs > before:
+            raise SystemExit(
+                f"--gb {self._gigabytes:g} needs {needs / 1e9:.1f} GB of memory, "
+                f"{before / 1e9:.1f} are free"
+            )
         folder = Path(tempfile.mkdtemp(prefix="everstep-bench-", dir=SHARED_MEMORY))
         try:
             source = make_checkpoint(folder / "source", shape="tiny")
+            make_keys(folder / "keys")
             masters = Masters(source, self._gigabytes)
-            with join_world("cpu") as world, opened(world, folder, self._ways) as found:
-                senders = {
-                    name: WeightSender(
-                        masters,  # type: ignore[arg-type]
-                        world,
-                        way.target,
-                        source=source,
-                        stored=StoredFormat(masters.config, torch.bfloat16),
-                        lineage="bench",
-                    )
-                    for name, way in found.items()
-                }
-                self._num_bytes = next(iter(senders.values())).layout.num_bytes
-                for number in range(rounds + 1):
-                    self._round(number, folder, found, senders)
+            with join_world("cpu") as world:
+                for name in self._ways:
+                    with opened(world, folder, name) as way:
+                        sender = WeightSender(
+                            masters,  # type: ignore[arg-type]
+                            world,
+                            way.target,
+                            source=source,
+                            stored=StoredFormat(masters.config, torch.bfloat16),
+                            lineage="bench",
+                        )
+                        self._num_bytes = sender.layout.num_bytes
+                        for number in range(rounds + NUM_NEW):
+                            self._round(number, folder, name, way, sender)
+                            self._most_bytes = max(self._most_bytes, before - free_bytes())
+                        self._parts.append(parts(sender))
         finally:
             shutil.rmtree(folder)
 
-    def _round(
-        self, number: int, folder: Path, ways: dict[str, Way], senders: dict[str, WeightSender]
-    ) -> None:
-        size, took = self._num_bytes, self._took
+    def _round(self, number: int, folder: Path, name: str, way: Way, sender: WeightSender) -> None:
+        size = min(BASE_BYTES, self._num_bytes)
         bases: dict[str, Callable[[list[Took]], None]] = {
             "memcpy": lambda found: memcpy(size, found),
             "new file": lambda found: write_file(size, folder, found),
             "raw socket": lambda found: raw_socket(size, found),
             "raw socket to file": lambda found: raw_socket(size, found, folder),
         }
-        for name, base in bases.items():
-            base(took[name])
-        for name, sender in senders.items():
-            receiver = ways[name].receiver
-            with timed(took[name], [] if receiver is None else [receiver.pid]):
-                published = sender.publish(number)
-            # by the clock: until the bytes are there; digests and the folder's name come after
-            took[name][-1] = Took(published.write_s, took[name][-1].cpu_s)
-            self._published[name].append(published)
-            shutil.rmtree(published.path)
-        self._parts.append(parts(next(iter(senders.values()))))
+        for base, measure in bases.items():
+            found: list[Took] = []
+            measure(found)
+            if number:
+                self._bases[base].append(found[0].of(size))
+        found = []
+        with timed(found, [] if way.receiver is None else [way.receiver.pid]):
+            published = sender.publish(number)
+        # by the clock: until the bytes are there; digests and the folder's name come after
+        self._took[name].append(Took(published.write_s, found[0].cpu_s).of(self._num_bytes))
+        self._published[name].append(published)
 
     def show(self) -> None:
-        size, rounds = self._num_bytes / 1e9, len(self._parts) - 1
-        middle = {
-            name: Took(*map(statistics.median, zip(*values[1:], strict=True)))
-            for name, values in self._took.items()
-        }
+        size = self._num_bytes / 1e9
+        rounds = min(map(len, self._took.values())) - NUM_NEW
         print(f"\n{size:.2f} GB, {rounds} rounds, load {os.getloadavg()[0]:.1f}\n")
-        heads = ["", "GB/s", *(f"/ {base}" for base in BASES), "processor s/GB"]
-        print("| " + " | ".join([*heads, "write s", "digests s", "name s"]) + " |")
-        print("|---" * (len(heads) + 3) + "|")
-        for name, took in middle.items():
-            row = [name, f"{size / took.wall_s:.2f}"]
-            row += [f"{middle[base].wall_s / took.wall_s:.0%}" for base in BASES]
-            row.append(f"{took.cpu_s / size:.2f}")
-            for field in ("write_s", "digest_s", "finish_s"):
-                values = [getattr(one, field) for one in self._published.get(name, [])[1:]]
-                row.append(f"{statistics.median(values):.3f}" if values else "")
-            print(f"| {' | '.join(row)} |")
+        bases = {name: middle(took) for name, took in self._bases.items()}
+        heads = ["", "new pages GB/s", "GB/s", *(f"/ {base}" for base in BASES), "whole GB/s"]
+        heads += ["processor s/GB", "write s", "digests s", "name s"]
+        print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
+        for name, base in bases.items():
+            self._show_row(name, [], base, bases, [])
+        for name, took in self._took.items():
+            steady = self._published[name][NUM_NEW:]
+            # the very first also waits for what every process does once
+            new = f"{1 / took[NUM_NEW - 1].wall_s:.2f}"
+            self._show_row(name, [new], middle(took[NUM_NEW:]), bases, steady)
         alone = ", ".join(
-            f"{part} {statistics.median(one[part] for one in self._parts[1:]) / size:.2f}"
+            f"{part} {statistics.median(one[part] for one in self._parts) / size:.2f}"
             for part in self._parts[0]
         )
         print(f"\nprocessor s/GB of one thread, alone: {alone}")
+        print(f"memory: {self._most_bytes / 1e9:.1f} GB at the most, masters included")
+
+    def _show_row(
+        self,
+        name: str,
+        new: list[str],
+        took: Took,
+        bases: dict[str, Took],
+        published: Sequence[Published],
+    ) -> None:
+        row = [name, *(new or [""]), f"{1 / took.wall_s:.2f}"]
+        row += [f"{base.wall_s / took.wall_s:.0%}" for base in bases.values()]
+        seconds = [
+            statistics.median(getattr(one, field) for one in published) if published else 0.0
+            for field in ("write_s", "digest_s", "finish_s")
+        ]
+        row.append(f"{self._num_bytes / 1e9 / sum(seconds):.2f}" if published else "")
+        row.append(f"{took.cpu_s:.2f}")
+        row += [f"{one:.3f}" if published else "" for one in seconds]
+        print(f"| {' | '.join(row)} |")
 
     def show_serving(self, rounds: int) -> None:
         """What follows in an engine, nothing being generated and then beside generation."""
@@ -312,7 +360,7 @@ class Measured:
         print("|---" * (len(staging) + 2) + "|")
         for way, published in self._published.items():
             there = statistics.median(
-                one.write_s + one.digest_s + one.finish_s for one in published[1:]
+                one.write_s + one.digest_s + one.finish_s for one in published[NUM_NEW:]
             )
             serves = [f"{there + figures.serving_s[name]:.2f}" for name in staging]
             print(f"| {' | '.join([way, f'{there:.2f}', *serves])} |")
