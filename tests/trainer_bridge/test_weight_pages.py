@@ -234,6 +234,7 @@ class Rotation(RuleBasedStateMachine):
         self.root = self._context.__enter__()
         self.first, self.second = Pages(self.root), Pages(self.root)
         self.half: tuple[list[VersionFolder], int, int] | None = None
+        self.orphans: list[tuple[VersionFolder, int]] = []
         self.early: list[Reader] = []
         self.readers: list[Reader] = []
         self.version = self.seed = 0
@@ -274,10 +275,18 @@ class Rotation(RuleBasedStateMachine):
 
     @rule(first=st.booleans(), second=st.booleans())
     def die(self, first: bool, second: bool) -> None:
-        """What the new ones know is what is on the disk; one that did not die writes no more."""
+        """What the new ones know is what is on the disk; one that did not die may not know yet."""
+        if self.half is not None and not second and self.half[0][1]._file:
+            self.orphans.append((self.half[0][1], self.half[2]))
         self.half = None
         self.first = Pages(self.root) if first else self.first
         self.second = Pages(self.root) if second else self.second
+
+    @rule()
+    @precondition(lambda self: self.orphans)
+    def write_on(self) -> None:
+        """What the first rank had begun before it died."""
+        fill([self.orphans[-1][0]], 250, self.orphans[-1][1])
 
     @rule(data=st.data())
     def open(self, data: st.DataObject) -> None:

@@ -57,7 +57,9 @@ class Piece(NamedTuple):
         """Into the file, its bytes (uint8): converted where they belong, without a copy between."""
         values = self.make()
         if not values.is_cpu:
-            values = values.to(self.dtype).cpu()
+            # converted where they are: less travels, and once
+            values = values.to(self.dtype)
+            values = values.cpu() if len(self.places) > 1 else values
         for offset, start, size in self.places:
             target = file[offset : offset + size * self.dtype.itemsize].view(self.dtype)
             target.copy_(values[start : start + size])
