@@ -63,6 +63,7 @@ def run_batch(
         sampling=sampling,
         run_seed=config.engine.seed or 0,
         model_names=tuple(dict.fromkeys((*config.model_names, config.engine.model.path))),
+        openai=config.openai,
         return_token_ids=return_token_ids,
     )
     output = BatchOutput(target)
@@ -95,7 +96,6 @@ async def _batch(
     from .engine.metrics import Registry
     from .engine.native import ThreadBackend
     from .engine.tokenizer import Tokenizer
-    from .server.batches.records import parsed_answer
     from .server.batches.run import WINDOW, BatchRun
     from .server.state import open_batch_journal
 
@@ -128,7 +128,6 @@ async def _batch(
             source,
             output,
             defaults=defaults,
-            read_answer=parsed_answer,
             window=WINDOW * config.engine.batch.max_num_seqs,
             scope=None if journal is None else BATCH_SCOPE,
             on_counts=progress,

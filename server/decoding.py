@@ -69,7 +69,11 @@ class Decoded(Struct, Generic[RequestT]):
 
 def decode_request(body: bytes, kind: type[RequestT]) -> Decoded[RequestT]:
     """Raises InvalidRequest; its `field` is the path of the offending value."""
-    fields = fields_of(body, "json")
+    return decode_fields(fields_of(body, "json"), kind)
+
+
+def decode_fields(fields: dict[str, Any], kind: type[RequestT]) -> Decoded[RequestT]:
+    """As `decode_request`, of a body whose nulls are left out."""
     known = kind.__struct_fields__
     for name, reason in REFUSED.items():
         if fields.get(name) and (name not in known):
@@ -251,8 +255,9 @@ def _describe(info: inspect.Type) -> str:
         case inspect.FloatType():
             return "a number" + _range(info)
         case inspect.StrType(pattern=pattern, max_length=longest) if pattern is not None:
-            text = "printable ASCII characters without spaces"
-            return f"a string of at most {longest} {text}" if longest else f"a string of {text}"
+            kind = "a non-empty string" if info.min_length else "a string"
+            most = f"at most {longest} " if longest else ""
+            return f"{kind} of {most}printable ASCII characters without spaces"
         case inspect.StrType():
             return "a non-empty string" if info.min_length else "a string"
         case inspect.ListType(item_type=item):

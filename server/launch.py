@@ -98,7 +98,9 @@ def serve(
         kept = files_folder(config.journal, config.http.port)
         batches = None
         if kept is not None:
-            batches = BatchQueue(manager, tokenizer, kept, model_names=config.model_names)
+            batches = BatchQueue(
+                manager, tokenizer, kept, model_names=config.model_names, openai=config.openai
+            )
             batches.open()
         server = Server(config, backend, manager, batches, tokenizer, listener, on_serving, grace_s)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:

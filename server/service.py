@@ -52,7 +52,7 @@ class Service(Struct, frozen=True):
         tokenizer = self.tokenizer
         if tokenizer is None:
             raise InvalidRequest(
-                "this server runs without a tokenizer (skip_tokenizer_init): "
+                "text needs a tokenizer, and this runs without one (skip_tokenizer_init): "
                 "send token ids as the prompt",
                 field="prompt",
             )

@@ -32,12 +32,12 @@ from ...engine.manager.manager import RolloutManager
 from ...engine.manager.request_keys import check_same_body
 from ...engine.rollout import SamplingParams, derive_seed
 from ...engine.tokenizer import Tokenizer
+from ..config import OpenAIConfig
 from .file_store import FileStore, read_whole, write_whole, writing
 from .input import check_lines, error_of, select
 from .jobs import Jobs
 from .lines import Defaults
 from .output import BatchOutput
-from .records import parsed_answer
 from .run import WINDOW, BatchRun, Counts
 from .wire import ENDED, Batch, BatchError, BatchErrors, BatchRequest, RequestCounts
 
@@ -66,6 +66,7 @@ class BatchQueue:
         folder: Path,
         *,
         model_names: tuple[str, ...],
+        openai: OpenAIConfig = OpenAIConfig(),
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.files = FileStore(folder, clock=clock)
@@ -73,6 +74,7 @@ class BatchQueue:
         self._manager = manager
         self._tokenizer = tokenizer
         self._model_names = model_names
+        self._openai = openai
         self._clock = clock
         self._kept: dict[str, _Kept] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -219,6 +221,7 @@ class BatchQueue:
             # a restart draws what this run draws, whatever the server's own seed is
             run_seed=derive_seed("batch", batch.id),
             model_names=self._model_names,
+            openai=self._openai,
         )
         try:
             await BatchRun(
@@ -227,7 +230,6 @@ class BatchQueue:
                 self.files.path(batch.input_file_id),
                 output,
                 defaults=defaults,
-                read_answer=parsed_answer,
                 window=WINDOW * self._manager.info.max_num_seqs,
                 scope=batch.id,
                 priority=PRIORITY,

@@ -1,33 +1,38 @@
 """One line of a batch's input → a `Job`, or the InvalidRequest that becomes its error record.
 
-Lines are OpenAI's ({"custom_id", "method", "url", "body"}; unknown fields of a body are ignored,
-as the server does) or plain ({"prompt": text | ids} or {"messages": […]}, with `custom_id` or
+Lines are OpenAI's ({"custom_id", "method", "url", "body"}), and a body means what it means when it
+is sent to that url; or plain ({"prompt": text | ids} or {"messages": […]}, with `custom_id` or
 `id`, any sampling field, `n`, `logprobs`, `tools`, `metadata`; unknown fields are refused).
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
 from msgspec import Struct
+from msgspec.structs import replace
 
 from ...engine.errors import InvalidRequest, UnknownModel
-from ...engine.rollout import MAX_SAMPLES, SamplingParams, derive_seed
-from ...engine.tokenizer import Tokenizer
+from ...engine.rollout import SamplingParams, derive_seed
+from ..config import OpenAIConfig
+from ..decoding import decode_fields
+from ..openai import chat_request, completion_request
+from ..openai.generation import truncated
+from ..openai.wire import ChatRequest, CompletionRequest, SamplingFields
+from ..service import Service
 
 Kind = Literal["chat", "completion"]
+Fields = dict[str, Any]
 URLS: dict[str, Kind] = {"/v1/chat/completions": "chat", "/v1/completions": "completion"}
-# OpenAI's default for completions, where neither the line nor the command names a limit
-COMPLETION_TOKENS = 16
 SAMPLING_FIELDS = frozenset(SamplingParams.__struct_fields__)
 _OTHER_FIELDS = frozenset(
     {"n", "model", "logprobs", "max_completion_tokens", "return_token_ids", "tools", "user"}
     | {"chat_template_kwargs", "metadata"}
 )
 _PLAIN_FIELDS = SAMPLING_FIELDS | _OTHER_FIELDS | {"prompt", "messages", "custom_id", "id"}
-# asked for, these would change the answer, and a batch cannot do them: better an error than silence
-_REFUSED = ("stream", "suffix", "echo", "functions", "audio", "prediction")
+# what a record does not show: better an error than silence
+_REFUSED = ("stream", "echo", "prompt_logprobs", "record", "return_meta_info")
 
 
 class Defaults(Struct, frozen=True, kw_only=True):
@@ -39,26 +44,28 @@ class Defaults(Struct, frozen=True, kw_only=True):
     sampling: SamplingParams = SamplingParams()
     run_seed: int = 0
     model_names: tuple[str, ...] = ("default",)
+    openai: OpenAIConfig = OpenAIConfig()
     return_token_ids: bool = False
 
 
 class Job(Struct, frozen=True, kw_only=True):
     """A line that can be run: every prompt `n` times.
 
-    prompt_text  the rendered conversation (it says whether the output begins in reasoning)
-    num_top      alternatives per token that the record shows; None: no logprobs
+    starts_open       whether a chat's answer begins inside its reasoning
+    return_token_ids  who speaks in ids is answered in ids
     """
 
     custom_id: str
-    kind: Kind
+    request: ChatRequest | CompletionRequest
     prompts: list[list[int]]
-    prompt_text: str = ""
     sampling: SamplingParams
-    n: int = 1
-    num_top: int | None = None
+    starts_open: bool = False
     return_token_ids: bool = False
-    tools: list[dict[str, Any]] = []
     metadata: Any = None
+
+    @property
+    def n(self) -> int:
+        return self.request.n
 
     @property
     def num_rollouts(self) -> int:
@@ -69,7 +76,7 @@ class Job(Struct, frozen=True, kw_only=True):
         if index == 0 or self.sampling.seed is None:
             return self.sampling
         seed = derive_seed("prompt", self.sampling.seed, index)
-        return msgspec.structs.replace(self.sampling, seed=seed)
+        return replace(self.sampling, seed=seed)
 
 
 def parse_line(raw: bytes) -> dict[str, Any]:
@@ -97,38 +104,79 @@ def explicit_id(line: Mapping[str, Any]) -> str | None:
     return str(value)
 
 
-def job_of(
-    line: Mapping[str, Any], custom_id: str, defaults: Defaults, tokenizer: Tokenizer | None
+async def job_of(
+    line: Mapping[str, Any], custom_id: str, defaults: Defaults, service: Service
 ) -> Job:
     """The job of a line; raises InvalidRequest naming the field."""
-    kind, body = _body_of(line)
-    _check_fields(body, defaults)
-    chat = kind == "chat"
-    num_top = _num_top(body, chat=chat)
-    sampling = _sampling(body, custom_id, defaults, num_top)
-    text, prompts = "", []
-    if chat:
-        text = _render(body, tokenizer)
-        assert tokenizer is not None
-        prompts = [tokenizer.encode(text)]
+    kind, fields = _fields_of(line, defaults)
+    _check_fields(fields, defaults)
+    # of a plain line it may be any JSON
+    metadata = fields.pop("metadata", None) if "body" not in line else None
+    request: ChatRequest | CompletionRequest
+    starts_open, prompts = False, []
+    if kind == "chat":
+        decoded = decode_fields(fields, ChatRequest)
+        request = decoded.request
+        chat_request.check(request)
+        text = chat_request.prompt_of(service, request, decoded.raw)
+        prompts = await chat_request.prompt_ids_of(service, request, text)
+        sampling = chat_request.sampling_in(request, service.config.openai)
+        starts_open = chat_request.starts_open(service, request, text)
     else:
-        prompts = _prompts(body.get("prompt"), tokenizer)
-        if sampling.max_tokens is None and "body" in line:
-            sampling = msgspec.structs.replace(sampling, max_tokens=COMPLETION_TOKENS)
-    in_ids = not chat and not isinstance(body["prompt"], str)
+        request = decode_fields(fields, CompletionRequest).request
+        completion_request.check(request)
+        prompts = await completion_request.prompts_of(service, request)
+        sampling = completion_request.sampling_in(request, service.config.openai)
+        if "body" not in line and "max_tokens" not in fields:
+            sampling = replace(sampling, max_tokens=None)
+    if sampling.seed is None:
+        # from the id, not from the order: a resumed run draws what an uninterrupted one would
+        seed = derive_seed("batch", defaults.run_seed, custom_id)
+        sampling = replace(sampling, seed=seed)
+    info = service.manager.known_info
+    in_ids = kind == "completion" and not isinstance(fields["prompt"], str)
     return Job(
         custom_id=custom_id,
-        kind=kind,
-        prompts=prompts,
-        prompt_text=text,
+        request=request,
+        prompts=[truncated(prompt, request, sampling, info) for prompt in prompts],
         sampling=sampling,
-        n=_whole(body, "n", 1, 1, MAX_SAMPLES),
-        num_top=num_top,
-        # who speaks in ids is answered in ids
-        return_token_ids=bool(body.get("return_token_ids", in_ids or defaults.return_token_ids)),
-        tools=body.get("tools") or [],
-        metadata=body.get("metadata"),
+        starts_open=starts_open,
+        return_token_ids=bool(fields.get("return_token_ids", in_ids or defaults.return_token_ids)),
+        metadata=request.metadata if metadata is None else metadata,
     )
+
+
+def _fields_of(line: Mapping[str, Any], defaults: Defaults) -> tuple[Kind, Fields]:
+    """The line's request as fields of its url's body, nulls left out, defaults filled in."""
+    kind, body = _body_of(line)
+    fields = {name: value for name, value in body.items() if value is not None}
+    if "body" not in line:
+        fields = _from_plain(kind, fields)
+    usual = msgspec.to_builtins(SamplingParams(), str_keys=True)
+    own = msgspec.to_builtins(defaults.sampling, str_keys=True)
+    wanted = {
+        name: own[name]
+        for name in (*SamplingFields.__struct_fields__, "max_tokens")
+        if name in own and own[name] != usual[name]
+    }
+    if "max_completion_tokens" in fields:
+        wanted.pop("max_tokens", None)
+    return kind, wanted | fields
+
+
+def _from_plain(kind: Kind, fields: Fields) -> Fields:
+    """In the names of OpenAI's bodies."""
+    fields = {name: value for name, value in fields.items() if name not in ("custom_id", "id")}
+    if kind == "completion":
+        if "max_completion_tokens" in fields:
+            fields["max_tokens"] = fields.pop("max_completion_tokens")
+        if fields.get("logprobs") is True:
+            fields["logprobs"] = fields.pop("top_logprobs", 0)
+        elif "top_logprobs" in fields:
+            raise InvalidRequest("top_logprobs needs logprobs: true", field="top_logprobs")
+        elif fields.get("logprobs") is False:
+            del fields["logprobs"]
+    return fields
 
 
 def _body_of(line: Mapping[str, Any]) -> tuple[Kind, Mapping[str, Any]]:
@@ -161,8 +209,8 @@ def _plain_body(line: Mapping[str, Any]) -> tuple[Kind, Mapping[str, Any]]:
     return ("chat" if "messages" in line else "completion"), line
 
 
-def _check_fields(body: Mapping[str, Any], defaults: Defaults) -> None:
-    model = body.get("model")
+def _check_fields(fields: Fields, defaults: Defaults) -> None:
+    model = fields.pop("model", None)
     if model is not None and model not in defaults.model_names:
         raise UnknownModel(
             f"model {model!r} is not the one that runs; accepted: "
@@ -170,114 +218,5 @@ def _check_fields(body: Mapping[str, Any], defaults: Defaults) -> None:
             field="model",
         )
     for name in _REFUSED:
-        if body.get(name):
+        if fields.get(name) not in (None, False, []):
             raise InvalidRequest(f"{name} is not possible in a batch", field=name)
-    best_of = body.get("best_of")
-    if best_of is not None and best_of != body.get("n", 1):
-        raise InvalidRequest("best_of is not possible in a batch; use n", field="best_of")
-    form = body.get("response_format")
-    if form is not None and (not isinstance(form, dict) or form.get("type") != "text"):
-        raise InvalidRequest("response_format: only text is supported", field="response_format")
-    tools = body.get("tools")
-    if tools is not None and not (
-        isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
-    ):
-        raise InvalidRequest("tools must be a list of objects", field="tools")
-
-
-def _num_top(body: Mapping[str, Any], *, chat: bool) -> int | None:
-    """Alternatives asked for: chat's `logprobs` is a flag beside top_logprobs, else a number."""
-    asked = body.get("logprobs")
-    if asked is None or asked is False:
-        return None
-    if asked is True:
-        return _whole(body, "top_logprobs", 0, 0, 64)
-    if chat:
-        raise InvalidRequest(f"logprobs must be true or false, got {asked!r}", field="logprobs")
-    return _whole(body, "logprobs", 0, 0, 64)
-
-
-def _whole(body: Mapping[str, Any], name: str, default: int, low: int, high: int) -> int:
-    value = body.get(name)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise InvalidRequest(
-            f"{name} must be a whole number from {low} to {high}, got {value!r}", field=name
-        )
-    return value
-
-
-def _sampling(
-    body: Mapping[str, Any], custom_id: str, defaults: Defaults, num_top: int | None
-) -> SamplingParams:
-    values = msgspec.to_builtins(defaults.sampling, str_keys=True)
-    values |= {k: v for k, v in body.items() if k in SAMPLING_FIELDS and v is not None}
-    values["max_tokens"] = (
-        body.get("max_completion_tokens") or body.get("max_tokens") or values["max_tokens"]
-    )
-    if isinstance(values["stop"], str):
-        values["stop"] = [values["stop"]]
-    if num_top is not None:
-        values["top_logprobs"] = num_top
-        values["record"] = [*values["record"], "lp_raw"]
-    if values["seed"] is None:
-        # from the id, not from the order: a resumed run draws what an uninterrupted one would
-        values["seed"] = derive_seed("batch", defaults.run_seed, custom_id)
-    try:
-        return msgspec.convert(values, SamplingParams, str_keys=True)
-    except msgspec.ValidationError as error:
-        text, _, path = str(error).partition(" - at `$.")
-        field = path.rstrip("`").split("[")[0].split(".")[0] or None
-        value = values.get(field) if field else None
-        raise InvalidRequest(f"{field}: {text.lower()}, got {value!r}", field=field) from None
-
-
-def _render(body: Mapping[str, Any], tokenizer: Tokenizer | None) -> str:
-    messages = body["messages"]
-    if not isinstance(messages, list) or not messages:
-        raise InvalidRequest("messages must be a non-empty list", field="messages")
-    for index, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise InvalidRequest(
-                f"messages[{index}] must be an object with a role", field=f"messages[{index}]"
-            )
-    if tokenizer is None:
-        raise InvalidRequest(
-            "messages need a tokenizer; give prompt as token ids", field="messages"
-        )
-    kwargs = body.get("chat_template_kwargs") or {}
-    if not isinstance(kwargs, dict):
-        raise InvalidRequest("chat_template_kwargs must be an object", field="chat_template_kwargs")
-    flat = [{**message, "content": _flat(message.get("content"))} for message in messages]
-    return tokenizer.render_chat(flat, tools=body.get("tools"), **kwargs)
-
-
-def _flat(content: Any) -> Any:
-    """Text parts as one text; anything else as it is."""
-    if not isinstance(content, list):
-        return content
-    texts = []
-    for part in content:
-        text = part.get("text") if isinstance(part, dict) else None
-        if not isinstance(text, str):
-            raise InvalidRequest("messages: only text parts are supported", field="messages")
-        texts.append(text)
-    return "".join(texts)
-
-
-def _prompts(prompt: Any, tokenizer: Tokenizer | None) -> list[list[int]]:
-    """A text, ids, or a list of such."""
-    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
-        return [_prompt(one, tokenizer) for one in prompt]
-    return [_prompt(prompt, tokenizer)]
-
-
-def _prompt(prompt: object, tokenizer: Tokenizer | None) -> list[int]:
-    if isinstance(prompt, str):
-        if tokenizer is None:
-            raise InvalidRequest("prompt: text needs a tokenizer; give token ids", field="prompt")
-        return tokenizer.encode(prompt)
-    if isinstance(prompt, Sequence) and all(type(token) is int for token in prompt):
-        return list(prompt)
-    raise InvalidRequest("prompt must be text, token ids, or a list of these", field="prompt")

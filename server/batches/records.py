@@ -5,7 +5,7 @@ same model and settings gives the same bytes, in one run or in ten.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -14,30 +14,21 @@ from msgspec import UNSET, Struct, UnsetType
 from ...engine.errors import EverstepError, InvalidRequest
 from ...engine.rollout import Rollout
 from ...engine.tokenizer import Tokenizer
-from ..parsers import OutputParser, ReasoningParser, ToolParser, parse_output, starts_in_reasoning
+from ..config import OpenAIConfig
+from ..openai import chat_request
+from ..openai.generation import stop_reason_of
+from ..openai.logprobs import LogprobsWriter, TextPositions, TokenNames, mode_of
+from ..openai.wire import ChatLogprobs, ChatMessage, ChatRequest, CompletionLogprobs
 from .lines import Job
-
-
-class Message(Struct, kw_only=True):
-    """An answer in chat form."""
-
-    role: str = "assistant"
-    content: str | None
-    reasoning_content: str | UnsetType = UNSET
-    tool_calls: list[dict[str, Any]] | UnsetType = UNSET
-
-
-ReadAnswer = Callable[[str, str, bool], Message]
-"""(prompt text, output text, are there tools) → message."""
 
 
 class Choice(Struct, kw_only=True, omit_defaults=False):
     index: int
     text: str | UnsetType = UNSET
-    message: Message | UnsetType = UNSET
+    message: ChatMessage | UnsetType = UNSET
     finish_reason: str | None
     stop_reason: int | str | None = None
-    logprobs: dict[str, Any] | None = None
+    logprobs: ChatLogprobs | CompletionLogprobs | None = None
     token_ids: list[int] | UnsetType = UNSET
     seed: int
 
@@ -93,12 +84,13 @@ class Recorder(Struct, frozen=True, kw_only=True):
     created: int
     fingerprint: str
     tokenizer: Tokenizer | None
-    read_answer: ReadAnswer
+    openai: OpenAIConfig
+    eos_ids: tuple[int, ...]
 
     def answer(self, job: Job, rollouts: Sequence[Rollout]) -> bytes:
         """The record of a job whose rollouts have ended well."""
         name = id_of(job.custom_id)
-        chat = job.kind == "chat"
+        chat = isinstance(job.request, ChatRequest)
         prompt_tokens = sum(len(prompt) for prompt in job.prompts)
         output_tokens = sum(len(rollout.output_ids) for rollout in rollouts)
         body = Body(
@@ -117,51 +109,42 @@ class Recorder(Struct, frozen=True, kw_only=True):
         )
 
     def _choice(self, job: Job, index: int, rollout: Rollout) -> Choice:
-        reason = rollout.finish_reason
+        reason, request = rollout.finish_reason, job.request
         assert reason is not None
         choice = Choice(
             index=index,
             finish_reason=reason.type,
-            stop_reason=reason.matched,
+            stop_reason=stop_reason_of(reason, self.eos_ids),
             logprobs=self._logprobs(job, rollout),
             seed=rollout.seed,
         )
-        if job.kind == "chat":
-            choice.message = self.read_answer(job.prompt_text, rollout.text, bool(job.tools))
-            if choice.message.tool_calls and reason.type == "stop":
-                choice.finish_reason = "tool_calls"
+        if isinstance(request, ChatRequest):
+            parser = chat_request.parser_of(request, self.openai, is_open=job.starts_open)
+            source = f"{job.custom_id}/{index}"
+            choice.message = chat_request.message_of(rollout.text, parser, source)
+            choice.finish_reason = chat_request.finish_reason_of(reason.type, parser)
         else:
             choice.text = rollout.text
         if job.return_token_ids:
             choice.token_ids = rollout.output_ids
         return choice
 
-    def _logprobs(self, job: Job, rollout: Rollout) -> dict[str, Any] | None:
-        if job.num_top is None:
+    def _logprobs(self, job: Job, rollout: Rollout) -> ChatLogprobs | CompletionLogprobs | None:
+        request = job.request
+        names = TokenNames(self.tokenizer, request.return_tokens_as_token_ids)
+        mode, end = mode_of(request, self.openai), len(rollout.output_ids)
+        if isinstance(request, ChatRequest):
+            num_top = chat_request.num_top_of(request)
+            return (
+                None
+                if num_top is None
+                else LogprobsWriter(names, mode, num_top).chat(rollout, 0, end)
+            )
+        if request.logprobs is None:
             return None
-        mode = rollout.sampling.logprobs_mode
-        own = {"raw": rollout.lp_raw, "temp": rollout.lp_temp, "sampled": rollout.lp_sampled}[mode]
-        tops = rollout.top or [[] for _ in own]
-        if job.kind == "chat":
-            return {
-                "content": [
-                    self._token(token, lp) | {"top_logprobs": [self._token(*t) for t in top]}
-                    for token, lp, top in zip(rollout.output_ids, own, tops, strict=True)
-                ],
-                "refusal": None,
-            }
-        return {
-            "tokens": [self._text(token) for token in rollout.output_ids],
-            "token_logprobs": own,
-            "top_logprobs": [{self._text(token): lp for token, lp in top} for top in tops],
-        }
-
-    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        data = list(self.tokenizer.token_bytes(token_id)) if self.tokenizer else None
-        return {"token": self._text(token_id), "logprob": logprob, "bytes": data}
-
-    def _text(self, token_id: int) -> str:
-        return self.tokenizer.token_text(token_id) if self.tokenizer else f"token_id:{token_id}"
+        positions = TextPositions(self.tokenizer, skip_special_tokens=request.skip_special_tokens)
+        writer = LogprobsWriter(names, mode, request.logprobs)
+        return writer.completion(rollout, 0, end, positions)
 
 
 def refusal(custom_id: str, error: EverstepError, line: int) -> bytes:
@@ -185,27 +168,3 @@ def id_of(custom_id: str) -> str:
     """24 hex digits, the same each time."""
     data = custom_id.encode("utf-8", "surrogatepass")
     return hashlib.blake2b(data, digest_size=12).hexdigest()
-
-
-def plain_answer(_prompt: str, text: str, _has_tools: bool) -> Message:
-    """The whole output as content."""
-    return Message(content=text)
-
-
-def parsed_answer(prompt: str, text: str, has_tools: bool) -> Message:
-    """As the server reads an output: reasoning apart, tool calls parsed."""
-    reasoning = ReasoningParser(is_open=starts_in_reasoning(prompt))
-    parsed = parse_output(text, OutputParser(reasoning, ToolParser() if has_tools else None))
-    calls = [
-        {
-            "id": f"call_{id_of(f'{prompt}{text}{call.index}')}",
-            "type": "function",
-            "function": {"name": call.name, "arguments": call.arguments},
-        }
-        for call in parsed.calls
-    ]
-    return Message(
-        content=parsed.content if parsed.content or not calls else None,
-        reasoning_content=parsed.reasoning or UNSET,
-        tool_calls=calls or UNSET,
-    )

@@ -22,10 +22,12 @@ from ...engine.errors import ConfigError, EverstepError, InvalidRequest
 from ...engine.manager.manager import RolloutManager
 from ...engine.rollout import RolloutState
 from ...engine.tokenizer import Tokenizer
+from ..config import OpenAIConfig, ServeConfig
+from ..service import Service
 from .jobs import Jobs
 from .lines import Defaults, Job, explicit_id, job_of, parse_line
 from .output import BatchOutput, IdSet
-from .records import ReadAnswer, Recorder, plain_answer, refusal
+from .records import Recorder, refusal
 
 # lines in flight per running rollout: enough that the core never waits for the front
 WINDOW = 4
@@ -106,7 +108,6 @@ class BatchRun:
         output: BatchOutput,
         *,
         defaults: Defaults,
-        read_answer: ReadAnswer = plain_answer,
         window: int = WINDOW * 128,
         scope: str | None = None,
         priority: int = 0,
@@ -115,11 +116,11 @@ class BatchRun:
     ) -> None:
         self._manager = manager
         self._jobs = Jobs(manager, scope, priority=priority)
-        self._tokenizer = tokenizer
+        config = ServeConfig(openai=defaults.openai)
+        self._service = Service(manager, tokenizer, config, created=0)
         self._source = source
         self._output = output
         self._defaults = defaults
-        self._read_answer = read_answer
         self._window = window
         self._on_counts = on_counts
         self._clock = clock
@@ -162,12 +163,14 @@ class BatchRun:
                 f"{self._output.path} was written with another model, seed or sampling "
                 f"({earlier}, now {fingerprint}); repeat the first command, or name another output"
             )
+        tokenizer = self._service.tokenizer
         return Recorder(
             model=self._defaults.model_names[0],
             created=created,
             fingerprint=fingerprint,
-            tokenizer=self._tokenizer,
-            read_answer=self._read_answer,
+            tokenizer=tokenizer,
+            openai=self._defaults.openai,
+            eos_ids=tokenizer.eos_ids if tokenizer else tuple(self._manager.info.eos_ids),
         )
 
     async def _pass(self, source: BinaryIO) -> None:
@@ -203,7 +206,8 @@ class BatchRun:
         try:
             if problem is not None:
                 raise problem
-            await self._start(line, job_of(data, custom_id, self._defaults, self._tokenizer))
+            job = await job_of(data, custom_id, self._defaults, self._service)
+            await self._start(line, job)
         except InvalidRequest as error:
             self._write_error(line, custom_id, error)
 
@@ -304,7 +308,11 @@ def read_lines(source: BinaryIO) -> Iterator[Line]:
 def fingerprint_of(manager: RolloutManager, defaults: Defaults) -> str:
     """What answers depend on outside their line: weights, numerics, run seed, default sampling."""
     info = manager.info
-    parts = (info.digest, info.numerics, defaults.run_seed, defaults.sampling)
+    parts: tuple[object, ...] = (info.digest, info.numerics, defaults.run_seed, defaults.sampling)
+    said, usual = defaults.openai, OpenAIConfig()
+    for name in ("chat_template", "reasoning", "logprobs_mode"):
+        if getattr(said, name) != getattr(usual, name):
+            parts = (*parts, getattr(said, name))
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=6).hexdigest()
     return f"everstep-{info.digest[:8]}-{digest}"
 

@@ -5,7 +5,6 @@ then usage where asked for, then [DONE] (PROTOCOLS.md 11.1).
 """
 
 import contextlib
-import hashlib
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
@@ -16,29 +15,24 @@ from ...engine.errors import InvalidRequest
 from ...engine.journal.ops import RequestKey
 from ...engine.manager.manager import Delta
 from ...engine.rollout import Rollout
-from ..conversation import render
 from ..http import encode_json
 from ..parsers import (
     Content,
     Event,
     OutputParser,
     Reasoning,
-    ReasoningParser,
     ToolCallFound,
-    ToolParser,
-    parse_output,
-    starts_in_reasoning,
 )
 from ..service import Service
 from ..stream import DONE, event
-from .generation import Generation, sampling_of
-from .logprobs import LogprobsWriter, TextPositions
+from . import chat_request
+from .generation import Generation
+from .logprobs import LogprobsWriter, TextPositions, mode_of
 from .wire import (
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
     ChatDelta,
-    ChatMessage,
     ChatRequest,
     ChatResponse,
     FunctionCallOut,
@@ -75,47 +69,28 @@ class Chat:
         key: RequestKey | None,
     ) -> "Chat":
         """`raw` is the request as sent. Raises InvalidRequest and what the manager refuses with."""
-        _check(request)
+        chat_request.check(request)
         service.check_choices(1, request.n)
-        prompt = _prompt(service, request, raw)
-        mode = request.logprobs_mode or service.config.openai.logprobs_mode
-        num_top = (request.top_logprobs or 0) if request.logprobs else None
-        sampling = sampling_of(
-            request,
-            max_tokens=request.max_completion_tokens or request.max_tokens,
-            num_top=num_top,
-            mode=mode,
-            num_prompt_top=request.prompt_logprobs,
-            record=request.record,
-        )
+        config = service.config.openai
+        prompt = chat_request.prompt_of(service, request, raw)
+        sampling = chat_request.sampling_in(request, config)
         try:
-            prompts = await service.encode(
-                [prompt],
-                add_special_tokens=request.add_special_tokens,
-                is_cut=request.truncate_prompt_tokens is not None,
-            )
+            prompts = await chat_request.prompt_ids_of(service, request, prompt)
             generation = await Generation.submit(service, request, prompts, sampling, key=key)
         except InvalidRequest as error:
-            raise _renamed(error, request) from None
+            raise chat_request.renamed(error, request) from None
         return cls(
             service,
             request,
             generation,
-            generation.writer(num_top, mode),
-            is_reasoning_open=_is_reasoning_open(service, request, prompt),
+            generation.writer(chat_request.num_top_of(request), mode_of(request, config)),
+            is_reasoning_open=chat_request.starts_open(service, request, prompt),
         )
 
     def parser(self) -> OutputParser:
         """A fresh one, for one choice."""
-        request = self.request
-        splits = request.include_reasoning and request.separate_reasoning
-        reads_reasoning = splits and self._service.config.openai.reasoning != "off"
-        reads_tools = bool(request.tools) and request.tool_choice != "none"
-        return OutputParser(
-            ReasoningParser(is_open=self._is_open) if reads_reasoning else None,
-            ToolParser() if reads_tools else None,
-            max_calls=None if request.parallel_tool_calls else 1,
-        )
+        config = self._service.config.openai
+        return chat_request.parser_of(self.request, config, is_open=self._is_open)
 
     # --- whole
 
@@ -140,13 +115,7 @@ class Chat:
         )
 
     def _choice(self, index: int, rollout: Rollout, parser: OutputParser) -> ChatChoice:
-        parsed = parse_output(rollout.text, parser)
-        calls = [_tool_call(call, rollout.id, UNSET) for call in parsed.calls]
-        message = ChatMessage(
-            content=None if calls and not parsed.content else parsed.content,
-            reasoning_content=parsed.reasoning or UNSET,
-            tool_calls=calls or UNSET,
-        )
+        message = chat_request.message_of(rollout.text, parser, rollout.id)
         choice = ChatChoice(index=index, message=message)
         choice.token_ids = self.generation.ids_of(rollout, 0, len(rollout.output_ids))
         choice.prompt_token_ids = self.generation.prompt_ids_of(rollout)
@@ -158,10 +127,10 @@ class Chat:
     def finish(
         self, choice: ChatChoice | ChatChunkChoice, rollout: Rollout, parser: OutputParser
     ) -> None:
-        """Why it ended; `tool_calls` where it ended by itself and called something."""
+        """What it carries once it has ended."""
         self.generation.common(choice, rollout)
-        if parser.num_calls and choice.finish_reason == "stop":
-            choice.finish_reason = "tool_calls"
+        assert choice.finish_reason is not None
+        choice.finish_reason = chat_request.finish_reason_of(choice.finish_reason, parser)
 
     def num_reasoning_tokens(self, rollout: Rollout, parser: OutputParser) -> int:
         """Output tokens that begin before the end of the reasoning."""
@@ -273,67 +242,7 @@ def _deltas_of(found: Event, rollout_id: str) -> Sequence[ChatDelta]:
         case Reasoning(text=text):
             return [ChatDelta(reasoning_content=text)]
         case ToolCallFound(index=index, arguments=arguments):
-            head = _tool_call(found, rollout_id, index)
+            head = chat_request.tool_call(found, rollout_id, index)
             head.function.arguments = ""
             tail = ToolCall(index=index, function=FunctionCallOut(arguments=arguments))
             return [ChatDelta(tool_calls=[head]), ChatDelta(tool_calls=[tail])]
-
-
-def _tool_call(call: ToolCallFound, rollout_id: str, index: int | UnsetType) -> ToolCall:
-    # the same answer, asked for again, names its calls the same
-    name = hashlib.blake2b(f"{rollout_id}/{call.index}".encode(), digest_size=12).hexdigest()
-    return ToolCall(
-        index=index,
-        id=f"call_{name}",
-        type="function",
-        function=FunctionCallOut(name=call.name, arguments=call.arguments),
-    )
-
-
-def _prompt(service: Service, request: ChatRequest, raw: dict[str, Any]) -> str:
-    options = dict(request.chat_template_kwargs)
-    if request.documents is not None:
-        options.setdefault("documents", request.documents)
-    if request.reasoning_effort is not None:
-        options.setdefault("reasoning_effort", request.reasoning_effort)
-    return render(
-        service.tokenizer,
-        raw["messages"],
-        template=service.config.openai.chat_template,
-        tools=raw.get("tools") if request.tool_choice != "none" else None,
-        options=options,
-        add_generation_prompt=request.add_generation_prompt,
-        continue_final_message=request.continue_final_message,
-    )
-
-
-def _is_reasoning_open(service: Service, request: ChatRequest, prompt: str) -> bool:
-    if service.config.openai.reasoning == "always":
-        return True
-    if request.continue_final_message:
-        # the message to go on with may have been cut inside its reasoning
-        return prompt.rfind("<think>") > prompt.rfind("</think>")
-    return starts_in_reasoning(prompt)
-
-
-def _renamed(error: InvalidRequest, request: ChatRequest) -> InvalidRequest:
-    """The same error in the names of this endpoint."""
-    text = str(error)
-    if error.field == "prompt":
-        return type(error)(f"messages: {text}", field="messages")
-    if error.field == "max_tokens" and request.max_completion_tokens is not None:
-        name = "max_completion_tokens"
-        return type(error)(text.replace("max_tokens", name, 1), field=name)
-    return error
-
-
-def _check(request: ChatRequest) -> None:
-    if request.stream_options is not None and not request.stream:
-        raise InvalidRequest("stream_options needs stream: true", field="stream_options")
-    if request.top_logprobs and not request.logprobs:
-        raise InvalidRequest("top_logprobs needs logprobs: true", field="top_logprobs")
-    if request.tool_choice not in (None, "auto", "none"):
-        raise InvalidRequest(
-            "tool_choice: forcing a call is not supported yet; accepted are 'auto' and 'none'",
-            field="tool_choice",
-        )

@@ -5,15 +5,15 @@ from collections.abc import AsyncGenerator
 
 from starlette.requests import Request
 
-from ...engine.errors import InvalidRequest
 from ...engine.journal.ops import RequestKey
 from ...engine.manager.manager import Delta
 from ...engine.rollout import LogprobsMode, Rollout
 from ..http import encode_json
 from ..service import Service
 from ..stream import DONE, event
-from .generation import Generation, sampling_of
-from .logprobs import LogprobsWriter, TextPositions
+from . import completion_request
+from .generation import Generation
+from .logprobs import LogprobsWriter, TextPositions, mode_of
 from .wire import CompletionChoice, CompletionLogprobs, CompletionRequest, CompletionResponse
 
 
@@ -38,27 +38,17 @@ class Completions:
         cls, service: Service, request: CompletionRequest, key: RequestKey | None
     ) -> "Completions":
         """Raises InvalidRequest and whatever the manager refuses with."""
-        _check(request)
-        mode = request.logprobs_mode or service.config.openai.logprobs_mode
-        echo_top = request.logprobs if request.echo else None
-        wanted = [k for k in (request.prompt_logprobs, echo_top) if k is not None]
-        sampling = sampling_of(
-            request,
-            max_tokens=max(1, request.max_tokens),
-            num_top=request.logprobs,
-            mode=mode,
-            num_prompt_top=max(wanted, default=None),
-            record=request.record,
-        )
+        completion_request.check(request)
+        config = service.config.openai
         generation = await Generation.submit(
             service,
             request,
-            await _prompts(service, request),
-            sampling,
+            await completion_request.prompts_of(service, request),
+            completion_request.sampling_in(request, config),
             key=key,
             hides_output=request.max_tokens == 0,
         )
-        return cls(service, request, generation, mode)
+        return cls(service, request, generation, mode_of(request, config))
 
     async def whole(self, http: Request) -> CompletionResponse:
         generation = self.generation
@@ -185,45 +175,3 @@ class _Choice:
             tokens=prompt.tokens + logprobs.tokens,
             top_logprobs=prompt.top_logprobs + logprobs.top_logprobs,
         )
-
-
-def _check(request: CompletionRequest) -> None:
-    if request.best_of is not None and request.best_of != request.n:
-        raise InvalidRequest(
-            f"best_of must be absent or equal to n ({request.n}), got {request.best_of}; "
-            "ask for n samples and choose among them",
-            field="best_of",
-        )
-    if request.stream_options is not None and not request.stream:
-        raise InvalidRequest("stream_options needs stream: true", field="stream_options")
-    scores = request.prompt_logprobs is not None or request.echo
-    if request.max_tokens == 0 and not scores:
-        raise InvalidRequest(
-            "max_tokens must be at least 1, or 0 together with echo or prompt_logprobs",
-            field="max_tokens",
-        )
-
-
-async def _prompts(service: Service, request: CompletionRequest) -> list[list[int]]:
-    """Token ids of each prompt, in order."""
-    prompt = request.prompt
-    if isinstance(prompt, str):
-        prompt = [prompt]
-    kinds = {type(part) for part in prompt}
-    if not prompt or len(kinds) > 1:
-        raise InvalidRequest(
-            "prompt must be a string, a list of strings, a list of token ids or a list of "
-            f"such lists; got {'a mixed' if kinds else 'an empty'} list",
-            field="prompt",
-        )
-    service.check_choices(1 if kinds == {int} else len(prompt), request.n)
-    if kinds == {int}:
-        return [[part for part in prompt if isinstance(part, int)]]
-    texts = [part for part in prompt if isinstance(part, str)]
-    if texts:
-        return await service.encode(
-            texts,
-            add_special_tokens=request.add_special_tokens,
-            is_cut=request.truncate_prompt_tokens is not None,
-        )
-    return [part for part in prompt if isinstance(part, list)]

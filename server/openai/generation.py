@@ -1,7 +1,7 @@
 """One HTTP request's rollouts: from wire parameters to a submission, to the parts of an answer."""
 
 import contextlib
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Collection, Iterator, Sequence
 from typing import Self
 
 from msgspec import UNSET, UnsetType, structs
@@ -13,6 +13,7 @@ from ...engine.manager.intake import Submission
 from ...engine.manager.manager import Delta
 from ...engine.messages import Ready
 from ...engine.rollout import (
+    FinishReason,
     LogprobsMode,
     Record,
     Rollout,
@@ -186,8 +187,7 @@ class Generation:
         reason = rollout.finish_reason
         assert reason is not None, f"{rollout.id} has not ended"
         choice.finish_reason = "length" if self.hides_output else reason.type
-        if reason.matched is not None and reason.matched not in self._eos_ids:
-            choice.stop_reason = reason.matched
+        choice.stop_reason = stop_reason_of(reason, self._eos_ids)
         choice.everstep = self.extension(rollout)
 
     def ids_of(self, rollout: Rollout, start: int, end: int) -> list[int] | UnsetType:
@@ -245,6 +245,11 @@ class Generation:
         return headers
 
 
+def stop_reason_of(reason: FinishReason, eos_ids: Collection[int]) -> int | str | None:
+    """The stop string or token that it ended with; None for the model's own end."""
+    return None if reason.matched in eos_ids else reason.matched
+
+
 def _submissions(
     request: GenerationRequest,
     prompts: Sequence[list[int]],
@@ -254,7 +259,7 @@ def _submissions(
     """One per prompt."""
     seen: dict[tuple[int, ...], int] = {}
     for prompt_ids in prompts:
-        prompt_ids = _truncated(prompt_ids, request, sampling, info)
+        prompt_ids = truncated(prompt_ids, request, sampling, info)
         own = sampling
         if sampling.seed is not None:
             # the same prompt twice in one request must not give the same sample twice
@@ -271,7 +276,7 @@ def _submissions(
         )
 
 
-def _truncated(
+def truncated(
     prompt_ids: list[int], request: GenerationRequest, sampling: SamplingParams, info: Ready
 ) -> list[int]:
     keep = request.truncate_prompt_tokens

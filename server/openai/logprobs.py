@@ -13,6 +13,7 @@ from ...engine.detokenizer import Detokenizer
 from ...engine.messages import Ready
 from ...engine.rollout import LogprobsMode, Rollout
 from ...engine.tokenizer import Tokenizer
+from ..config import OpenAIConfig
 from .wire import (
     ChatLogprobs,
     CompletionLogprobs,
@@ -20,6 +21,7 @@ from .wire import (
     PromptLogprob,
     PromptLogprobs,
     Routing,
+    SamplingFields,
     TokenLogprob,
     TopLogprob,
 )
@@ -78,6 +80,11 @@ class TextPositions:
             positions.append(self._offset + self._detokenizer.position)
             self._detokenizer.push(token_id)
         return positions
+
+
+def mode_of(request: SamplingFields, config: OpenAIConfig) -> LogprobsMode:
+    """Which distribution the answer's logprobs are of."""
+    return request.logprobs_mode or config.logprobs_mode
 
 
 def prompt_values(rollout: Rollout) -> list[float | None]:

@@ -98,7 +98,7 @@ def test_each_line_gets_one_record_in_openai_form(tmp_path: Path) -> None:
         ({"prompt": [1], "messages": []}, "one of them"),
         ({"prompt": []}, "empty"),
         ({"prompt": [999]}, "outside the vocabulary"),
-        ({"prompt": [True]}, "text, token ids"),
+        ({"prompt": [True]}, "a string or an integer"),
         ({"prompt": [1] * 64}, "the context holds 64"),
         ({"prompt": [1], "max_tokens": 64}, "leave room for 63"),
         ({"prompt": [1], "max_tokens": "4"}, "max_tokens"),
