@@ -161,13 +161,14 @@ def test_a_rank_that_is_killed_ends_the_others_with_a_line(source: Path, tmp_pat
     assert "\n" not in said
 
 
-# what a receiver is on a host of its own: two of them have the same root
+# what a receiver is on a host of its own: two of them have the same root; while one is started again
+# the trainer says nothing to the other
 RECEIVER = """
 import sys
 from pathlib import Path
 from everstep.trainer_bridge.weights.receiver import WeightReceiver
 
-receiver = WeightReceiver(Path("versions"), run="run", endpoint=sys.argv[1], patience_s=1.0)
+receiver = WeightReceiver(Path("versions"), run="run", endpoint=sys.argv[1], patience_s=6.0)
 receiver.start()
 receiver.run()
 """
