@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from everstep import doctor
 from everstep.engine.errors import ConfigError
+from everstep.trainer_bridge.run import folders
 from everstep.trainer_bridge.run.folders import hold, remove_versions, runs_there, sizes_of
 from everstep.trainer_bridge.weights.folder import default_root
 
@@ -18,14 +20,23 @@ def fill(root: Path, *names: str) -> None:
 
 def test_what_an_engine_needs_stays(tmp_path: Path) -> None:
     root = tmp_path / "run"
-    fill(root, "v3", "v4", ".partial-v5")
-    assert sizes_of(root) == {".partial-v5": 102, "v3": 102, "v4": 102}
+    fill(root, "v3", "v4", ".partial-v5", ".spare-v2")
+    left = {".partial-v5": 102, ".spare-v2": 102}
+    assert sizes_of(root) == {"v3": 102, "v4": 102} | left
     remove_versions(root, [str(root / "v4")])
     assert sizes_of(root) == {"v4": 102}
     remove_versions(root, [])
     assert not root.exists()
     remove_versions(root, [])
     assert sizes_of(root) == {}
+
+
+def test_doctor_lists_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path, "v3", "v4", ".spare-v2", ".partial-v5")
+    monkeypatch.setattr(folders, "runs_there", lambda: [tmp_path])
+    [(what, said)] = doctor._left_runs()
+    assert what == "run's weights"
+    assert said.startswith(f"{tmp_path}: 2 versions, 2 left over, 0.0 MB, written ")
 
 
 def test_nothing_but_versions_is_taken_away(tmp_path: Path) -> None:

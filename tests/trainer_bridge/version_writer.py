@@ -1,10 +1,15 @@
-"""Versions of one tensor, made without torch; as a program, a trainer that publishes until it is killed.
+"""Versions of one tensor, made without torch; as a program, a trainer of two ranks that publishes until
+its first one is killed.
 
 python -m tests.trainer_bridge.version_writer ROOT FIRST KEEP SIZE
 """
 
+import contextlib
 import hashlib
+import itertools
 import json
+import os
+import socket
 import struct
 import sys
 import time
@@ -19,10 +24,12 @@ from everstep.engine.checkpoint.manifest import (
     read_manifest,
     tensor_hash,
 )
+from everstep.engine.errors import CheckpointError
 from everstep.trainer_bridge.weights.folder import Span, VersionFolder, stored_tensors
 from everstep.trainer_bridge.weights.pages import FILE, Pages
 
 STEP = 5000  # bytes that are written at once: no multiple of a page
+PAUSE_S = 0.0002  # between two of them: a kill finds both ranks in the middle
 
 
 def head_of(size: int) -> bytes:
@@ -43,13 +50,16 @@ def begin(pages: Pages, version: int, size: int) -> VersionFolder:
     return folder
 
 
-def fill(folders: Sequence[VersionFolder], seed: int, size: int, *, pause_s: float = 0.0) -> None:
-    """The ranks take turns."""
+def fill(
+    ranks: Sequence[VersionFolder | None], seed: int, size: int, *, pause_s: float = 0.0
+) -> None:
+    """The ranks take turns; what is another process's is None."""
     start, values = len(head_of(size)), memoryview(values_of(seed, size))
     for number, offset in enumerate(range(0, size, STEP)):
         part = values[offset : offset + STEP]
-        folders[number % len(folders)].write([Span(start + offset, len(part))], part)
-        time.sleep(pause_s)
+        if (folder := ranks[number % len(ranks)]) is not None:
+            folder.write([Span(start + offset, len(part))], part)
+            time.sleep(pause_s)
 
 
 def finish(folder: VersionFolder, version: int, size: int, keep: int) -> Path:
@@ -85,14 +95,32 @@ def check_bytes(manifest: Manifest, data: bytes) -> None:
 
 def main() -> None:
     root, (first, keep, size) = Path(sys.argv[1]), map(int, sys.argv[2:])
-    pages, version = Pages(root), first
-    while True:
+    here, there = socket.socketpair()
+    if os.fork() == 0:
+        here.close()
+        second_rank(root, there, size)
+        os._exit(0)
+    there.close()
+    pages = Pages(root)
+    for version in itertools.count(first):
         folder = begin(pages, version, size)
-        fill([folder], version, size, pause_s=0.0002)
-        finish(folder, version, size, keep)
+        here.send(struct.pack("<q", version))
+        fill([folder, None], version, size, pause_s=PAUSE_S)
+        assert here.recv(1)
+        assert finish(folder, version, size, keep)
         sys.stdout.write(f"{version}\n")
         sys.stdout.flush()
-        version += 1
+
+
+def second_rank(root: Path, first: socket.socket, size: int) -> None:
+    """Ends when the first one is gone, after what it has to write."""
+    pages = Pages(root)
+    while order := first.recv(8):
+        [version] = struct.unpack("<q", order)
+        # the folder may be gone with the first rank
+        with contextlib.suppress(CheckpointError, BrokenPipeError):
+            fill([None, VersionFolder(pages, version)], version, size, pause_s=PAUSE_S)
+            first.send(b"\0")
 
 
 if __name__ == "__main__":
