@@ -2,6 +2,7 @@
 `everstep rollout --weights-bind`."""
 
 import contextlib
+import ctypes
 import os
 import queue
 import signal
@@ -26,6 +27,10 @@ READY_S = 600.0
 _ERROR = "error: "
 _GRACE_S = 5.0
 _PAUSE_S = 0.5
+# of glibc's mallopt
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+# what is freed stays with the process, so much of it, and blocks up to so many bytes
+_KEPT_BYTES, _LARGEST_KEPT = 256 << 20, 32 << 20
 
 
 class Job(msgspec.Struct, frozen=True):
@@ -179,6 +184,7 @@ def _receive(job: Job, watch: Callable[[Callable[[], None]], None], *, says_arri
     from .trainer_bridge.curve import read_keys
     from .trainer_bridge.weights.receiver import WeightReceiver
 
+    _keep_memory()
     receiver = WeightReceiver(
         Path(job.root),
         run=job.run,
@@ -196,6 +202,14 @@ def _receive(job: Job, watch: Callable[[Callable[[], None]], None], *, says_arri
         receiver.run()
     finally:
         receiver.close()
+
+
+def _keep_memory() -> None:
+    """A page that the system has to find anew for every message costs more than to receive it."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT)
 
 
 def _tell(version: int, path: Path, num_bytes: int, seconds: float) -> None:

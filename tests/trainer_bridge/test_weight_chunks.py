@@ -4,12 +4,13 @@ from collections.abc import Iterator
 from functools import partial
 from unittest.mock import patch
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from everstep.trainer_bridge.weights import chunks as weight_chunks
-from everstep.trainer_bridge.weights.chunks import chunks
+from everstep.trainer_bridge.weights.chunks import Memory, chunks
 from everstep.trainer_bridge.weights.layout import Piece, Place
 
 CHUNK, SPANS = 64, 5
@@ -33,13 +34,14 @@ def drawn_pieces(draw: st.DrawFn) -> list[Piece]:
     return pieces
 
 
-@given(drawn_pieces())
-def test_every_byte_is_in_one_chunk_at_its_place(pieces: list[Piece]) -> None:
+@given(drawn_pieces(), st.booleans())
+def test_every_byte_is_in_one_chunk_at_its_place(pieces: list[Piece], converts: bool) -> None:
+    given = [as_trained(piece) if converts else piece for piece in pieces]
     with (
         patch.object(weight_chunks, "CHUNK_BYTES", CHUNK),
         patch.object(weight_chunks, "MAX_SPANS", SPANS),
     ):
-        found = list(chunks(iter(pieces)))
+        found = list(chunks(iter(given), Memory(1 << 20)))
     assert [chunk.number for chunk in found] == list(range(len(found)))
     written: dict[int, int] = {}
     for chunk in found:
@@ -51,6 +53,11 @@ def test_every_byte_is_in_one_chunk_at_its_place(pieces: list[Piece]) -> None:
             assert place not in written
             written[place] = value
     assert written == dict(bytes_of(pieces))
+
+
+def as_trained(piece: Piece) -> Piece:
+    """Its values in another type than the stored one, which holds them all."""
+    return piece._replace(make=lambda: piece.make().to(torch.float32))
 
 
 def bytes_of(pieces: list[Piece]) -> Iterator[tuple[int, int]]:
@@ -65,7 +72,9 @@ def bytes_of(pieces: list[Piece]) -> Iterator[tuple[int, int]]:
 @given(drawn_pieces())
 def test_a_piece_puts_its_bytes_where_it_belongs(pieces: list[Piece]) -> None:
     written = dict(bytes_of(pieces))
-    size = 2 + max(written, default=0)
+    # places of nothing too are inside
+    offsets = [place.offset for piece in pieces for place in piece.places]
+    size = 2 + max([*written, *offsets], default=0)
     file = torch.full((size,), 255, dtype=torch.uint8)
     for piece in pieces:
         piece.put(file)
@@ -78,5 +87,27 @@ def test_small_pieces_share_a_chunk() -> None:
         Piece(partial(torch.clone, data), torch.uint8, (Place(8 * n, 0, 8),))
         for n, data in enumerate(values)
     ]
-    [chunk] = chunks(pieces)
+    [chunk] = chunks(pieces, Memory(1 << 20))
     assert chunk.spans == ((0, 80),)
+
+
+@pytest.mark.parametrize(
+    ("window", "size"), [(16 << 20, 4 << 20), (4 << 20, 1 << 20), (1, 1 << 19)]
+)
+def test_several_chunks_fit_the_window(window: int, size: int) -> None:
+    values = torch.arange(9 << 20, dtype=torch.int64).to(torch.uint8)
+    piece = Piece(lambda: values, torch.uint8, (Place(0, 0, len(values)),))
+    assert len(next(chunks([piece], Memory(window))).data) == size
+
+
+def test_memory_is_used_again_when_nobody_holds_it() -> None:
+    memory = Memory(1 << 20)
+    first, second = memory.take(), memory.take()
+    places = [first.ctypes.data, second.ctypes.data]
+    held = first.data[:10]
+    del first, second
+    third, fourth = memory.take(), memory.take()
+    assert third.ctypes.data == places[1]
+    assert fourth.ctypes.data not in places
+    del held
+    assert memory.take().ctypes.data == places[0]

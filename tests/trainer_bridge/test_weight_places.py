@@ -8,7 +8,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from everstep.trainer_bridge.weights.chunks import spans_of
 from everstep.trainer_bridge.weights.layout import _Part, _place
 from everstep.trainer_bridge.weights.reshard import Block, runs_of
 
@@ -42,7 +41,7 @@ def test_a_block_comes_to_its_rows_and_columns(
     for piece in pieces:
         piece.put(put)
         data, start = piece.data().view(torch.uint8), 0
-        for offset, length in spans_of(piece):
+        for offset, length in piece.spans():
             sent[offset : offset + length] = data[start : start + length]
             start += length
     for file in (put, sent):

@@ -1,5 +1,7 @@
-"""The checksum of a piece of the weights on its way from a rank to a receiver."""
+"""The checksum of a piece of the weights on its way from a rank to a receiver: CRC-32 over where the
+bytes belong (uint64, little-endian), and then over the bytes."""
 
+import mmap
 from collections.abc import Sequence
 
 import numpy as np
@@ -7,10 +9,19 @@ import numpy as np
 from ...kernels.checksum import crc32
 
 
-def piece_crc(spans: Sequence[int], data: memoryview) -> int:
-    """CRC-32 over where the bytes belong (uint64, little-endian), and then over the bytes."""
-    head = np.array(spans, dtype="<u8").view(np.uint8)
-    return crc32(np.frombuffer(data, np.uint8), crc32(head))
+def piece_crc(spans: Sequence[int], data: memoryview, to: mmap.mmap | None = None) -> int:
+    """spans  offset, size, offset, size, …
+    to        a file: its bytes become those of the piece, in the same pass
+    """
+    crc = crc32(np.array(spans, dtype="<u8").view(np.uint8))
+    source = np.frombuffer(data, np.uint8)
+    if to is None:
+        return crc32(source, crc)
+    target, start = np.frombuffer(to, np.uint8), 0
+    for offset, size in zip(spans[::2], spans[1::2], strict=True):
+        crc = crc32(source[start : start + size], crc, target[offset : offset + size])
+        start += size
+    return crc
 
 
 def prepare() -> None:

@@ -1,18 +1,29 @@
-"""What a rank writes of a version, in chunks that fit a processor's cache: converted, summed, copied
-and sent while they are hot."""
+"""What a rank sends of a version at once: values converted straight into memory that is used again.
 
+A message costs several wakeups on both sides, so a chunk is larger than what is converted at once; a
+page that the system has to find costs more than to fill it, so a chunk's memory is that of one that
+has arrived.
+"""
+
+import weakref
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from .folder import Span
-from .layout import Piece
+from .layout import Piece, Place
 
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 4 << 20
 # a column-wise shard has a span per row; what is said of them must stay small beside the bytes
 MAX_SPANS = 4096
+# chunks that are on their way at least, where many ranks share the memory of a receiver
+_LEAST_ON_WAY = 4
+_LEAST_BYTES = 1 << 19
 
 
 class Chunk(NamedTuple):
@@ -23,58 +34,77 @@ class Chunk(NamedTuple):
     data: memoryview
 
 
-def chunks(pieces: Iterable[Piece]) -> Iterator[Chunk]:
-    """The pieces' bytes: large pieces as they are, small ones put together, at most CHUNK_BYTES."""
-    number = 0
-    filling = _Filling()
+class Memory:
+    """Buffers for chunks of which `window` bytes may be on their way. One is given again when nobody
+    holds it any more, ZeroMQ included."""
+
+    def __init__(self, window: int) -> None:
+        self.window = window
+        self._size = min(CHUNK_BYTES, max(_LEAST_BYTES, window // _LEAST_ON_WAY))
+        self._free: list[npt.NDArray[np.uint8]] = []
+
+    def take(self) -> npt.NDArray[np.uint8]:
+        whole = self._free.pop() if self._free else np.empty(self._size, np.uint8)
+        found = whole[:]
+        # called by the thread that lets go of it last
+        weakref.finalize(found, self._free.append, whole).atexit = False
+        return found
+
+
+def chunks(pieces: Iterable[Piece], memory: Memory) -> Iterator[Chunk]:
+    """The pieces' bytes, put together and cut so that they fit."""
+    number, filling = 0, _Filling(memory.take())
     for piece in pieces:
-        for span, part in _spans(piece):
-            if span.size >= CHUNK_BYTES // 2:
-                yield Chunk(number, (span,), part.numpy().data)
-                number += 1
-                continue
-            if not filling.has_room(span):
-                yield filling.chunk(number)
-                number, filling = number + 1, _Filling()
-            filling.take(span, part)
+        values, places = piece.values(), deque(piece.places)
+        while True:
+            filling.take(values, piece.dtype, places)
+            if not places:
+                break
+            yield filling.chunk(number)
+            number, filling = number + 1, _Filling(memory.take())
     if filling.size:
         yield filling.chunk(number)
 
 
-def spans_of(piece: Piece) -> list[Span]:
-    """Where its bytes belong, one after the other."""
-    return [Span(offset, size * piece.dtype.itemsize) for offset, _, size in piece.places]
-
-
-def _spans(piece: Piece) -> Iterator[tuple[Span, Tensor]]:
-    """Its bytes, at most CHUNK_BYTES at once."""
-    data = piece.data().view(torch.uint8)
-    begin = 0
-    for offset, size in spans_of(piece):
-        for start in range(0, size, CHUNK_BYTES):
-            part = data[begin + start : begin + min(size, start + CHUNK_BYTES)]
-            yield Span(offset + start, part.numel()), part
-        begin += size
-
-
 class _Filling:
-    """A chunk of small pieces."""
+    """A chunk that is being filled."""
 
-    def __init__(self) -> None:
+    def __init__(self, buffer: npt.NDArray[np.uint8]) -> None:
         self.size = 0
-        self._buffer = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
+        self._buffer = buffer
         self._spans: list[Span] = []
 
-    def has_room(self, span: Span) -> bool:
-        return self.size + span.size <= CHUNK_BYTES and len(self._spans) < MAX_SPANS
+    def take(self, values: Tensor, dtype: torch.dtype, places: deque[Place]) -> None:
+        """Consecutive values, as many as there is room for; the places of the others are left."""
+        if self.size % dtype.itemsize:
+            return
+        begin, taken = self.size, 0
+        first = places[0].start if places else 0
+        while places:
+            offset, start, size = places.popleft()
+            count = min(size, self._room(offset) // dtype.itemsize)
+            if count:
+                self._note(Span(offset, count * dtype.itemsize))
+                taken += count
+            if count < size:
+                places.appendleft(
+                    Place(offset + count * dtype.itemsize, start + count, size - count)
+                )
+                break
+        target = torch.from_numpy(self._buffer[begin : self.size])
+        target.view(dtype).copy_(values[first : first + taken])
 
-    def take(self, span: Span, data: Tensor) -> None:
-        self._buffer[self.size : self.size + span.size].copy_(data)
+    def chunk(self, number: int) -> Chunk:
+        return Chunk(number, tuple(self._spans), self._buffer.data[: self.size])
+
+    def _room(self, offset: int) -> int:
+        """Bytes that can be taken from this place of the file on."""
+        is_next = bool(self._spans) and self._spans[-1].end == offset
+        return self._buffer.size - self.size if is_next or len(self._spans) < MAX_SPANS else 0
+
+    def _note(self, span: Span) -> None:
         self.size += span.size
         if self._spans and self._spans[-1].end == span.offset:
             last = self._spans.pop()
             span = Span(last.offset, last.size + span.size)
         self._spans.append(span)
-
-    def chunk(self, number: int) -> Chunk:
-        return Chunk(number, tuple(self._spans), self._buffer.numpy().data[: self.size])

@@ -24,6 +24,7 @@ from ...kernels.quant import block_amax, block_codes, block_scale, dequantize_bl
 from ..trainer.sharding import World
 from ..trainer.trainable import TrainableRing
 from .block_scales import CutBlocks, corners_of, part_of
+from .folder import Span
 from .reshard import Block, Run, explain, plan, rows_of
 
 PIECE_BYTES = 1 << 20
@@ -49,9 +50,18 @@ class Piece(NamedTuple):
     dtype: torch.dtype
     places: tuple[Place, ...]
 
+    def values(self) -> Tensor:
+        """Flat, on the CPU; not yet in the stored type where to copy them is to convert them."""
+        values = self.make()
+        return values if values.is_cpu else values.to(self.dtype).cpu()
+
     def data(self) -> Tensor:
-        """Flat, in the stored type, on the CPU."""
-        return self.make().to(self.dtype).cpu()
+        """The same in the stored type."""
+        return self.values().to(self.dtype)
+
+    def spans(self) -> list[Span]:
+        """Where its bytes belong, one after the other."""
+        return [Span(offset, size * self.dtype.itemsize) for offset, _, size in self.places]
 
     def put(self, file: Tensor) -> None:
         """Into the file, its bytes (uint8): converted where they belong, without a copy between."""

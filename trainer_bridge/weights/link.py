@@ -107,7 +107,9 @@ class WeightLink:
         self._asking: Offer | Publish | None = None
         """What is said again after the connection was cut, until it is answered."""
         self._on_way: deque[_Sent] = deque()
-        self._on_way_bytes = self._window = 0
+        self._on_way_bytes = 0
+        self.window = 0
+        """Bytes that may be on their way."""
         self._answers: dict[type, Answer] = {}
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
@@ -149,7 +151,7 @@ class WeightLink:
         self._until(lambda: self._is_known, "to be known")
         assert self._welcome is not None
         self._receiver = self._welcome.receiver
-        self._window = min(MAX_WINDOW_BYTES, self._welcome.window)
+        self.window = min(MAX_WINDOW_BYTES, self._welcome.window)
 
     def offer(self, offer: Offer) -> None:
         """Return when pieces may come."""
@@ -170,7 +172,7 @@ class WeightLink:
     def send(self, chunk: Chunk) -> None:
         """Put it on its way, as soon as there is room."""
         assert self._version is not None
-        room = max(0, self._window - len(chunk.data))
+        room = max(0, self.window - len(chunk.data))
         self._until(lambda: self._on_way_bytes <= room, f"to take piece {chunk.number}")
         spans = [number for span in chunk.spans for number in span]
         piece = Piece(*self._version, chunk.number, spans, piece_crc(spans, chunk.data))

@@ -17,7 +17,7 @@ from ...engine.errors import BridgeError
 from ..curve import Keys
 from ..trainer.sharding import World
 from ..trajectories.dealing import deal
-from .chunks import chunks, spans_of
+from .chunks import Memory, chunks
 from .folder import VersionFolder, stored_tensors
 from .layout import Piece
 from .link import WeightLink
@@ -84,7 +84,7 @@ class Here:
                     piece.put(file)
                 else:
                     data = piece.data().view(torch.uint8).numpy().data
-                    folder.write(spans_of(piece), data)
+                    folder.write(piece.spans(), data)
 
         with _one_thread_each(), ThreadPoolExecutor(self._threads, "write") as pool:
             for done in [pool.submit(work) for _ in range(self._threads)]:
@@ -149,11 +149,15 @@ class Elsewhere:
             for endpoint in endpoints
         ]
         self._version = (0, 0)
+        self._memory: Memory | None = None
 
     def open(self, version: int, attempt: int, /) -> None:
         self._version = (version, attempt)
         for link in self._links:
             link.begin(version, attempt)
+        window = min(link.window for link in self._links)
+        if self._memory is None or self._memory.window != window:
+            self._memory = Memory(window)
 
     def begin(self, head: bytes, num_bytes: int, files: Mapping[str, bytes]) -> None:
         version, attempt = self._version
@@ -169,8 +173,9 @@ class Elsewhere:
             link.offer(offer)
 
     def write(self, pieces: Iterable[Piece]) -> None:
+        assert self._memory is not None
         number = -1
-        for chunk in chunks(pieces):
+        for chunk in chunks(pieces, self._memory):
             number = chunk.number
             for link in self._links:
                 link.send(chunk)
