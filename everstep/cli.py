@@ -16,9 +16,9 @@ from . import __version__, bench_cli, journal_cli, proof_cli, rollout_cli
 from .engine.config import PATIENCE
 from .engine.errors import ConfigError, EverstepError
 from .engine.rollout import SamplingParams
-from .engine.settings import nearest
 from .environment import log_format
-from .flags import Settings, with_settings
+from .flags import CHECKS, FOLDERS, LEARNING, MODELS, Settings, with_settings
+from .mistakes import explain
 
 app = typer.Typer(
     name="everstep",
@@ -29,10 +29,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-app.add_typer(bench_cli.app)
+app.add_typer(bench_cli.app, rich_help_panel=MODELS)
 app.add_typer(proof_cli.app)
 app.add_typer(journal_cli.app)
-app.add_typer(rollout_cli.app)
+app.add_typer(rollout_cli.app, rich_help_panel=LEARNING)
 
 _ENGINE = ("engine",)
 _SERVER = ("engine", "http", "openai", "journal", "restart", "skip_tokenizer_init")
@@ -71,7 +71,7 @@ def run(arguments: Sequence[str]) -> int:
         if message is None:
             raise
         words = " ".join(message().split())
-        return _fail(_explain(error, words)) if words else 2
+        return _fail(explain(error, words)) if words else 2
     return code if isinstance(code, int) else 0
 
 
@@ -79,15 +79,6 @@ def _fail(message: str) -> int:
     with contextlib.suppress(BrokenPipeError):
         sys.stderr.write(f"error: {message}\n")
     return 2
-
-
-def _explain(error: Exception, message: str) -> str:
-    """The parser's message; for a misspelt flag, the nearest of those that exist."""
-    flag, known = getattr(error, "option_name", None), getattr(error, "possibilities", None)
-    if flag is None or known is None:
-        return message
-    near = nearest(flag, known) if known else None
-    return f"no such flag: {flag}" + (f"; did you mean {near}?" if near else " (--help lists them)")
 
 
 def _say_version(is_asked: bool) -> None:
@@ -113,7 +104,7 @@ def _root(
     """
 
 
-@app.command()
+@app.command(rich_help_panel=MODELS)
 @with_settings(_ENGINE, sampling=CHAT_SAMPLING)
 def chat(
     settings: Settings,
@@ -155,7 +146,7 @@ def chat(
             conversations.in_a_pipe(conversation, iter(sys.stdin), sys.stdout)
 
 
-@app.command()
+@app.command(rich_help_panel=MODELS)
 @with_settings(
     ("engine", "openai.served_model_name", "journal.path", "skip_tokenizer_init"),
     positional_model=False,
@@ -209,7 +200,7 @@ def batch(
     raise typer.Exit(1 if num_errors else 0)
 
 
-@app.command()
+@app.command(rich_help_panel=MODELS)
 @with_settings(_SERVER)
 def serve(
     settings: Settings,
@@ -267,7 +258,7 @@ def _banner(serving: Any) -> list[str]:
     ]
 
 
-@app.command()
+@app.command(rich_help_panel=LEARNING)
 def train(
     config: Annotated[
         Path | None, typer.Argument(metavar="[CONFIG]", help="TOML.", show_default=False)
@@ -318,7 +309,7 @@ def train(
         raise ConfigError("CONFIG is missing: name a TOML file, or give --demo")
 
 
-@app.command()
+@app.command(rich_help_panel=CHECKS)
 @with_settings(_SERVER)
 def doctor(
     settings: Settings,
@@ -345,7 +336,7 @@ def doctor(
     reports.report(settings)
 
 
-@app.command()
+@app.command(rich_help_panel=FOLDERS)
 def verify(
     checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="A folder, hub id, `default`.")],
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32: what the engine runs in.")] = (
@@ -366,7 +357,7 @@ def verify(
     raise typer.Exit(0 if is_right else 1)
 
 
-@app.command()
+@app.command(rich_help_panel=FOLDERS)
 def convert(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New or empty folder.")],
     dense: Annotated[
@@ -385,7 +376,7 @@ def convert(
     typer.echo(folder)
 
 
-@app.command()
+@app.command(rich_help_panel=FOLDERS)
 def quantize(
     checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="A folder, hub id, `default`.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New or empty folder.")],
@@ -407,7 +398,7 @@ def quantize(
     typer.echo(run_quantize(checkpoint, out, format=format, dtype=dtype))
 
 
-@app.command()
+@app.command(rich_help_panel=LEARNING)
 def keys(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="New or empty folder.")],
 ) -> None:
@@ -424,7 +415,7 @@ def keys(
         typer.echo(path)
 
 
-@app.command("receive-weights")
+@app.command("receive-weights", rich_help_panel=LEARNING)
 def receive_weights(
     bind: Annotated[
         str,
@@ -467,7 +458,7 @@ def receive_weights(
     receive(Job.of(bind, run_name, root, keys, flag="--bind"))
 
 
-@app.command("make-checkpoint")
+@app.command("make-checkpoint", rich_help_panel=FOLDERS)
 def make_checkpoint(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New or empty folder.")],
     shape: Annotated[str, typer.Option(help="tiny, mini, flash or 1T.")] = "tiny",

@@ -19,6 +19,9 @@ from .engine.settings import Assignment, Resolved, Setting, load, settings_of
 from .environment import wants_batch_invariance
 from .server.config import ServeConfig
 
+# how `everstep --help` sorts the commands
+MODELS, LEARNING, CHECKS, FOLDERS = "Use a model", "Train a model", "Check and mend", "Checkpoints"
+
 _SECTIONS = {
     "engine.model": "Model",
     "engine.kv": "KV cache",

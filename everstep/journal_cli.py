@@ -6,9 +6,11 @@ from typing import Annotated
 
 import typer
 
+from .flags import CHECKS
+
 app = typer.Typer()
 _commands = typer.Typer(help="Look after a journal while no server uses it.", no_args_is_help=True)
-app.add_typer(_commands, name="journal")
+app.add_typer(_commands, name="journal", rich_help_panel=CHECKS)
 
 _Path = Annotated[Path, typer.Argument(metavar="PATH", help="The journal.", show_default=False)]
 

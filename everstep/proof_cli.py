@@ -6,13 +6,13 @@ from typing import Annotated
 import typer
 
 from .engine.errors import ConfigError
-from .flags import Settings, with_settings
+from .flags import CHECKS, Settings, with_settings
 
 # without a name: its commands stand beside the others
 app = typer.Typer()
 
 
-@app.command()
+@app.command(rich_help_panel=CHECKS)
 @with_settings(("engine",), positional_model=False)
 def replay(
     settings: Settings,
@@ -50,7 +50,7 @@ def replay(
     raise typer.Exit(run_replay(settings, source, journal, to, weights or []))
 
 
-@app.command()
+@app.command(rich_help_panel=CHECKS)
 @with_settings(("engine",), positional_model=False)
 def capsule(
     settings: Settings,
@@ -82,7 +82,7 @@ def capsule(
     )
 
 
-@app.command()
+@app.command(rich_help_panel=CHECKS)
 def chaos(
     command: Annotated[
         list[str] | None,

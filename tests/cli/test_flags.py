@@ -184,3 +184,21 @@ def test_help_shows_what_matters(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"everstep {command}" in text
         assert "--tensor-parallel-size" not in text
     assert len(app.registered_commands) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("bench offline --num-prompts 0", "--num-prompts must be at least 1, got '0'"),
+        ("bench offline --num-prompts x", "--num-prompts must be a whole number, got 'x'"),
+        ("bench serve --request-rate x", "--request-rate must be a number, got 'x'"),
+        ("rollout --mode x", "--mode must be generated or completed, got 'x'"),
+        ("rollout --kv x", "--kv must be keep, recompute or recompute-prompt, got 'x'"),
+        ("journal export run.db --format x", "--format must be jsonl or trajectory, got 'x'"),
+    ],
+)
+def test_a_value_that_the_parser_refuses_is_told_as_every_other(
+    line: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(line.split()) == 2
+    assert capsys.readouterr().err == f"error: {said}\n"
