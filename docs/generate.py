@@ -506,9 +506,15 @@ _REPORT = {
     "samples": "responses in the batch, those of no tokens too",
     "tokens": "of their responses that count",
     "rows": "tokens that went through the layers, forward and backward",
+    "groups": "in the batch",
     "trained_groups": "groups that taught something; the others stand in denominators alone",
     "reward": "mean over responses that have one; null: none has",
-    "seconds": "that the iteration took",
+    "reward_std": "of the same rewards",
+    "length_max": "tokens of the longest response",
+    "seconds": "that scoring and updates took on the first rank",
+    "spent": "seconds by part: `wait` for groups, `score` of old and reference logprobs, `train`, "
+    "`publish` for engines, `save` of the checkpoint before, if there was one",
+    "time_s": "Unix time at its end",
     "metrics": "see below",
 }
 _LOSS_METRICS: tuple[tuple[tuple[str, ...], str], ...] = (

@@ -13,6 +13,7 @@ The output folder holds everything of a run, and the same command goes on from i
 import contextlib
 import math
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from .losses.alarms import Alarms
 from .trainer.checkpointing import Checkpoints, TrainerState
 from .trainer.config import TrainConfig, read_config
 from .trainer.export import export
+from .trainer.kept_settings import compared, written
 from .trainer.sharding import World, join_world
 from .trainer.sources import BridgeSource, FileSource, Say, Source, stored_as, where
 from .trainer.trainer import Report, Trainer, sharded
@@ -89,6 +91,12 @@ class Run:
         source = self._open(checkpoint)
         try:
             self._train(source)
+        except KeyboardInterrupt:
+            self.say(
+                f"interrupted after {self.trainer.version} iterations; the same command goes on "
+                f"after {self._saved}"
+            )
+            raise
         finally:
             source.close()
 
@@ -105,17 +113,22 @@ class Run:
 
     def _train(self, source: Source) -> None:
         trainer, every = self.trainer, self.config.checkpoint.every
+        saving: dict[str, float] = {}
         while self.config.max_steps is None or trainer.version < self.config.max_steps:
-            groups = source.share(trainer.version)
+            spent, saving = saving, {}
+            with _timed(spent, "wait"):
+                groups = source.share(trainer.version)
             if groups is None:
                 self._note_end(source)
                 break
             with self._within_memory():
                 report = trainer.step(groups)
-            source.trained(report, groups)
-            self._tell(report)
+            with _timed(spent, "publish"):
+                source.trained(report, groups)
+            self._tell(msgspec.structs.replace(report, spent=report.spent | spent))
             if every and not trainer.version % every:
-                self._save(source)
+                with _timed(saving, "save"):
+                    self._save(source)
         if every and trainer.version > self._saved:
             self._save(source)
         self._export()
@@ -160,6 +173,8 @@ class Run:
             self.alarms = Alarms(self.config.alarms, state.alarms)
             self._saved = state.version
             self.say(f"goes on from {found[-1]}: {state.version} iterations were trained")
+            if changed := compared(state.settings, self.config, found[-1]):
+                self.say(changed)
         if self.world.is_first:
             self.output.mkdir(parents=True, exist_ok=True)
             _cut(self.output / "metrics.jsonl", self.trainer.version)
@@ -167,7 +182,7 @@ class Run:
 
     def _save(self, source: Source) -> None:
         state: TrainerState = msgspec.structs.replace(
-            self.trainer.state(), alarms=self.alarms.state
+            self.trainer.state(), alarms=self.alarms.state, settings=written(self.config)
         )
         saved = self.checkpoints.save(self.trainer.checkpoint_tensors(), state, self.world)
         self._saved = state.version
@@ -202,6 +217,14 @@ def _line(report: Report) -> str:
     if "log_ratio_abs_mean" in report.metrics:
         words.append(f"|Δlp| {report.metrics['log_ratio_abs_mean']:.2e}")
     return "  ".join(words)
+
+
+@contextlib.contextmanager
+def _timed(spent: dict[str, float], part: str) -> Iterator[None]:
+    """Writes down what the block took, in seconds."""
+    begun = time.perf_counter()
+    yield
+    spent[part] = time.perf_counter() - begun
 
 
 def _cut(path: Path, version: int) -> None:
@@ -252,6 +275,8 @@ def main(arguments: Sequence[str]) -> int:
     run = train if names == list(arguments) else explain
     try:
         run(read_config(Path(names[0])), _write)
+    except KeyboardInterrupt:
+        return 130
     except EverstepError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

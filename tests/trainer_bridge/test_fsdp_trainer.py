@@ -1,6 +1,7 @@
 """A training run as processes: ranks agree, a killed run is the unkilled one to the bit, and what
 comes out is a checkpoint that the engine runs and its reference confirms."""
 
+import json
 import resource
 import shutil
 import time
@@ -57,6 +58,10 @@ def finished(folder):
     return folder / "whole"
 
 
+def untimed(report):
+    return {name: report[name] for name in report if name not in ("seconds", "spent", "time_s")}
+
+
 def weights(output):
     return load_file(output / "final" / "model.safetensors")
 
@@ -90,8 +95,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(folder, finished):
     train(read_config(config), said.append)
     assert said[0].startswith(f"goes on from {stable[-1]}: ")
     assert_same_weights(weights(output), weights(finished))
-    again = [report | {"seconds": 0} for report in reports(output)]
-    assert again == [report | {"seconds": 0} for report in reports(finished)]
+    assert list(map(untimed, reports(output))) == list(map(untimed, reports(finished)))
 
 
 def test_two_ranks_train_what_one_does(folder, finished):
@@ -113,7 +117,43 @@ def test_two_ranks_train_what_one_does(folder, finished):
     said = []
     train(read_config(write_config(folder, "two", source={"epochs": 3})), said.append)
     assert said[0].endswith("00000006: 6 iterations were trained")
+    assert said[1] == "settings changed: source.epochs was 2 and is 3"
     assert [report["version"] for report in reports(folder / "two")] == list(range(1, 10))
+
+
+def test_a_report_says_what_was_trained_and_where_the_time_went(folder, finished):
+    lines = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
+    rewards = np.array([line["reward"] for line in lines[:12]])
+    first, *_, last = reports(finished)
+    assert (first["groups"], first["samples"], last["groups"]) == (4, 12, 2)
+    assert first["length_max"] == max(len(line["output_ids"]) for line in lines[:12])
+    assert first["reward"] == pytest.approx(rewards.mean())
+    assert first["reward_std"] == pytest.approx(rewards.std())
+    # a checkpoint after every second iteration is on the account of the next
+    parts = [
+        {"wait", "score", "train", "publish"} | ({"save"} if n in (2, 4) else set())
+        for n in range(6)
+    ]
+    assert [set(report["spent"]) for report in reports(finished)] == parts
+    for report in (first, last):
+        assert report["spent"]["score"] + report["spent"]["train"] == pytest.approx(
+            report["seconds"]
+        )
+    assert sorted(reports(finished), key=lambda report: report["time_s"]) == reports(finished)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"objective": "sft"}, 'objective was "rl" in .*00000006, and is "sft": another objective'),
+        ({"batch": {"groups": 5}}, "batch.groups was 4 in .*, and is 5: iterations over files"),
+        ({"source": {"shuffle": 1}}, "source.shuffle was null in .*, and is 1: iterations over"),
+    ],
+)
+def test_what_may_not_change_in_a_run_is_refused(folder, finished, sections, message):
+    shutil.copytree(finished, folder / "changed", dirs_exist_ok=True)
+    with pytest.raises(ConfigError, match=message):
+        train(read_config(write_config(folder, "changed", **sections)), lambda line: None)
 
 
 def test_the_export_is_what_the_engine_runs(finished):

@@ -1,6 +1,7 @@
 """What a trainer is given, settings and lines of trajectories: taken rightly, or refused in a line."""
 
 import json
+import math
 import re
 
 import numpy as np
@@ -28,6 +29,9 @@ def test_the_learning_rate_warms_up_holds_and_falls():
     config = OptimConfig(lr=1.0, warmup_steps=4, decay_after=6, decay_steps=4, final_share=0.2)
     rates = [config.rate(step) for step in range(12)]
     assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 0.8, 0.6, 0.4, 0.2, 0.2, 0.2])
+    halves = OptimConfig(lr=1.0, decay_after=1, decay_steps=4, decay="cosine", final_share=0.2)
+    fall = [0.2 + 0.8 * (1 + math.cos(math.pi * n / 4)) / 2 for n in range(5)]
+    assert [halves.rate(step) for step in range(7)] == pytest.approx([1, *fall[1:], 0.2, 0.2])
 
 
 @pytest.mark.parametrize(
@@ -65,6 +69,7 @@ GOOD = {"prompt_ids": [1, 2], "output_ids": [3, 4], "lp_sampled": [-1, -2], "rew
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"reward": 1e31}, "reward must be finite and at most 1e+30, got 1e+31"),
         ({"reward": "high"}, "Expected `float | null`, got `str`"),
         ({"lp_sampled": [-1]}, "lp_sampled has 1 values for 2 tokens"),
         ({"output_ids": [3, 64]}, "an id is not below vocab_size 64"),
@@ -102,6 +107,26 @@ def test_a_response_without_a_reward_teaches_nothing_and_all_without_one_are_ref
         ConfigError, match=r"reward is missing on every line of .*lines\.jsonl, and"
     ):
         TrajectoryFiles.read(config, ring)
+
+
+def test_a_shuffled_epoch_has_every_group_once_in_an_order_of_its_own(folder):
+    ring = trainable_config(folder / "model")
+
+    def epochs(**source):
+        config = read_config(write_config(folder, "order", source={"epochs": 3} | source))
+        files, found = TrajectoryFiles.read(config, ring), []
+        while groups := files.batch(len(found), 4, config.source):
+            found.append([group.id for group in groups])
+        # ten groups, in batches of four
+        assert [len(ids) for ids in found] == [4, 4, 2] * 3
+        return [[name for ids in found[n : n + 3] for name in ids] for n in (0, 3, 6)]
+
+    plain = epochs()
+    assert plain == [[f"g{n}" for n in range(10)]] * 3
+    shuffled = epochs(shuffle=1)
+    assert shuffled == epochs(shuffle=1) != epochs(shuffle=2)
+    assert [sorted(epoch) for epoch in shuffled] == plain
+    assert len({tuple(epoch) for epoch in shuffled} | {tuple(plain[0])}) == 4
 
 
 def test_a_response_of_no_tokens_is_in_its_group(folder, tmp_path):

@@ -35,6 +35,7 @@ class TrainerState(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     num_updates  that the optimiser has made
     held         weights that are in it too: versions for the old policy `exact`, the reference
     alarms       what was seen and raised
+    settings     of the run: path → value in JSON; empty in a checkpoint that does not say
     """
 
     format: int = FORMAT
@@ -42,6 +43,7 @@ class TrainerState(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     num_updates: int
     held: tuple[str, ...] = ()
     alarms: AlarmState = field(default_factory=AlarmState)
+    settings: dict[str, str] = {}
 
 
 class Checkpoints:

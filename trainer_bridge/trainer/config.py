@@ -1,5 +1,6 @@
 """The trainer's settings: one frozen tree, torch-free, read from TOML."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -60,6 +61,9 @@ class OptimConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         Annotated[int, Meta(ge=0, description="step from which lr falls; none: never")] | None
     ) = None
     decay_steps: Annotated[int, Meta(ge=1, description="steps that the fall takes")] = 1
+    decay: Annotated[
+        Literal["linear", "cosine"], Meta(description="shape of the fall: even, or half a cosine")
+    ] = "linear"
     final_share: Annotated[float, Meta(ge=0, le=1, description="of lr, after the fall")] = 0.0
 
     def rate(self, step: int) -> float:
@@ -68,6 +72,8 @@ class OptimConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         if self.decay_after is None or step < self.decay_after:
             return rate
         fallen = min(1.0, (step + 1 - self.decay_after) / self.decay_steps)
+        if self.decay == "cosine":
+            fallen = (1.0 - math.cos(math.pi * fallen)) / 2.0
         return rate * (1.0 - fallen * (1.0 - self.final_share))
 
 
@@ -92,6 +98,12 @@ class SourceConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         str, Meta(description="a .jsonl or .evst file, or a folder of them; see Lines of a source")
     ] = ""
     epochs: Annotated[int, Meta(ge=1, description="how often files are gone through")] = 1
+    shuffle: (
+        Annotated[
+            int, Meta(description="seed of another order in every epoch; none: that of the files")
+        ]
+        | None
+    ) = None
     rescore: Annotated[
         bool, Meta(description="[reward] scores lines too that have a reward; theirs is dropped")
     ] = False

@@ -10,7 +10,7 @@ import torch
 
 from ...engine.checkpoint.ring_config import RingConfig
 from ...engine.checkpoint.stored_format import StoredFormat
-from ...engine.errors import BridgeError, ConfigError, InvalidTrajectory
+from ...engine.errors import BridgeError, ConfigError, InvalidRequest
 from ...engine.trajectory import unpack
 from ..curve import read_keys
 from ..protocol import Trained, TrajectoryGroup
@@ -70,7 +70,7 @@ class FileSource:
 
     def share(self, iteration: int) -> Sequence[Group] | None:
         size = self._config.batch.groups
-        groups = self._files.batch(iteration, size, self._config.source.epochs)
+        groups = self._files.batch(iteration, size, self._config.source)
         return None if groups is None else groups[self._world.rank :: self._world.size]
 
     def trained(self, report: Report, groups: Sequence[Group]) -> None:
@@ -213,9 +213,9 @@ class BridgeSource:
                         mask=member.mask,
                     )
                 )
-        except InvalidTrajectory as error:
+            return Group.of(group.name, samples, self._trainer.config.advantage_std, empty=empty)
+        except InvalidRequest as error:
             raise BridgeError(f"group {group.name}: {error}") from None
-        return Group.of(group.name, samples, self._trainer.config.advantage_std, empty=empty)
 
 
 def _scored(files: TrajectoryFiles, scorer: FileScorer, name: str) -> str:

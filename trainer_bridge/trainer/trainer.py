@@ -50,6 +50,15 @@ class Report(Struct, frozen=True, kw_only=True):
     grad_norm      of each update, before clipping
     metrics        of `loss_metrics`; empty for objective sft
     rows           tokens that went through the layers, forward and backward
+    groups         in the batch; trained_groups: those that taught something
+    reward_std     of the same rewards
+    length_max     tokens of the longest response
+    seconds        that `Trainer.step` took on the first rank
+    spent          seconds by part, on the first rank: score (old and reference logprobs) and train
+                   (the updates) are those of `step`; whoever drives it adds wait (for the groups),
+                   publish (the version for engines) and save (the checkpoint before this iteration,
+                   if there was one)
+    time_s         Unix time at its end
     """
 
     version: int
@@ -59,9 +68,14 @@ class Report(Struct, frozen=True, kw_only=True):
     samples: int
     tokens: int
     rows: int
+    groups: int
     trained_groups: int
     reward: float | None
+    reward_std: float | None
+    length_max: int
     seconds: float
+    spent: dict[str, float]
+    time_s: float
     metrics: dict[str, float]
 
 
@@ -104,7 +118,7 @@ class Trainer:
         ]
         if self.is_rl:
             self._score_before([item for part in items for item in part])
-        tally = _Tally()
+        tally = _Tally(score_s=time.perf_counter() - began)
         for part, own in zip(parts, items, strict=True):
             self._update(part, own, tally)
         self.version += 1
@@ -322,19 +336,28 @@ class Trainer:
         self, groups: Sequence[Group], tally: "_Tally", rate: float, began: float
     ) -> Report:
         rewards = [r for group in groups for r in group.rewards if r is not None]
-        loss, rows, count, tokens, teaching, rewarded, reward = self.world.sums(
-            tally.loss,
-            tally.rows,
-            sum(group.num_responses for group in groups),
-            sum(group.num_tokens for group in groups),
-            sum(map(self._takes_part, groups)),
-            len(rewards),
-            math.fsum(rewards),
+        lengths = [sample.num_tokens for group in groups for sample in group.samples]
+        loss, rows, count, tokens, num_groups, teaching, rewarded, reward, squares = (
+            self.world.sums(
+                tally.loss,
+                tally.rows,
+                sum(group.num_responses for group in groups),
+                sum(lengths),
+                len(groups),
+                sum(map(self._takes_part, groups)),
+                len(rewards),
+                math.fsum(rewards),
+                math.fsum(reward * reward for reward in rewards),
+            )
         )
+        mean = reward / rewarded if rewarded else None
+        spread = None if mean is None else math.sqrt(max(0.0, squares / rewarded - mean * mean))
+        length_max = self.world.largest(max(lengths, default=0))
         metrics: dict[str, float] = {}
         if self.is_rl:
             tally.metrics.gather(self.world.device)
             metrics = tally.metrics.values(aliases=False)
+        seconds = time.perf_counter() - began
         return Report(
             version=self.version,
             loss=loss / self.config.batch.updates,
@@ -343,9 +366,14 @@ class Trainer:
             samples=int(count),
             tokens=int(tokens),
             rows=int(rows),
+            groups=int(num_groups),
             trained_groups=int(teaching),
-            reward=reward / rewarded if rewarded else None,
-            seconds=time.perf_counter() - began,
+            reward=mean,
+            reward_std=spread,
+            length_max=length_max,
+            seconds=seconds,
+            spent={"score": tally.score_s, "train": seconds - tally.score_s},
+            time_s=time.time(),
             metrics=metrics,
         )
 
@@ -381,6 +409,7 @@ class _Item:
 class _Tally:
     """What this rank counts in an iteration."""
 
+    score_s: float
     loss: float = 0.0
     rows: int = 0
     norms: list[float] = field(default_factory=list)

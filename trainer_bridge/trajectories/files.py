@@ -7,8 +7,10 @@ together. Other fields of a line are not looked at. Torch-free.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import repeat
 from pathlib import Path
+from random import Random
 from typing import Annotated, Any
 
 import msgspec
@@ -19,8 +21,9 @@ from ...engine.checkpoint.ring_config import RingConfig
 from ...engine.errors import ConfigError, EverstepError, InvalidTrajectory
 from ...engine.rollout import TRUNCATED_SUPPORT, Rollout, SamplingParams
 from ...engine.trajectory import Trajectory, unpack, unseal
+from ..losses.advantages import MAX_REWARD
 from ..rewards.rewards import RewardSample, reward_sample
-from ..trainer.config import TrainConfig
+from ..trainer.config import SourceConfig, TrainConfig
 from .samples import Group, Sample, sample_of
 
 _NOT_RECORDED = 1e-3
@@ -117,10 +120,23 @@ class TrajectoryFiles:
         groups = [_group(name, members, config) for name, members in by_group.items()]
         return cls(tuple(groups), len(wanting))
 
-    def batch(self, iteration: int, size: int, epochs: int) -> Sequence[Group] | None:
-        """The groups of an iteration; None behind the last. The last of an epoch may be short."""
+    def batch(self, iteration: int, size: int, source: SourceConfig) -> Sequence[Group] | None:
+        """The groups of an iteration, `size` of them; None behind the last. The last of an epoch
+        may be short."""
         epoch, part = divmod(iteration, -(-len(self.groups) // size))
-        return self.groups[part * size : (part + 1) * size] if epoch < epochs else None
+        if epoch >= source.epochs:
+            return None
+        order = _order(len(self.groups), source.shuffle, epoch)
+        return [self.groups[n] for n in order[part * size : (part + 1) * size]]
+
+
+@lru_cache(maxsize=1)
+def _order(count: int, seed: int | None, epoch: int) -> Sequence[int]:
+    """Of an epoch's groups: the same in every process, and after a kill."""
+    order = list(range(count))
+    if seed is not None:
+        Random(f"{seed}/{epoch}").shuffle(order)
+    return order
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Line | Trajectory, bytes]]:
@@ -158,6 +174,8 @@ def _response(
 ) -> _Response:
     """What a file says of one response. Raises EverstepError for what cannot be trained on."""
     rollout, reward = _rollout(found, config)
+    if reward is not None and not abs(reward) <= MAX_REWARD:
+        raise ConfigError(f"reward must be finite and at most {MAX_REWARD:g}, got {reward:g}")
     has_tokens = bool(rollout.output_ids) or config.objective == "sft"
     sample = sample_of(rollout, ring, replay=config.routing_replay) if has_tokens else None
     words = None
