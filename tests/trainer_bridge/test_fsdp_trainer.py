@@ -2,8 +2,10 @@
 comes out is a checkpoint that the engine runs and its reference confirms."""
 
 import json
+import re
 import resource
 import shutil
+import signal
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -96,6 +98,25 @@ def test_a_killed_run_goes_on_to_the_same_bits(folder, finished):
     assert said[0].startswith(f"goes on from {stable[-1]}: ")
     assert_same_weights(weights(output), weights(finished))
     assert list(map(untimed, reports(output))) == list(map(untimed, reports(finished)))
+
+
+def test_an_interrupted_run_says_where_it_goes_on(folder):
+    # who runs the tests may have made its children deaf to Ctrl-C
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        process = start(write_config(folder, "stopped", source={"epochs": 10_000}))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    first = process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    said, err = process.communicate(timeout=60)
+    assert first.split()[0] == "1"
+    assert process.returncode == 130, err
+    assert re.fullmatch(
+        r"interrupted after \d+ iterations; the same command goes on after \d+",
+        said.splitlines()[-1],
+    )
+    assert "Traceback" not in err
 
 
 def test_two_ranks_train_what_one_does(folder, finished):
