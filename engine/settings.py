@@ -220,7 +220,7 @@ def _unknown(assignment: Assignment, known: Mapping[str, Setting]) -> str:
     path = assignment.path
     # a name that exists, but in another section, says more than one that looks alike
     same = [p for p in known if p.rsplit(".", 1)[-1] == path.rsplit(".", 1)[-1]]
-    near = same[0] if same else nearest(path, list(known))
+    near = (nearest(path, same) or same[0]) if same else nearest(path, list(known))
     hint = f"did you mean {near}?" if near else "`everstep doctor` lists all"
     return f"unknown setting {path} (from {assignment.origin}); {hint}"
 

@@ -134,6 +134,21 @@ def test_two_ranks_train_what_one_does(folder, finished):
     one, other = weights(folder / "two"), weights(finished)
     for name, tensor in one.items():
         assert (tensor - other[name]).abs().max() < 2e-3, name
+    # the first rank's rewards are those of both
+    source = {"epochs": 1, "rescore": True}
+    reward = {"name": "regex", "regex": {"pattern": "[02468]$"}}
+    lines = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
+    for place, line in enumerate(lines):
+        line["text"] = f"n{place}"
+    (folder / "texts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    source["path"] = str(folder / "texts.jsonl")
+    config, port = write_config(folder, "scored", source=source, reward=reward), free_port()
+    ranks = [start(config, rank=rank, size=2, port=port) for rank in range(2)]
+    for rank, process in enumerate(ranks):
+        said, err = process.communicate(timeout=200)
+        assert process.returncode == 0, err
+        assert ("30 responses were scored by [reward] regex" in said) == (rank == 0)
+    assert [report["reward"] for report in reports(folder / "scored")] == [0.5] * 3
     # one rank takes up what two have left
     said = []
     train(read_config(write_config(folder, "two", source={"epochs": 3})), said.append)

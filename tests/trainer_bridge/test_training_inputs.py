@@ -38,6 +38,10 @@ def test_the_learning_rate_warms_up_holds_and_falls():
     ("sections", "message"),
     [
         ({"optim": {"lrr": 1}}, "unknown setting optim.lrr .*; did you mean optim.lr"),
+        (
+            {"rewards": {"name": "exact"}},
+            "unknown setting rewards.name .*; did you mean reward.name",
+        ),
         ({"optim": {"lr": -1}}, "optim.lr must be a number of at least 0, got -1"),
         ({"numerics": {"kernels": "fast"}}, "numerics.kernels must be plain or exact, got 'fast'"),
         ({"loss": {"name": "pop"}}, "loss.name must be none, tis, mis, icepop, kpop or ipo"),
