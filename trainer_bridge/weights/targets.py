@@ -2,12 +2,11 @@
 of them do the same at the same time; what only the first rank does says so."""
 
 import os
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Protocol
 
 import msgspec
 import torch
@@ -23,8 +22,7 @@ from .layout import Piece
 from .link import WeightLink
 from .pages import Pages
 from .protocol import Offer, Publish
-
-Item = TypeVar("Item")
+from .shared import Shared
 
 
 class Target(Protocol):
@@ -76,7 +74,7 @@ class Here:
         folder.open()
         target = folder.target
         file = None if target is None else torch.frombuffer(target, dtype=torch.uint8)
-        shared = _Shared(pieces)
+        shared = Shared(pieces)
 
         def work() -> None:
             for piece in shared:
@@ -217,20 +215,6 @@ class Elsewhere:
     def close(self) -> None:
         for link in self._links:
             link.close()
-
-
-class _Shared(Generic[Item]):
-    """An iterator that several threads take from; after an error there is nothing more."""
-
-    def __init__(self, items: Iterable[Item]) -> None:
-        self._items, self._lock = iter(items), threading.Lock()
-
-    def __iter__(self) -> Iterator[Item]:
-        return self
-
-    def __next__(self) -> Item:
-        with self._lock:
-            return next(self._items)
 
 
 @contextmanager
