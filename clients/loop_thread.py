@@ -44,7 +44,9 @@ class LoopThread:
             self._loop.run_forever()
             tasks = asyncio.all_tasks(self._loop)
             for task in tasks:
-                task.cancel()
+                # a second cancellation would end what the first one has begun to wait for
+                if not task.cancelling():
+                    task.cancel()
             self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
         finally:
             self._executor.shutdown(wait=True)

@@ -23,7 +23,7 @@ import zmq.asyncio
 from . import errors
 from .checkpoint.manifest import Version
 from .config import PATIENCE, EngineConfig
-from .errors import EngineDied, EverstepError
+from .errors import EngineDied, EngineUnavailable, EverstepError
 from .messages import Died, FromCore, Loading, Ready, Shutdown, ToCore, decode_from_core, encode
 
 OnLoading = Callable[[Loading], None]
@@ -180,13 +180,21 @@ class ThreadBackend:
         self._to_core: queue.SimpleQueue[ToCore] = queue.SimpleQueue()
         self._from_core: asyncio.Queue[list[FromCore]] = asyncio.Queue()
         self._thread: threading.Thread | None = None
+        self._is_closing = threading.Event()
 
     async def start(self, weights: Version | None = None, /) -> Ready:
         await self.close()
         loop = asyncio.get_running_loop()
         self._to_core = queue.SimpleQueue()
         self._from_core = asyncio.Queue()
-        found = self._from_core
+        self._is_closing = threading.Event()
+        found, is_closing = self._from_core, self._is_closing
+
+        def say_loading(loading: Loading) -> None:
+            if is_closing.is_set():
+                # loading gigabytes is not waited for
+                raise EngineUnavailable("the engine was closed while it was loading")
+            send([loading])
 
         def send(messages: list[FromCore]) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
@@ -195,7 +203,9 @@ class ThreadBackend:
         if "torch" not in sys.modules:
             os.environ.update(PATIENCE | dict(os.environ))
         self._thread = threading.Thread(
-            target=_run_on_thread, args=(self._config, weights, self._to_core, send), daemon=True
+            target=_run_on_thread,
+            args=(self._config, weights, self._to_core, send, say_loading),
+            daemon=True,
         )
         self._thread.start()
         while True:
@@ -218,6 +228,7 @@ class ThreadBackend:
     async def close(self) -> None:
         thread, self._thread = self._thread, None
         if thread is not None:
+            self._is_closing.set()
             self._to_core.put(Shutdown())
             # not asyncio.to_thread: at the interpreter's end no new thread can be started
             while thread.is_alive():
@@ -229,6 +240,7 @@ def _run_on_thread(
     weights: Version | None,
     to_core: "queue.SimpleQueue[ToCore]",
     send: Callable[[list[FromCore]], None],
+    say_loading: OnLoading,
 ) -> None:
     from .core.core import build
 
@@ -242,7 +254,7 @@ def _run_on_thread(
             return found
 
     try:
-        core, ready = build(config, lambda loading: send([loading]), weights)
+        core, ready = build(config, say_loading, weights)
         send([ready])
         core.loop(receive, send)
         send([Died("the engine was closed")])

@@ -7,7 +7,7 @@ import sys
 if sys.path and sys.path[0] not in ("", None):
     sys.path.append(sys.path.pop(0))
 
-from everstep.cli import main
+from everstep.entry import main
 
 if __name__ == "__main__":
     main()

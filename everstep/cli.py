@@ -13,7 +13,6 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__, bench_cli, journal_cli, proof_cli, rollout_cli
-from .engine.config import PATIENCE
 from .engine.errors import ConfigError, EverstepError
 from .engine.rollout import SamplingParams
 from .environment import log_format
@@ -37,14 +36,6 @@ app.add_typer(rollout_cli.app, rich_help_panel=LEARNING)
 _ENGINE = ("engine",)
 _SERVER = ("engine", "http", "openai", "journal", "restart", "skip_tokenizer_init")
 CHAT_SAMPLING = SamplingParams(temperature=0.7, top_p=0.95)
-
-
-def main() -> None:
-    """The console script."""
-    # here, since the conversion of the default model and `doctor --determinism` load torch before
-    # any backend could say it
-    os.environ.update(PATIENCE | dict(os.environ))
-    sys.exit(run(sys.argv[1:]))
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from everstep import cli
+from everstep import cli, entry
 from everstep.cli import run
 from everstep.engine.messages import Stats
 from everstep.progress import BatchProgress, Stages, duration
@@ -42,10 +42,23 @@ def test_every_command_has_patient_threads_before_torch_is_loaded(
 ) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "")
     monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setattr(sys, "argv", ["everstep", "chat"])
     monkeypatch.setattr(cli, "run", lambda arguments: 0)
     with pytest.raises(SystemExit):
-        cli.main()
+        entry.main()
     assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+
+
+def test_an_interruption_while_the_parser_is_imported_is_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "everstep", "chat"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (130, "")
 
 
 def test_a_checkpoint_is_made_verified_and_not_overwritten(

@@ -1,6 +1,7 @@
 """The core as a process and as a thread: the same messages, the same bits, an end with its front."""
 
 import asyncio
+import itertools
 import os
 import signal
 import subprocess
@@ -12,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from everstep.engine.config import EngineConfig, KVConfig, ModelConfig
+from everstep.engine.core import core
 from everstep.engine.errors import CheckpointError, ConfigError, EngineDied
 from everstep.engine.manager.intake import Submission
 from everstep.engine.manager.manager import RolloutManager
-from everstep.engine.messages import Died
+from everstep.engine.messages import Died, Loading
 from everstep.engine.native import ProcessBackend, ThreadBackend
 from everstep.engine.rollout import SamplingParams
 from everstep.engine.tokenizer import Tokenizer
@@ -107,6 +109,25 @@ def test_a_core_killed_while_loading_is_reported(tiny_checkpoint):
         await backend.close()
         assert isinstance((await backend.receive())[0], Died)
 
+    asyncio.run(body())
+
+
+def test_loading_is_not_waited_for_where_nobody_wants_it_any_more(monkeypatch, tmp_path):
+    def endless(config, on_loading, weights):
+        for done in itertools.count():
+            on_loading(Loading("read", done, 1 << 30))
+            time.sleep(0.001)
+
+    async def body():
+        begun = asyncio.Event()
+        backend = ThreadBackend(config_of(tmp_path), on_loading=lambda _: begun.set())
+        starting = asyncio.create_task(backend.start())
+        await begun.wait()
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        await asyncio.wait_for(backend.close(), 30)
+
+    monkeypatch.setattr(core, "build", endless)
     asyncio.run(body())
 
 
