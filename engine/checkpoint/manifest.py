@@ -198,15 +198,10 @@ def check_digest(manifest: Manifest, name: str, digest: str, folder: Path) -> No
         )
 
 
-def tensor_head(name: str, dtype: str, shape: Iterable[int]) -> bytes:
-    """What a tensor's digest is of before its values: it is sha256 over `name \\0 type \\0 d0,d1,… \\0`
-    in UTF-8 (a scalar has an empty shape), then the row-major little-endian bytes."""
-    return f"{name}\0{dtype}\0{','.join(map(str, shape))}\0".encode()
-
-
 def tensor_hash(name: str, dtype: str, shape: Iterable[int]) -> "hashlib._Hash":
-    """A tensor's digest that has seen its head (`tensor_head`), and no values yet."""
-    return hashlib.sha256(tensor_head(name, dtype, shape))
+    """A tensor's digest that has seen its head, and no values yet: sha256 over `name \\0 type \\0
+    d0,d1,… \\0` in UTF-8 (a scalar has an empty shape), then the row-major little-endian bytes."""
+    return hashlib.sha256(f"{name}\0{dtype}\0{','.join(map(str, shape))}\0".encode())
 
 
 def combine_digests(digests: Mapping[str, str]) -> str:

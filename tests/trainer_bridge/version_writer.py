@@ -20,7 +20,6 @@ import numpy as np
 
 from everstep.engine.checkpoint.manifest import (
     Manifest,
-    TensorRecord,
     combine_digests,
     read_manifest,
     tensor_hash,
@@ -63,16 +62,8 @@ def fill(
             time.sleep(pause_s)
 
 
-def finish(
-    folder: VersionFolder, version: int, size: int, keep: int, seed: int | None = None
-) -> Path:
-    """seed: of the values, for whoever does without torch; else they are read in the file."""
-    if seed is None:
-        records = folder.records(stored_tensors(head_of(size)), 2)
-    else:
-        hashing = tensor_hash("w", "F8_E4M3", (size,))
-        hashing.update(values_of(seed, size))
-        records = {"w": TensorRecord("F8_E4M3", (size,), hashing.hexdigest())}
+def finish(folder: VersionFolder, version: int, size: int, keep: int) -> Path:
+    records = folder.records(stored_tensors(head_of(size)), 2)
     digest = combine_digests({name: record.digest for name, record in records.items()})
     folder.finish(Manifest(version=version, digest=digest, tensors=records), keep)
     return folder.path
@@ -116,7 +107,7 @@ def main() -> None:
         here.send(struct.pack("<q", version))
         fill([folder, None], version, size, pause_s=PAUSE_S)
         assert here.recv(1)
-        assert finish(folder, version, size, keep, version)
+        assert finish(folder, version, size, keep)
         sys.stdout.write(f"{version}\n")
         sys.stdout.flush()
 

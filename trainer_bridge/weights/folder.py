@@ -1,13 +1,15 @@
 """A version as a folder on this host, filled by several threads or processes at once and there whole
-or not at all. Torch-free but for digests."""
+or not at all. Torch-free."""
 
+import contextlib
+import hashlib
 import math
 import mmap
 import os
 import re
 import shutil
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -15,10 +17,9 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from ...engine.checkpoint.manifest import Manifest, TensorRecord, tensor_head, write_manifest
+from ...engine.checkpoint.manifest import Manifest, TensorRecord, tensor_hash, write_manifest
 from ...engine.errors import CheckpointError
 from .pages import FILE, PARTIAL, SPARE, OpenFile, Pages
-from .shared import Shared
 
 SHARED_MEMORY = Path("/dev/shm")
 # of the folders of versions, half-written ones too, and what is left of old ones
@@ -169,28 +170,20 @@ class VersionFolder:
 
     def digest(self, tensor: StoredTensor) -> str:
         """sha256 (hex) of a tensor as it is in the file; other threads run meanwhile."""
-        [(_, digest)] = self.digests([tensor])
-        return digest
-
-    def digests(self, tensors: Iterable[StoredTensor]) -> Iterator[tuple[str, str]]:
-        """Of several (name, sha256), as they are done: two are hashed at once. Other threads run
-        meanwhile, and may share an iterator."""
-        # with the kernels comes torch, which whoever only looks for folders does without
-        from ...kernels.sha256 import Message, sha256_each
-
-        data = np.frombuffer(self._mapped(), np.uint8)
-        return sha256_each(
-            Message(name, tensor_head(name, dtype, shape), data[span.offset : span.end])
-            for name, dtype, shape, span in tensors
-        )
+        with self._mapped() as data:
+            return self._digest(data, tensor)
 
     def records(self, tensors: Sequence[StoredTensor], threads: int = 1) -> dict[str, TensorRecord]:
         """Of these tensors, as they are in the file; the largest first, so that threads end together."""
-        shared = Shared(sorted(tensors, key=lambda tensor: -tensor.span.size))
-        with ThreadPoolExecutor(threads) as pool:
-            shares = list(pool.map(lambda _: list(self.digests(shared)), range(threads)))
-        found = dict(one for share in shares for one in share)
-        return {t.name: TensorRecord(t.dtype, t.shape, found[t.name]) for t in tensors}
+        with self._mapped() as data, ThreadPoolExecutor(threads) as pool:
+            found = {
+                tensor: pool.submit(self._digest, data, tensor)
+                for tensor in sorted(tensors, key=lambda tensor: -tensor.span.size)
+            }
+            return {
+                tensor.name: TensorRecord(tensor.dtype, tensor.shape, found[tensor].result())
+                for tensor in tensors
+            }
 
     def finish(self, manifest: Manifest, keep: int) -> None:
         """It gets its name; older ones than the newest `keep` go, and what was never finished.
@@ -216,13 +209,22 @@ class VersionFolder:
         self.close()
         self._pages.remove(self.partial)
 
-    def _mapped(self) -> mmap.mmap:
-        """Closed when nobody has it any more."""
+    @staticmethod
+    def _digest(data: mmap.mmap, tensor: StoredTensor) -> str:
+        hashing: hashlib._Hash = tensor_hash(tensor.name, tensor.dtype, tensor.shape)
+        with memoryview(data) as view, view[tensor.span.offset : tensor.span.end] as own:
+            hashing.update(own)
+        return hashing.hexdigest()
+
+    @contextlib.contextmanager
+    def _mapped(self) -> Iterator[mmap.mmap]:
         try:
             file = self._pages.open(self.partial / FILE)
             if file.pages is not None:
-                return file.pages
-            return mmap.mmap(file.fd, 0, prot=mmap.PROT_READ)
+                yield file.pages
+                return
+            with mmap.mmap(file.fd, 0, prot=mmap.PROT_READ) as data:
+                yield data
         except OSError as error:
             raise self._fault(error) from None
 

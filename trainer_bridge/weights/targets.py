@@ -2,11 +2,12 @@
 of them do the same at the same time; what only the first rank does says so."""
 
 import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import msgspec
 import torch
@@ -22,7 +23,8 @@ from .layout import Piece
 from .link import WeightLink
 from .pages import Pages
 from .protocol import Offer, Publish
-from .shared import Shared
+
+Item = TypeVar("Item")
 
 
 class Target(Protocol):
@@ -74,7 +76,7 @@ class Here:
         folder.open()
         target = folder.target
         file = None if target is None else torch.frombuffer(target, dtype=torch.uint8)
-        shared = Shared(pieces)
+        shared = _Shared(pieces)
 
         def work() -> None:
             for piece in shared:
@@ -215,6 +217,20 @@ class Elsewhere:
     def close(self) -> None:
         for link in self._links:
             link.close()
+
+
+class _Shared(Generic[Item]):
+    """An iterator that several threads take from; after an error there is nothing more."""
+
+    def __init__(self, items: Iterable[Item]) -> None:
+        self._items, self._lock = iter(items), threading.Lock()
+
+    def __iter__(self) -> Iterator[Item]:
+        return self
+
+    def __next__(self) -> Item:
+        with self._lock:
+            return next(self._items)
 
 
 @contextmanager
