@@ -2,9 +2,11 @@
 
     python benchmarks/c3po.py sim [--plots benchmarks/plots]
     python benchmarks/c3po.py engine
+    python benchmarks/c3po.py server
 
     sim     the controller itself over drawn lengths, the engine a formula (c3po_sim.py)
     engine  the driver of `everstep rollout` and a tiny model, measured (c3po_engine.py)
+    server  the same driver over HTTP: how full the server's steps are (c3po_server.py)
 
 Markdown on standard output.
 """
@@ -12,6 +14,7 @@ Markdown on standard output.
 import argparse
 
 import c3po_engine
+import c3po_server
 import c3po_sim
 
 
@@ -20,6 +23,7 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     c3po_sim.add_command(commands)
     c3po_engine.add_command(commands)
+    c3po_server.add_command(commands)
     args = parser.parse_args()
     args.run(args)
 

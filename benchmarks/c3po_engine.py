@@ -37,7 +37,7 @@ from everstep.trainer_bridge.c3po.comparison import retention_without_purges
 from everstep.trainer_bridge.c3po.config import C3poConfig
 from everstep.trainer_bridge.c3po.length_model import CappedLognormal
 from everstep.trainer_bridge.run.driver import Delivered, RolloutDriver
-from everstep.trainer_bridge.run.engine import Prompt, Work
+from everstep.trainer_bridge.run.engine import Engine, Prompt, Work
 from everstep.trainer_bridge.run.file import RunFile
 from everstep.trainer_bridge.run.manager_engine import ManagerEngine
 from everstep.trainer_bridge.run.state import RunState
@@ -89,14 +89,21 @@ def submission(lengths: CappedLognormal, *name: object) -> Submission:
     return Submission(prompt_ids=PROMPT, sampling=sampling)
 
 
-class Forced(ManagerEngine):
+def forced(work: Work, lengths: CappedLognormal) -> Work:
     """Every sample and attempt has a length of its own."""
+    sampling = replace(work.prompt.sampling, max_tokens=lengths.draw(work.seed))
+    return replace(work, prompt=replace(work.prompt, sampling=sampling))
 
-    forced: CappedLognormal
+
+class Forced(ManagerEngine):
+    """Of drawn lengths."""
+
+    def __init__(self, manager: RolloutManager, lengths: CappedLognormal) -> None:
+        super().__init__("here", manager, lambda _: PROMPT)
+        self._lengths = lengths
 
     async def submit(self, work: Work) -> str:
-        sampling = replace(work.prompt.sampling, max_tokens=self.forced.draw(work.seed))
-        return await super().submit(replace(work, prompt=replace(work.prompt, sampling=sampling)))
+        return await super().submit(forced(work, self._lengths))
 
     async def close(self) -> None:
         """The manager is everybody's."""
@@ -138,18 +145,22 @@ class C3po:
 
     def __init__(
         self,
-        manager: RolloutManager,
+        engine: Engine,
         folder: Path,
         lengths: CappedLognormal,
         retention: int,
         capacity: int,
+        *,
+        num_phases: float = 1.0,
+        has_standby: bool = True,
     ) -> None:
+        """num_phases: lengths of all Ω places that Φ is worth."""
         self.name = f"C3PO++, σ = {retention}"
-        budget = max(1, round(capacity * lengths.mean))
+        budget = max(1, round(num_phases * capacity * lengths.mean))
         config = C3poConfig(
             budget=budget,
             capacity=capacity,
-            standby=capacity,
+            standby=capacity if has_standby else 0,
             retention=retention,
             group=GROUP,
             max_reissues=10**6,
@@ -163,8 +174,7 @@ class C3po:
         )
         path = folder / f"{lengths.ratio}-{retention}.run"
         self._state = RunState(RunFile.open(path), header)
-        self._engine = Forced("here", manager, lambda _: PROMPT)
-        self._engine.forced = lengths
+        self._engine = engine
         self._source, self._sink = Endless(), Nowhere()
 
     async def run(self, steps: int) -> Phase:
@@ -283,7 +293,7 @@ async def compare(
     budget = round(args.capacity * lengths.mean)
     safe = retention_without_purges(lengths.cap, budget=budget, capacity=args.capacity)
     ways: list[Any] = [
-        C3po(manager, folder, lengths, retention, args.capacity)
+        C3po(Forced(manager, lengths), folder, lengths, retention, args.capacity)
         for retention in args.retentions or [safe]
     ]
     synchronous = Synchronous(manager, lengths, args.capacity)

@@ -52,8 +52,11 @@ class AsyncClient:
         return self._calls.address.url
 
     submit = awaited(Calls.submit)
+    submit_many = awaited(Calls.submit_many)
     get = awaited(Calls.get)
+    get_many = awaited(Calls.get_many)
     wait = awaited(Calls.wait)
+    wait_any = awaited(Calls.wait_any)
     pause = awaited(Calls.pause)
     resume = awaited(Calls.resume)
     cancel = awaited(Calls.cancel)

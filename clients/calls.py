@@ -12,10 +12,10 @@ from typing import Any, TypeVar, get_args
 import httpx
 from msgspec import Struct
 
-from ..engine.errors import ConfigError
+from ..engine.errors import ConfigError, EverstepError
 from ..engine.journal.ops import Budget
 from ..engine.messages import KVPolicy, Priority, Staged
-from ..engine.rollout import Record, Rollout, SamplingParams
+from ..engine.rollout import Found, Record, Rollout, SamplingParams
 from ..engine.trajectory import Trajectory
 from ..server.rollouts.wire import BudgetRequest, ForkRequest, Submitted
 from ..server.weights.wire import (
@@ -134,13 +134,34 @@ class Calls:
         )
         return flows.submit(fields, idempotency_key, self.patience())
 
+    def submit_many(
+        self, submissions: Sequence[Mapping[str, Any]]
+    ) -> Flow[list[Submitted | EverstepError]]:
+        """Several, each as `submit`'s arguments by name, in one request: what became of each.
+
+        One that is refused stops no other. Raises JournalFull, Overloaded, EngineUnavailable: then
+        the same ones may be sent again, if they have keys.
+        """
+        many = [flows.submission_fields(**submission) for submission in submissions]
+        return flows.submit_many(many, self.patience())
+
     def get(self, rollout_id: str) -> Flow[Rollout]:
         """As it is now; raises UnknownRollout."""
         return flows.get(rollout_id, self.patience())
 
+    def get_many(self, rollout_ids: Sequence[str]) -> Flow[Found]:
+        """Several as they are now; `unknown` says why an id is not here."""
+        return flows.get_many(rollout_ids, self.patience())
+
     def wait(self, rollout_id: str, *, timeout_s: float | None = None) -> Flow[Rollout]:
         """Once it has ended. Raises TimeoutError, after which it goes on all the same."""
         return flows.wait(rollout_id, timeout_s, self.patience())
+
+    def wait_any(
+        self, rollout_ids: Sequence[str], *, timeout_s: float | None = None
+    ) -> Flow[Found]:
+        """Those of several that have ended, once one has, or the time is up."""
+        return flows.wait_any(rollout_ids, timeout_s, self.patience())
 
     def pause(
         self,

@@ -72,8 +72,11 @@ class Client:
         return self._calls.address.url
 
     submit = blocking(Calls.submit)
+    submit_many = blocking(Calls.submit_many)
     get = blocking(Calls.get)
+    get_many = blocking(Calls.get_many)
     wait = blocking(Calls.wait)
+    wait_any = blocking(Calls.wait_any)
     pause = blocking(Calls.pause)
     resume = blocking(Calls.resume)
     cancel = blocking(Calls.cancel)

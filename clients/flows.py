@@ -16,11 +16,12 @@ from msgspec import UNSET, Struct
 
 from ..engine.errors import (
     EngineUnavailable,
+    EverstepError,
     InvalidRequest,
 )
 from ..engine.journal.ops import Budget, BudgetState
 from ..engine.messages import Staged
-from ..engine.rollout import Record, Rollout, RolloutState, SamplingParams
+from ..engine.rollout import Found, Record, Rollout, RolloutState, SamplingParams
 from ..engine.trajectory import Trajectory, decode, seal, unpack
 from ..server.rollouts.wire import (
     BudgetList,
@@ -28,12 +29,16 @@ from ..server.rollouts.wire import (
     Done,
     Empty,
     ForkRequest,
+    GetManyRequest,
+    Outcome,
+    PackedRollouts,
     RolloutList,
     Selection,
     Submitted,
+    SubmittedMany,
 )
 from ..server.weights.wire import StageRequest, Updated, WeightsAnswer
-from .patience import Clock, Patience
+from .patience import Clock, Patience, error_from
 
 T = TypeVar("T")
 StructT = TypeVar("StructT", bound=Struct)
@@ -88,6 +93,23 @@ def submit(fields: Mapping[str, Any], key: str | None, patience: Patience) -> Fl
     return _submit("/rollouts", _json(fields), key, patience)
 
 
+def submit_many(
+    submissions: Sequence[Mapping[str, Any]], patience: Patience
+) -> Flow[list[Submitted | EverstepError]]:
+    """Each with an idempotency_key, so that all may be sent again."""
+    keyed = [{"idempotency_key": uuid.uuid4().hex} | dict(fields) for fields in submissions]
+    call = _post("/rollouts/submit", _json({"submissions": keyed}))
+    response = yield from send(call, patience)
+    return [_outcome(one) for one in _read(response, SubmittedMany).data]
+
+
+def _outcome(outcome: Outcome) -> Submitted | EverstepError:
+    error = outcome.error
+    if error is not None:
+        return error_from(error.code, error.message, error.param)
+    return Submitted(group_id=outcome.group_id or "", rollout_ids=outcome.rollout_ids)
+
+
 def fork(
     rollout_id: str, request: ForkRequest, key: str | None, patience: Patience
 ) -> Flow[Submitted]:
@@ -140,6 +162,50 @@ def wait(
             yield Pause(patience.pause_after(reply))
         if deadline is not None and clock() >= deadline:
             raise TimeoutError(f"{rollout_id} has not ended after {timeout_s} s")
+
+
+def get_many(rollout_ids: Sequence[str], patience: Patience) -> Flow[Found]:
+    response = yield from send(_get_many(rollout_ids), patience)
+    return _found(response)
+
+
+def wait_any(
+    rollout_ids: Sequence[str],
+    timeout_s: float | None,
+    patience: Patience,
+    clock: Clock = time.monotonic,
+) -> Flow[Found]:
+    """Those that have ended, once one has, or the time is up: long polls, as `wait`."""
+    deadline = None if timeout_s is None else clock() + timeout_s
+    poll_s = POLL_S
+    while True:
+        wait_s = poll_s if deadline is None else max(0.0, min(poll_s, deadline - clock()))
+        reply = yield msgspec.structs.replace(
+            _get_many(rollout_ids), query={"wait": f"{wait_s:.3f}"}, read_s=wait_s + READ_TIMEOUT_S
+        )
+        assert reply is not None
+        if isinstance(reply, httpx.Response) and reply.status_code < 400:
+            patience.succeeded()
+            found = _found(reply)
+            is_late = deadline is not None and clock() >= deadline
+            if found.rollouts or found.unknown or is_late:
+                return found
+        else:
+            poll_s = max(MIN_POLL_S, poll_s / 2)
+            yield Pause(patience.pause_after(reply))
+
+
+def _get_many(rollout_ids: Sequence[str]) -> Call:
+    call = _post("/rollouts/get", _json(GetManyRequest(ids=list(rollout_ids))))
+    return msgspec.structs.replace(call, headers=call.headers | {"accept": _MSGPACK})
+
+
+def _found(response: httpx.Response) -> Found:
+    try:
+        packed = msgspec.msgpack.decode(response.content, type=PackedRollouts)
+    except msgspec.MsgspecError as error:
+        raise _stranger(response, error) from None
+    return Found([unpack(decode(memoryview(one))) for one in packed.data], packed.unknown)
 
 
 def page(query: Mapping[str, str], patience: Patience) -> Flow[RolloutList]:
@@ -263,7 +329,9 @@ def _admin(key: str | None) -> dict[str, str]:
 
 
 def submission_fields(
-    sampling: SamplingParams | Mapping[str, Any] | None, record: Sequence[Record], **fields: Any
+    sampling: SamplingParams | Mapping[str, Any] | None = None,
+    record: Sequence[Record] = (),
+    **fields: Any,
 ) -> dict[str, Any]:
     """The body of POST /rollouts; what is None is left out."""
     given = {name: value for name, value in fields.items() if value is not None}
@@ -332,6 +400,8 @@ def _read(response: httpx.Response, kind: type[StructT]) -> StructT:
     try:
         return msgspec.json.decode(response.content, type=kind)
     except msgspec.MsgspecError as error:
-        raise EngineUnavailable(
-            f"{response.url} answered what no Everstep server answers: {error}"
-        ) from None
+        raise _stranger(response, error) from None
+
+
+def _stranger(response: httpx.Response, error: msgspec.MsgspecError) -> EngineUnavailable:
+    return EngineUnavailable(f"{response.url} answered what no Everstep server answers: {error}")

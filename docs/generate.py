@@ -321,6 +321,8 @@ def _tree(kind: type[EverstepError], depth: int) -> Iterator[tuple[int, type[Eve
 
 _CALLS = [
     ("`POST /rollouts`", "`SubmitRequest`", "202 `Submitted`", "key"),
+    ("`POST /rollouts/submit`", "`SubmitManyRequest`", "202 `SubmittedMany`", "of each"),
+    ("`POST /rollouts/get`", "`GetManyRequest`; `wait` (seconds)", "`RolloutsAnswer`", ""),
     ("`GET /rollouts`", "`state`, `group`, `pool`, `cursor`, `limit`", "`RolloutList`", ""),
     ("`GET /rollouts/{id}`", "`wait` (seconds), `after` (tokens)", "the rollout", ""),
     ("`GET /rollouts/{id}/stream`", "`after` (tokens)", "events of `StreamEvent`", ""),
@@ -338,8 +340,10 @@ _CALLS = [
 
 def rollouts_api() -> str:
     """The routes of /rollouts, and every field of their structs as their source explains it."""
-    requests = ("SubmitRequest", "Sampling", "ForkRequest", "Selection", "BudgetRequest")
-    answers = ("Submitted", "Done", "RolloutAnswer", "RolloutUsage", "StreamEvent")
+    requests: tuple[str, ...] = ("SubmitRequest", "Sampling", "SubmitManyRequest")
+    requests += ("GetManyRequest", "ForkRequest", "Selection", "BudgetRequest")
+    answers: tuple[str, ...] = ("Submitted", "SubmittedMany", "Outcome", "Done", "RolloutAnswer")
+    answers += ("RolloutUsage", "RolloutsAnswer", "StreamEvent")
     blocks: list[Any] = []
     lists = ("RolloutList", "RolloutSummary", "BudgetList", "Budget")
     for name in (*requests, *answers, *lists):

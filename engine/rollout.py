@@ -5,7 +5,7 @@ An OpenAI choice, a batch line and an RL sample are each one `Rollout`. Only the
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
@@ -259,6 +259,13 @@ class Rollout(Struct, kw_only=True):
         if state not in LEGAL[self.state]:
             raise ValueError(f"rollout {self.id}: {self.state} may not become {state}")
         self.state = state
+
+
+class Found(Struct, frozen=True):
+    """Of several that were asked for. unknown: id → why it is not here."""
+
+    rollouts: Sequence[Rollout]
+    unknown: Mapping[str, str] = {}
 
 
 def derive_seed(*parts: object) -> int:

@@ -3,6 +3,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any
 
 import httpx
 import msgspec
@@ -17,12 +18,14 @@ from .engine.errors import (
     EverstepError,
     IllegalState,
     StaleVersion,
+    UnknownRollout,
     WeightsRefused,
 )
 from .engine.journal.ops import Budget as EngineBudget
 from .engine.journal.ops import BudgetState
 from .engine.messages import Flipped, KVPolicy, Priority
 from .engine.rollout import Rollout, RolloutState
+from .http_calls import Endings, Together
 from .server.rollouts.wire import RolloutSummary
 from .trainer_bridge.run.engine import Budget, Facts, Prompt, Seen, Work
 from .trainer_bridge.run.hosts import Prepared
@@ -73,8 +76,14 @@ class HttpEngine:
         self._first_s = wait_s if is_known else min(wait_s, FIRST_CONTACT_S)
         self._http = httpx.AsyncClient(limits=httpx.Limits(max_connections=None))
         self._client = AsyncClient(url, admin_key=admin_key, retry_s=wait_s, http=self._http)
+        self._begin()
+
+    def _begin(self) -> None:
         self._looked_s = 0.0
         self._lengths: list[int] = []
+        self._submits = Together(self._submit_all)
+        self._reads = Together(self._read_all)
+        self._endings = Endings(lambda ids: self._client.wait_any(ids))
 
     async def start(self) -> Facts:
         loop = asyncio.get_running_loop()
@@ -118,27 +127,22 @@ class HttpEngine:
         return prompt
 
     async def submit(self, work: Work) -> str:
-        prompt = work.prompt
-        submitted = await self._client.submit(
-            prompt.prompt,
-            prompt_ids=prompt.prompt_ids,
-            messages=prompt.messages,
-            sampling=work.sampling,
-            group_id=work.group_id,
-            pool=work.pool,
-            attempt=work.attempt,
-            metadata=prompt.metadata,
-            idempotency_key=work.key,
-            **prompt.options,
-        )
-        [rollout_id] = submitted.rollout_ids
-        return rollout_id
+        return await self._submits(work)
+
+    async def _submit_all(self, works: Sequence[Work]) -> Sequence[str | EverstepError]:
+        found = await self._client.submit_many([_submission(work) for work in works])
+        return [one if isinstance(one, EverstepError) else one.rollout_ids[0] for one in found]
 
     async def ended(self, rollout_id: str) -> Rollout:
-        return await self._client.wait(rollout_id)
+        return await self._endings(rollout_id)
 
     async def read(self, rollout_id: str) -> Rollout:
-        return await self._client.get(rollout_id)
+        return await self._reads(rollout_id)
+
+    async def _read_all(self, ids: Sequence[str]) -> Sequence[Rollout | EverstepError]:
+        found = await self._client.get_many(ids)
+        by_id = {rollout.id: rollout for rollout in found.rollouts}
+        return [by_id.get(name) or UnknownRollout(found.unknown[name]) for name in ids]
 
     async def cancel(self, rollout_ids: Sequence[str]) -> None:
         await self._client.cancel(rollout_ids)
@@ -226,7 +230,26 @@ class HttpEngine:
         await self._client.unstage_weights()
 
     async def close(self) -> None:
+        for calls in (self._submits, self._reads, self._endings):
+            calls.close()
         await self._http.aclose()
+
+
+def _submission(work: Work) -> dict[str, Any]:
+    """Arguments of `AsyncClient.submit`."""
+    prompt = work.prompt
+    return {
+        "prompt": prompt.prompt,
+        "prompt_ids": prompt.prompt_ids,
+        "messages": prompt.messages,
+        "sampling": work.sampling,
+        "group_id": work.group_id,
+        "pool": work.pool,
+        "attempt": work.attempt,
+        "metadata": prompt.metadata,
+        "idempotency_key": work.key,
+        **prompt.options,
+    }
 
 
 def _seen(budget: EngineBudget) -> Budget:

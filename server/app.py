@@ -29,6 +29,7 @@ from .http import error_body, error_response, json_response
 from .openai.openai import OpenAIFace
 from .operations import Operations
 from .rollouts.budgets import BudgetsFace
+from .rollouts.many import ManyFace
 from .rollouts.rollouts import RolloutsFace
 from .service import Service
 from .stream import ClientGone
@@ -58,6 +59,7 @@ def create_app(
             *OpenAIFace(service).routes(),
             *BatchesFace(batches, max_body_bytes=config.http.max_body_bytes).routes(),
             *BudgetsFace(service).routes(),
+            *ManyFace(service).routes(),
             *RolloutsFace(service).routes(),
             *WeightsFace(service).routes(),
             *Operations(service).routes(),

@@ -161,7 +161,9 @@ def check_names(
             raise InvalidRequest(f"{shown} is no field here; {hint}", field=shown)
 
 
+@cache
 def fields_info(kind: type[Struct]) -> tuple[inspect.Field, ...]:
+    # inspecting a tree of structs takes longer than all else of a request
     info = inspect.type_info(kind)
     assert isinstance(info, inspect.StructType)
     return info.fields

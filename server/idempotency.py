@@ -34,18 +34,40 @@ def request_key(http: Request, route: str, content: Mapping[str, Any] | bytes) -
     given = http.headers.getlist(HEADER)
     if not given:
         return None
-    if len(given) > 1 or not _KEY.fullmatch(given[0]):
-        raise InvalidRequest(
-            f"Idempotency-Key must be one, of 1 to {MAX_KEY_CHARS} printable ASCII characters "
-            "without spaces",
-            field="Idempotency-Key",
-        )
+    if len(given) > 1:
+        raise _no_key("Idempotency-Key")
+    return key_of(http, given[0], route, content, path=http.url.path, field="Idempotency-Key")
+
+
+def key_of(
+    http: Request,
+    key: str,
+    route: str,
+    content: Mapping[str, Any] | bytes,
+    *,
+    path: str,
+    field: str,
+) -> RequestKey:
+    """As `request_key`, of a key that came otherwise.
+
+    path   of the request that it stands for
+    field  where the key stood
+    """
+    if not _KEY.fullmatch(key):
+        raise _no_key(field)
     return RequestKey(
         holder=holder(http),
         route=route,
-        key=given[0],
-        body_digest=_digest(http.url.path, content),
+        key=key,
+        body_digest=_digest(path, content),
         created_s=time.time(),
+    )
+
+
+def _no_key(field: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"{field} must be one, of 1 to {MAX_KEY_CHARS} printable ASCII characters without spaces",
+        field=field,
     )
 
 

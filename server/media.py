@@ -26,7 +26,7 @@ _NAMES: dict[str, Media] = {
 }
 # what curl -d says of everything; sealed bytes tell themselves by how they begin
 _UNSAID = {"", "application/x-www-form-urlencoded"}
-_encode_msgpack = msgspec.msgpack.Encoder().encode
+encode_msgpack = msgspec.msgpack.Encoder().encode
 
 
 class UnsupportedMedia(EverstepError):
@@ -74,7 +74,7 @@ def answer_media(http: Request, offered: Sequence[Media] = ("json", "msgpack")) 
 def answer(http: Request, body: Any, *, status: int = 200) -> Response:
     """A struct as what the client wants of it."""
     media = answer_media(http)
-    data = encode_json(body) if media == "json" else _encode_msgpack(body)
+    data = encode_json(body) if media == "json" else encode_msgpack(body)
     return Response(data, status_code=status, media_type=TYPES[media])
 
 

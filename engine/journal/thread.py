@@ -110,6 +110,14 @@ class JournalThread:
     async def summary(self, rollout_id: str) -> Summary | None:
         return await self._call(lambda: self._store.summary(rollout_id))
 
+    async def read_many(self, rollout_ids: Sequence[str]) -> list[Rollout | None]:
+        """As `read` each, in one go."""
+        return await self._call(lambda: [self._store.read(one) for one in rollout_ids])
+
+    async def summaries(self, rollout_ids: Sequence[str]) -> list[Summary | None]:
+        """As `summary` each, in one go."""
+        return await self._call(lambda: [self._store.summary(one) for one in rollout_ids])
+
     async def list(self, query: Query) -> list[Summary]:
         return await self._call(lambda: self._store.list(query))
 

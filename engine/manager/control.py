@@ -82,8 +82,9 @@ class Control:
             if not found and not (keeper and await keeper.has_group(group)):
                 raise UnknownRollout(f"no group has the id {group!r}")
             return found
-        for rollout_id in ids or ():
-            is_here = holdings.get(rollout_id) is not None
-            if not is_here and not (keeper and await keeper.is_known(rollout_id)):
-                raise UnknownRollout(f"no rollout has the id {rollout_id!r}")
+        missing = [rollout_id for rollout_id in ids or () if holdings.get(rollout_id) is None]
+        if keeper is not None:
+            await keeper.check_known(missing)
+        elif missing:
+            raise UnknownRollout(f"no rollout has the id {missing[0]!r}")
         return holdings.live(None if ids is None else dict.fromkeys(ids))

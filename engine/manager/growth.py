@@ -44,6 +44,7 @@ class Growth:
 
     is_open      whether it takes news: its ending is not decided yet
     num_readers  who stream it or wait for it
+    bells        of those who wait for one of several
     """
 
     __slots__ = (
@@ -55,6 +56,7 @@ class Growth:
         "_num_routed_bytes",
         "_origin",
         "_tokenizer",
+        "bells",
         "is_open",
         "kv",
         "news",
@@ -67,6 +69,7 @@ class Growth:
         self.news = asyncio.Event()
         self.is_open = not rollout.state.is_ended
         self.num_readers = 0
+        self.bells: list[asyncio.Event] = []
         self.kv: KVState = "computed"
         """What the core that has it draws its tokens over."""
         self._tokenizer = tokenizer
@@ -98,6 +101,8 @@ class Growth:
         if self.num_readers:
             self.news.set()
             self.news = asyncio.Event()
+        for bell in self.bells:
+            bell.set()
 
     def move(self, state: RolloutState) -> None:
         """The scheduler, or a new core, has it in another state.

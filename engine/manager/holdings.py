@@ -1,7 +1,8 @@
 """The rollouts that this process holds: the live ones, and ended ones that somebody may read."""
 
+import asyncio
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from ..metrics import Registry
 from ..rollout import LIVE, Rollout, RolloutState
@@ -79,6 +80,19 @@ class Holdings:
             growth.num_readers -= 1
             self._let_go(growth)
 
+    @contextlib.contextmanager
+    def following(self, growths: Sequence[Growth]) -> Iterator[asyncio.Event]:
+        """A bell that rings with the news of any of them; they stay meanwhile."""
+        bell = asyncio.Event()
+        for growth in growths:
+            growth.bells.append(bell)
+        try:
+            yield bell
+        finally:
+            for growth in growths:
+                growth.bells.remove(bell)
+                self._let_go(growth)
+
     def forget(self, rollout_id: str) -> None:
         """Drop it if it has ended."""
         growth = self._growths.get(rollout_id)
@@ -114,6 +128,7 @@ class Holdings:
 
     def _let_go(self, growth: Growth) -> None:
         rollout = growth.rollout
-        is_read = growth.is_live or growth.num_readers > 0 or not rollout.is_durable
+        has_readers = growth.num_readers > 0 or bool(growth.bells)
+        is_read = growth.is_live or has_readers or not rollout.is_durable
         if not is_read and self._growths.get(rollout.id) is growth:
             del self._growths[rollout.id]

@@ -180,6 +180,24 @@ class Keeper:
             raise UnknownRollout(await self._why_unknown(rollout_id))
         return found
 
+    async def find_many(self, rollout_ids: Sequence[str]) -> tuple[list[Rollout], dict[str, str]]:
+        """Those that are there, and why the others are not."""
+        found = await self.journal.read_many(rollout_ids)
+        known = dict(zip(rollout_ids, found, strict=True))
+        unknown = {
+            name: await self._why_unknown(name)
+            for name, rollout in known.items()
+            if rollout is None
+        }
+        return [rollout for rollout in found if rollout is not None], unknown
+
+    async def check_known(self, rollout_ids: Sequence[str]) -> None:
+        """Raise UnknownRollout for the first that was never here."""
+        found = await self.journal.summaries(rollout_ids) if rollout_ids else []
+        for rollout_id, summary in zip(rollout_ids, found, strict=True):
+            if summary is None:
+                raise UnknownRollout(f"no rollout has the id {rollout_id!r}")
+
     async def is_known(self, rollout_id: str) -> bool:
         return await self.journal.summary(rollout_id) is not None
 
@@ -233,17 +251,12 @@ class Keeper:
         return f"no rollout has the id {rollout_id!r}"
 
     async def _check_ended(self, ids: Sequence[str]) -> None:
-        live = []
-        for rollout_id in ids:
-            summary = await self.journal.summary(rollout_id)
-            if summary is None:
-                raise UnknownRollout(f"no rollout has the id {rollout_id!r}")
-            if not summary.state.is_ended:
-                live.append(rollout_id)
-        if live:
-            raise IllegalState(
-                f"rollout {live[0]} has not ended: it can be acknowledged once it has"
-            )
+        await self.check_known(ids)
+        for summary in await self.journal.summaries(ids):
+            if summary is not None and not summary.state.is_ended:
+                raise IllegalState(
+                    f"rollout {summary.id} has not ended: it can be acknowledged once it has"
+                )
 
     async def _ended_ids(self, group: str | None) -> Ids:
         if group is not None and not await self.has_group(group):

@@ -20,7 +20,7 @@ from ..journal.ops import Query, RequestKey
 from ..journal.thread import JournalThread
 from ..messages import Ready, Stats
 from ..metrics import Counter, Gauge, Histogram, Registry
-from ..rollout import Rollout, RolloutState
+from ..rollout import Found, Rollout, RolloutState
 from ..tokenizer import Tokenizer
 from ..trajectory import Trajectory
 from .budgets import Budgets
@@ -30,7 +30,7 @@ from .growth import Growth, durable_growth
 from .holdings import Holdings
 from .intake import Accepted, Submission
 from .keeping import Ids, Keeper, Page
-from .readers import Delta, deltas, until
+from .readers import Delta, deltas, several, until, until_any
 from .recovery import bring_back
 from .standing import Standing
 from .transfer import export_of, forks_of, imported
@@ -354,6 +354,19 @@ class RolloutManager:
         with self._holdings.reading(growth):
             await until(growth, after, timeout_s, self._standing.why_not_here)
         return growth.rollout
+
+    async def find_many(self, ids: Sequence[str], *, timeout_s: float | None = None) -> Found:
+        """These as they are now; with a time, those that have ended, once one has or it is up.
+
+        Ids that nobody knows are named, and waited for by nobody. Raises as `stream` does.
+        """
+        growths, unknown = await several(ids, self._holdings, self._standing.kept)
+        if timeout_s is not None:
+            if not unknown:
+                with self._holdings.following(growths) as bell:
+                    await until_any(growths, bell, timeout_s, self._standing.why_not_here)
+            growths = [growth for growth in growths if not growth.is_live]
+        return Found([growth.rollout for growth in growths], unknown)
 
     async def _growth(self, rollout_id: str) -> Growth:
         keeper, growth = self._standing.kept, self._holdings.get(rollout_id)

@@ -1,7 +1,7 @@
 """How a rollout is read while it grows: by deltas, or by waiting for its news."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from msgspec import Struct
 
@@ -9,6 +9,8 @@ from ..errors import EverstepError, InvalidRequest
 from ..rollout import Rollout
 from ..tokenizer import Tokenizer
 from .growth import Growth, text_at
+from .holdings import Holdings
+from .keeping import Keeper
 
 WhyNotHere = Callable[[], EverstepError | None]
 """Why a durable rollout that is live has no more news in this process; None: it has."""
@@ -66,6 +68,40 @@ async def until(
         async with asyncio.timeout(timeout_s):
             while growth.is_live and (after is None or len(growth.rollout.output_ids) <= after):
                 await _news(growth, why_not_here)
+    except TimeoutError:
+        return
+
+
+async def several(
+    ids: Sequence[str], holdings: Holdings, keeper: Keeper | None
+) -> tuple[list[Growth], dict[str, str]]:
+    """Those that are here, from memory or from the journal, and why the others are not."""
+    get = holdings.get
+    here = {name: growth for name in ids if (growth := get(name)) is not None}
+    missing = [name for name in dict.fromkeys(ids) if name not in here]
+    if not missing:
+        return list(here.values()), {}
+    if keeper is None:
+        return list(here.values()), {name: f"no rollout has the id {name!r}" for name in missing}
+    found, unknown = await keeper.find_many(missing)
+    # it may have come in meanwhile: then news come to that one
+    there = [get(rollout.id) or Growth(rollout, None) for rollout in found]
+    return [*here.values(), *there], unknown
+
+
+async def until_any(
+    growths: Sequence[Growth], bell: asyncio.Event, timeout_s: float, why_not_here: WhyNotHere
+) -> None:
+    """Return once one of them has ended, or the time is up. bell: rings with their news."""
+    is_durable = any(growth.rollout.is_durable for growth in growths)
+    try:
+        async with asyncio.timeout(timeout_s):
+            while all(growth.is_live for growth in growths):
+                error = why_not_here() if is_durable else None
+                if error is not None:
+                    raise error
+                await bell.wait()
+                bell.clear()
     except TimeoutError:
         return
 

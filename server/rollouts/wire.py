@@ -7,7 +7,7 @@ is not known is refused and the nearest known one is named.
 
 from typing import Annotated, Any, Literal
 
-from msgspec import UNSET, Meta, Struct, UnsetType
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from ...engine.errors import InvalidRequest
 from ...engine.journal.ops import Budget
@@ -19,7 +19,7 @@ from ...engine.rollout import (
     SamplingParams,
     Segment,
 )
-from ..openai.wire import Alternatives, Message, Routing, SamplingFields, TokenId, Tool
+from ..openai.wire import Alternatives, ErrorBody, Message, Routing, SamplingFields, TokenId, Tool
 
 # a name that a user gives: of a group, of a pool
 Name = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[\x21-\x7e]+$")]
@@ -83,6 +83,38 @@ class Submitted(Struct, frozen=True, kw_only=True):
     group_id: str
     rollout_ids: list[str]
     """In sample order."""
+
+
+class SubmitManyRequest(Struct, frozen=True, kw_only=True):
+    """POST /rollouts/submit: what several POST /rollouts would say, each for itself."""
+
+    submissions: Annotated[list[dict[str, Any]], Meta(min_length=1, max_length=65536)]
+    """As `SubmitRequest`, each with an `idempotency_key` of its own, if it has one."""
+
+
+class Outcome(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What came of one of several submissions: ids, or its error."""
+
+    group_id: str | None = None
+    rollout_ids: list[str] = []
+    """In sample order."""
+    is_replay: bool = False
+    """They were there already, under the same key."""
+    error: ErrorBody | None = None
+    """As an answer of its own would say it; the others are accepted all the same."""
+
+
+class SubmittedMany(Struct, frozen=True, kw_only=True):
+    """In the order of the request."""
+
+    data: list[Outcome]
+
+
+class GetManyRequest(Struct, frozen=True, kw_only=True):
+    """POST /rollouts/get: several as they are now; with `wait`, those that have ended, once one has,
+    and at most 64 of them."""
+
+    ids: Ids
 
 
 class ForkRequest(Struct, frozen=True, kw_only=True):
@@ -239,6 +271,21 @@ class RolloutSummary(Struct, kw_only=True):
     ended_s: float | None
     num_output_tokens: int
     is_acked: bool
+
+
+class RolloutsAnswer(Struct, kw_only=True):
+    """Several rollouts; as msgpack, `data` holds a `Trajectory` for each."""
+
+    data: list[RolloutAnswer]
+    unknown: dict[str, str]
+    """Id → why it is not here."""
+
+
+class PackedRollouts(Struct, kw_only=True):
+    """`RolloutsAnswer` as msgpack."""
+
+    data: list[Raw]
+    unknown: dict[str, str]
 
 
 class RolloutList(Struct, kw_only=True):

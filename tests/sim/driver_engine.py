@@ -12,7 +12,7 @@ from everstep.clients.patience import Patience, error_from
 from everstep.engine.errors import EngineUnavailable, EverstepError, UnknownRollout
 from everstep.engine.journal.ops import BudgetState, Query
 from everstep.engine.messages import KVPolicy, Priority
-from everstep.engine.rollout import Rollout, RolloutState
+from everstep.engine.rollout import Found, Rollout, RolloutState
 from everstep.engine.trajectory import decode, unpack
 from everstep.http_engine import HttpEngine
 from everstep.trainer_bridge.run.engine import Budget, Engine, Work
@@ -53,7 +53,7 @@ class SimServer(HttpEngine):
         self.name, self._is_trained = name, is_trained
         self._priority: Priority = "background"
         self._wait_s = self._first_s = wait_s
-        self._looked_s, self._lengths = 0.0, []
+        self._begin()
         self._sim = SimClient(name, loop, network, process, wait_s)
         self._client: Any = self._sim
 
@@ -93,21 +93,26 @@ class SimClient:
                     trouble = error_from(refusal.code, str(refusal), None)
             await asyncio.sleep(patience.pause_after(trouble))
 
-    async def submit(self, prompt: None, *, idempotency_key: str, **fields: Any) -> Any:
-        found = await self.call("work", key=idempotency_key, fields=fields)
-        return SimpleNamespace(rollout_ids=found)
+    async def submit_many(self, submissions: Sequence[dict[str, Any]]) -> list[Any]:
+        found = await self.call("works", EACH_S * len(submissions), works=list(submissions))
+        return [
+            SimpleNamespace(rollout_ids=one) if isinstance(one, list) else error_from(*one, None)
+            for one in found
+        ]
 
-    async def wait(self, rollout_id: str) -> Rollout:
+    async def wait_any(self, ids: Sequence[str]) -> Found:
         while True:
-            found = await self._rollout(rollout_id, POLL_S)
-            if found.state.is_ended:
+            found = await self._rollouts(ids, POLL_S)
+            if found.rollouts or found.unknown:
                 return found
 
-    async def get(self, rollout_id: str) -> Rollout:
-        return await self._rollout(rollout_id, 0.0)
+    async def get_many(self, ids: Sequence[str]) -> Found:
+        return await self._rollouts(ids, None)
 
-    async def _rollout(self, rollout_id: str, wait_s: float) -> Rollout:
-        return unpack(decode(await self.call("rollout", wait_s, id=rollout_id, wait_s=wait_s)))
+    async def _rollouts(self, ids: Sequence[str], wait_s: float | None) -> Found:
+        longer_s = EACH_S * len(ids) + (wait_s or 0.0)
+        packed, unknown = await self.call("rollouts", longer_s, ids=list(ids), wait_s=wait_s)
+        return Found([unpack(decode(one)) for one in packed], unknown)
 
     async def cancel(self, ids: Sequence[str]) -> None:
         await self.call("cancel", EACH_S * len(ids), ids=list(ids))

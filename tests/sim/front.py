@@ -286,13 +286,13 @@ class FrontHost:
                     unseal(values["data"]), key=_key("/import", values["key"], values["data"])
                 )
                 return accepted.group_id, tuple(accepted.rollout_ids), accepted.is_replay
-            case "work":
-                return await self._work(manager, values["key"], values["fields"])
+            case "works":
+                return await asyncio.gather(*(_work(manager, work) for work in values["works"]))
             case "get":
                 return snapshot(await manager.find(values["id"]))
-            case "rollout":
-                rollout = await manager.wait(values["id"], timeout_s=values["wait_s"])
-                return encode(pack(rollout))
+            case "rollouts":
+                several = await manager.find_many(values["ids"], timeout_s=values["wait_s"])
+                return [encode(pack(rollout)) for rollout in several.rollouts], several.unknown
             case "wait":
                 rollout = await manager.wait(
                     values["id"], after=values["after"], timeout_s=values["wait_s"]
@@ -336,12 +336,6 @@ class FrontHost:
             case "version":
                 return self._serving
         raise AssertionError(method)
-
-    async def _work(self, manager: RolloutManager, key: str, fields: dict[str, Any]) -> list[str]:
-        """Rollouts of a run, as POST /rollouts makes them."""
-        wanted = {name: value for name, value in fields.items() if name != "messages"}
-        accepted = await manager.accept(Submission(**wanted), _key("/rollouts", key, fields))
-        return list(accepted.rollout_ids)
 
     async def _flip(self, manager: RolloutManager, version: int, kv: KVPolicy) -> Flipped:
         self.flipping += 1
@@ -390,6 +384,20 @@ def budget_of(budget: Budget) -> dict[str, Any]:
         "used": budget.used,
         "state": str(budget.state),
     }
+
+
+async def _work(manager: RolloutManager, work: dict[str, Any]) -> list[str] | tuple[str, str]:
+    """Rollouts of a run, as one of POST /rollouts/submit: ids, or what is its own fault."""
+    fields = {name: value for name, value in work.items() if name != "idempotency_key"}
+    wanted = {name: v for name, v in fields.items() if name not in ("messages", "prompt")}
+    try:
+        key = _key("/rollouts", work["idempotency_key"], fields)
+        accepted = await manager.accept(Submission(**wanted), key)
+    except EverstepError as error:
+        if error.retryable or error.status >= 500:
+            raise
+        return error.code, str(error)
+    return list(accepted.rollout_ids)
 
 
 def _key(route: str, key: str, body: object) -> RequestKey:

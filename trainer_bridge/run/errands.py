@@ -8,7 +8,7 @@ All of it may be done twice: keys and ids make the second time harmless.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Protocol, TypeVar
 
@@ -63,7 +63,9 @@ class Errands:
         self._prompts: dict[str, Prompt] = {}
         self._closed: set[str] = set()
         self._cancelled: set[str] = set()
-        self._to_ack: dict[str, list[str]] = {name: [] for name in engines}
+        self._told: dict[str, list[str]] = {name: [] for name in engines}
+        """Ended ones that the run has once it is committed; `_kept` were committed."""
+        self._kept: dict[str, list[str]] = {name: [] for name in engines}
 
     # --- prompts -------------------------------------------------------------------------
 
@@ -93,16 +95,17 @@ class Errands:
                 self._tasks.run(key, place.engine, partial(self._follow, place))
         for name in state.engines:
             self._cancel_leaving(name)
-            if self._to_ack[name]:
-                ids, self._to_ack[name] = self._to_ack[name], []
-                self._tasks.run(("ack", *ids), name, partial(self._acknowledge, name, ids))
+            self._kept[name] += self._told[name]
+            self._told[name].clear()
+            if self._kept[name] and ("ack", name) not in self._tasks:
+                self._tasks.run(("ack", name), name, partial(self._acknowledge, name))
         for lease in state.active_leases():
             if lease.engine in state.engines:
                 self._see_to(lease)
 
     def acknowledge(self, name: str, rollout_id: str) -> None:
         """At the next `begin`: by then the run has it."""
-        self._to_ack[name].append(rollout_id)
+        self._told[name].append(rollout_id)
 
     def _see_to(self, lease: Lease) -> None:
         key = ("lease", lease.iteration, lease.number)
@@ -202,12 +205,15 @@ class Errands:
         if lease.is_active:
             self._state.move_lease(lease, used=used, state="over")
 
-    async def _acknowledge(self, name: str, rollout_ids: Sequence[str]) -> None:
-        try:
-            await self._engines[name].acknowledge(rollout_ids)
-        except (UnknownRollout, IllegalState) as error:
-            # the run has them; whoever made them forget can only have been somebody else
-            self._note(f"{name}: {error}")
+    async def _acknowledge(self, name: str) -> None:
+        """What is kept meanwhile goes together, too."""
+        while rollout_ids := self._kept[name]:
+            self._kept[name] = []
+            try:
+                await self._engines[name].acknowledge(rollout_ids)
+            except (UnknownRollout, IllegalState) as error:
+                # the run has them; whoever made them forget can only have been somebody else
+                self._note(f"{name}: {error}")
 
     async def _patiently(self, call: Callable[[], Awaitable[T]]) -> T:
         """Its result, tried again while the engine says no for the moment."""
