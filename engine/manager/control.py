@@ -83,8 +83,8 @@ class Control:
                 raise UnknownRollout(f"no group has the id {group!r}")
             return found
         missing = [rollout_id for rollout_id in ids or () if holdings.get(rollout_id) is None]
-        if keeper is not None:
-            await keeper.check_known(missing)
-        elif missing:
+        if missing and keeper is None:
             raise UnknownRollout(f"no rollout has the id {missing[0]!r}")
+        if missing and keeper is not None:
+            await keeper.known(missing)
         return holdings.live(None if ids is None else dict.fromkeys(ids))

@@ -191,12 +191,16 @@ class Keeper:
         }
         return [rollout for rollout in found if rollout is not None], unknown
 
-    async def check_known(self, rollout_ids: Sequence[str]) -> None:
-        """Raise UnknownRollout for the first that was never here."""
-        found = await self.journal.summaries(rollout_ids) if rollout_ids else []
-        for rollout_id, summary in zip(rollout_ids, found, strict=True):
-            if summary is None:
+    async def known(self, rollout_ids: Sequence[str]) -> list[Summary]:
+        """Of each; raises UnknownRollout for the first that was never here."""
+        found: list[Summary] = []
+        for rollout_id, one in zip(
+            rollout_ids, await self.journal.summaries(rollout_ids), strict=True
+        ):
+            if one is None:
                 raise UnknownRollout(f"no rollout has the id {rollout_id!r}")
+            found.append(one)
+        return found
 
     async def is_known(self, rollout_id: str) -> bool:
         return await self.journal.summary(rollout_id) is not None
@@ -251,9 +255,8 @@ class Keeper:
         return f"no rollout has the id {rollout_id!r}"
 
     async def _check_ended(self, ids: Sequence[str]) -> None:
-        await self.check_known(ids)
-        for summary in await self.journal.summaries(ids):
-            if summary is not None and not summary.state.is_ended:
+        for summary in await self.known(ids):
+            if not summary.state.is_ended:
                 raise IllegalState(
                     f"rollout {summary.id} has not ended: it can be acknowledged once it has"
                 )

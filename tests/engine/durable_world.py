@@ -207,6 +207,12 @@ class HandJournal:
     async def summary(self, rollout_id: str) -> Any:
         return await self._call(lambda: self.store.summary(rollout_id))
 
+    async def read_many(self, rollout_ids: Any) -> Any:
+        return await self._call(lambda: [self.store.read(one) for one in rollout_ids])
+
+    async def summaries(self, rollout_ids: Any) -> Any:
+        return await self._call(lambda: [self.store.summary(one) for one in rollout_ids])
+
     async def list(self, query: Any) -> Any:
         return await self._call(lambda: self.store.list(query))
 
