@@ -463,7 +463,8 @@ def training() -> str:
         ["```toml", *_TRAIN_EXAMPLE, "```"],
         *blocks,
         "## Lines of a source",
-        "A line is a JSON object; fields that are not named here are not looked at.",
+        "A line is a JSON object, or a row of Parquet (`pip install 'everstep[parquet]'`); fields "
+        "that are not named here are not looked at.",
         _fields(Line, is_request=True),
         "A file `*.evst` (`everstep journal export --format trajectory`) is one response, whose "
         "reward is `reward` in its metadata; with `record: [routing]` its routes can be replayed.",

@@ -162,7 +162,7 @@ class Run:
 
     def _open(self, checkpoint: Path | None) -> Source:
         if self.config.source.endpoint:
-            return BridgeSource(self.trainer, checkpoint, self.checkpoints.oldest())
+            return BridgeSource(self.trainer, checkpoint, self.checkpoints.oldest(), self.say)
         return FileSource(self.config, self.world, self.trainer.ring.config, self.say)
 
     def _go_on(self) -> Path | None:

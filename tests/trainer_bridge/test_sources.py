@@ -15,6 +15,7 @@ from everstep.engine.errors import BridgeError, ConfigError, PeerMissing
 from everstep.engine.model.canaries import make_canary
 from everstep.engine.model.weights import load_weights
 from everstep.trainer_bridge.fsdp_trainer import train
+from everstep.trainer_bridge.trainer import sources
 from everstep.trainer_bridge.trainer.config import read_config
 from everstep.trainer_bridge.trajectories.sender import TrajectorySender
 
@@ -147,6 +148,15 @@ def test_what_max_steps_allows_is_trained_without_asking_an_engine(folder):
 def test_a_run_s_name_is_part_of_a_folder_s(folder, name):
     with pytest.raises(ConfigError, match=r"source.run is .*; accepted: letters, digits"):
         config_of(folder, "named", "tcp://127.0.0.1:9", source={"run": name})
+
+
+def test_who_waits_for_long_is_told_for_what(folder, monkeypatch):
+    monkeypatch.setattr(sources, "_SOON_S", 0.1)
+    said = []
+    config = config_of(folder, "early", "tcp://127.0.0.1:9", source={"deadline_s": 0.3})
+    with pytest.raises(PeerMissing, match="no engine answers at tcp://127.0.0.1:9 for 0 s"):
+        train(config, said.append)
+    assert said == ["waits for an engine at tcp://127.0.0.1:9, 0 s at most"]
 
 
 def test_weights_older_than_what_was_acknowledged_are_refused(folder):

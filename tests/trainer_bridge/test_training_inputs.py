@@ -5,7 +5,10 @@ import math
 import re
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
+from msgspec.structs import replace
 
 from everstep import cli
 from everstep.engine.errors import ConfigError
@@ -285,6 +288,51 @@ def test_sealed_trajectories_bring_their_routes(folder, tmp_path):
     (tmp_path / "b.evst").write_bytes(b"EVST and no more")
     with pytest.raises(ConfigError, match=r"b\.evst: .*cut after 16 bytes"):
         TrajectoryFiles.read(config, trainable_config(folder / "model"))
+
+
+def test_rows_of_parquet_are_what_the_lines_are(folder, tmp_path):
+    """As `everstep rollout` writes both; tests/cli/test_rollout_command.py compares them."""
+    ring = trainable_config(folder / "model")
+    lines = [
+        WORDS | {"versions": [[0, 1], [3, 1]], "kept_ids": [[], [4, 9]], "flags": [1, 5]},
+        UNSCORED | {"temperature": 0.5, "lp_sampled": [-0.1, float(np.float32(-0.7))]},
+    ]
+    with (tmp_path / "a.jsonl").open("wb") as file:
+        rows = []
+        for line in lines:
+            made = json.loads(json.dumps(line)) | {"not": "looked at"}
+            file.write(json.dumps(made).encode() + b"\n")
+            runs = [{"version": v, "count": n} for v, n in made.get("versions", [])]
+            rows.append(made | {"versions": runs, "metadata": json.dumps(made["metadata"])})
+    names = dict.fromkeys(name for row in rows for name in row)
+    table = pyarrow.table({name: [row.get(name) for row in rows] for name in names})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    found = []
+    for name in ("a.jsonl", "a.parquet"):
+        source, reward = {"path": str(tmp_path / name)}, {"name": "exact"}
+        config = read_config(write_config(folder, "rows", source=source, reward=reward))
+        seen = []
+
+        def score(samples, seen=seen):
+            seen += [replace(sample, id="") for sample in samples]
+            return [0.0] * len(samples)
+
+        [group] = TrajectoryFiles.read(config, ring, score).groups
+        assert len(seen) == 1
+        found.append((group.rewards, seen, [vars(s.sequence) | vars(s) for s in group.samples]))
+    (one, other), columns = found, ("ids", "lp_infer", "versions", "kept", "temperature")
+    assert one[:2] == other[:2]
+    for mine, theirs in zip(one[2], other[2], strict=True):
+        for name in columns:
+            assert (
+                np.array_equal(mine[name], theirs[name])
+                if name != "kept"
+                else (mine[name] == theirs[name])
+            ), name
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(ConfigError, match=r"a\.parquet is no Parquet file: ") as caught:
+        TrajectoryFiles.read(config, ring)
+    assert "\n" not in str(caught.value)
 
 
 def test_one_setting_is_changed_on_the_command_line(folder, capsys):

@@ -95,7 +95,10 @@ class SourceConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Where trajectories come from: files, or an engine's end of the bridge."""
 
     path: Annotated[
-        str, Meta(description="a .jsonl or .evst file, or a folder of them; see Lines of a source")
+        str,
+        Meta(
+            description="a .jsonl, .parquet or .evst file, or a folder of them; see Lines of a source"
+        ),
     ] = ""
     epochs: Annotated[int, Meta(ge=1, description="how often files are gone through")] = 1
     shuffle: (

@@ -2,6 +2,7 @@
 read, by worker processes of the first rank."""
 
 import json
+import time
 from collections.abc import Sequence
 
 from ...engine import log
@@ -9,6 +10,8 @@ from ...engine.errors import ConfigError, MissingExtra
 from ..rewards.rewards import RewardConfig, RewardSample
 from ..rewards.workers import RewardOutcome, Rewards
 from .sharding import World
+
+_TELL_S = 10.0
 
 
 class FileScorer:
@@ -36,11 +39,15 @@ class FileScorer:
         if why := self._world.same(why):
             raise ConfigError(why)
         found: list[float | None] = []
+        told_s = time.monotonic()
         try:
             for begin in range(0, len(samples), self._piece):
                 piece = samples[begin : begin + self._piece]
                 scored = [] if workers is None else self._told(workers.score(piece))
                 found += json.loads(self._world.same(json.dumps(scored)))
+                if self._world.is_first and time.monotonic() > told_s + _TELL_S:
+                    told_s = time.monotonic()
+                    log.event("trainer.scoring", done=len(found), of=len(samples))
         finally:
             if workers is not None:
                 workers.close()

@@ -10,7 +10,7 @@ import torch
 
 from ...engine.checkpoint.ring_config import RingConfig
 from ...engine.checkpoint.stored_format import StoredFormat
-from ...engine.errors import BridgeError, ConfigError, InvalidRequest
+from ...engine.errors import BridgeError, ConfigError, InvalidRequest, PeerMissing
 from ...engine.trajectory import unpack
 from ..curve import read_keys
 from ..protocol import Trained, TrajectoryGroup
@@ -30,6 +30,8 @@ from .trainable import TrainableRing
 from .trainer import Report, Trainer
 
 Say = Callable[[str], None]
+# an engine that is there answers at once
+_SOON_S = 3.0
 
 
 class Source(Protocol):
@@ -101,13 +103,15 @@ class BridgeSource:
     Raises PeerMissing, PeerRefused and ConfigError, in one line each.
     """
 
-    def __init__(self, trainer: Trainer, checkpoint: Path | None, oldest: int) -> None:
+    def __init__(self, trainer: Trainer, checkpoint: Path | None, oldest: int, say: Say) -> None:
         self._trainer = trainer
         with contextlib.ExitStack() as opened:
-            self._connect(checkpoint, oldest, opened)
+            self._connect(checkpoint, oldest, opened, say)
             self._opened = opened.pop_all()
 
-    def _connect(self, checkpoint: Path | None, oldest: int, opened: contextlib.ExitStack) -> None:
+    def _connect(
+        self, checkpoint: Path | None, oldest: int, opened: contextlib.ExitStack, say: Say
+    ) -> None:
         """Hold the folder of the versions, publish where this trainer stands, and say hello."""
         trainer, config = self._trainer, self._trainer.config
         world, source = trainer.world, config.source
@@ -142,7 +146,16 @@ class BridgeSource:
             keys=read_keys(Path(source.keys), "trainer") if source.keys else None,
         )
         opened.callback(self._receiver.close)
-        self._receiver.connect(source.deadline_s)
+        self._meet(source.deadline_s, say)
+
+    def _meet(self, deadline_s: float, say: Say) -> None:
+        """Who waits for long is told for what."""
+        if deadline_s > _SOON_S:
+            with contextlib.suppress(PeerMissing):
+                self._receiver.connect(_SOON_S)
+                return
+            say(f"waits for an engine at {self._receiver.endpoint}, {deadline_s:.0f} s at most")
+        self._receiver.connect(deadline_s)
 
     def share(self, iteration: int) -> Sequence[Group] | None:
         self._receiver.doing = f"waits for iteration {iteration}"

@@ -1,5 +1,5 @@
-"""Groups from files: JSON lines as `everstep rollout` writes them, with a reward on each, and sealed
-trajectories (`*.evst`), with `reward` in their metadata.
+"""Groups from files: JSON lines or Parquet rows as `everstep rollout` writes them, with a reward on
+each, and sealed trajectories (`*.evst`), with `reward` in their metadata.
 
 What has no reward is scored where the run has one of its own. Lines of a group need not stand
 together. Other fields of a line are not looked at. Torch-free.
@@ -24,9 +24,11 @@ from ...engine.trajectory import Trajectory, unpack, unseal
 from ..losses.advantages import MAX_REWARD
 from ..rewards.rewards import RewardSample, reward_sample
 from ..trainer.config import SourceConfig, TrainConfig
+from .parquet import json_rows
 from .samples import Group, Sample, sample_of
 
 _NOT_RECORDED = 1e-3
+_ENDS = (".jsonl", ".parquet", ".evst")
 
 
 class Line(Struct, kw_only=True):
@@ -141,10 +143,10 @@ def _order(count: int, seed: int | None, epoch: int) -> Sequence[int]:
 
 def _lines(path: Path) -> Iterator[tuple[str, Line | Trajectory, bytes]]:
     """(where it stands, what stands there, a line's bytes), files in the order of their names."""
-    files = sorted(file for end in ("jsonl", "evst") for file in path.glob(f"*.{end}"))
+    files = sorted(file for end in _ENDS for file in path.glob(f"*{end}"))
     files = files if path.is_dir() else [path]
     if not files:
-        raise ConfigError(f"source.path: {path} has no .jsonl or .evst file")
+        raise ConfigError(f"source.path: {path} has no .jsonl, .parquet or .evst file")
     decoder = msgspec.json.Decoder(Line)
     for file in files:
         where = str(file)
@@ -152,15 +154,23 @@ def _lines(path: Path) -> Iterator[tuple[str, Line | Trajectory, bytes]]:
             if file.suffix == ".evst":
                 yield where, unseal(file.read_bytes()), b""
                 continue
-            with file.open("rb") as lines:
-                for number, text in enumerate(lines, 1):
-                    where = f"{file}:{number}"
-                    if text.strip():
-                        yield where, decoder.decode(text), text
+            for number, text in enumerate(_texts(file), 1):
+                where = f"{file}:{number}"
+                if text.strip():
+                    yield where, decoder.decode(text), text
         except OSError as error:
             raise ConfigError(f"source.path: {file} cannot be read: {error.strerror}") from None
         except (msgspec.MsgspecError, InvalidTrajectory, UnicodeDecodeError) as error:
             raise ConfigError(f"{where}: {error}") from None
+
+
+def _texts(file: Path) -> Iterator[bytes]:
+    """Its lines, or its rows as lines."""
+    if file.suffix == ".parquet":
+        yield from json_rows(file, {*Line.__struct_fields__, *Words.__struct_fields__})
+        return
+    with file.open("rb") as lines:
+        yield from lines
 
 
 def _response(
