@@ -154,7 +154,7 @@ def test_who_waits_for_long_is_told_for_what(folder, monkeypatch):
     monkeypatch.setattr(sources, "_SOON_S", 0.1)
     said = []
     config = config_of(folder, "early", "tcp://127.0.0.1:9", source={"deadline_s": 0.3})
-    with pytest.raises(PeerMissing, match="no engine answers at tcp://127.0.0.1:9 for 0 s"):
+    with pytest.raises(PeerMissing, match=r"no engine answers at tcp://127.0.0.1:9 for 0 s"):
         train(config, said.append)
     assert said == ["waits for an engine at tcp://127.0.0.1:9, 0 s at most"]
 
