@@ -4,26 +4,51 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from .memory import memory_folder
 from .training_loop import WAIT_S, Loop
 
 
+@pytest.fixture
+def memory() -> Iterator[Path]:
+    with memory_folder() as folder:
+        yield folder
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_mismatch_is_zero_at_every_token(tmp_path: Path, dtype: str) -> None:
-    """KV is computed again at a flip, and old tokens are compared with their own weights."""
-    loop = Loop(tmp_path, kv="recompute", old_policy="exact", dtype=dtype)
-    loop.end(loop.start(loop.embedded), loop.start(loop.train))
+def test_the_mismatch_is_zero_at_every_token(tmp_path: Path, memory: Path, dtype: str) -> None:
+    """KV is computed again at a flip, and old tokens are compared with their own weights. Versions are
+    written over each other, and none is seen but whole."""
+    loop = Loop(tmp_path, memory, kv="recompute", old_policy="exact", dtype=dtype, keep=2)
+    engine, trainer = loop.start(loop.embedded), loop.start(loop.train)
+    numbers = numbers_of(memory, trainer)
+    loop.end(engine, trainer)
+    assert [path.name for path in memory.iterdir() if path.name != "lock"] == ["v5"]
+    assert len(set(numbers.values())) < len(numbers)
     loop.check()
     loop.check_bits()
     # a larger --iterations may go on: what an older checkpoint lacks is kept, and what serves
     kept = {path.name for path in (tmp_path / "out.jsonl.spool").iterdir()}
     assert kept == {"iteration-00000004.groups", "serving.json"}
-    assert [path.name for path in (tmp_path / "versions").glob("v*")] == ["v5"]
     assert "v5 of the weights stay in" in loop.log()
+
+
+def numbers_of(versions: Path, trainer: subprocess.Popen[bytes]) -> dict[str, int]:
+    """The file of each version, as far as one was seen."""
+    found: dict[str, int] = {}
+    while trainer.poll() is None:
+        for path in versions.glob("v*"):
+            with suppress(FileNotFoundError):
+                found[path.name] = (path / "model.safetensors").stat().st_ino
+        time.sleep(0.02)
+    return found
 
 
 def test_a_run_that_is_over_leaves_its_results_alone(tmp_path: Path) -> None:
@@ -62,8 +87,8 @@ def receiver_of(parent: int) -> int:
     raise AssertionError("there is none")
 
 
-def test_kills_of_both_sides_lose_nothing(tmp_path: Path) -> None:
-    loop = Loop(tmp_path, kv="keep", old_policy="proximal")
+def test_kills_of_both_sides_lose_nothing(tmp_path: Path, memory: Path) -> None:
+    loop = Loop(tmp_path, memory, kv="keep", old_policy="proximal", keep=2)
     draw = random.Random(4)
     commands = [loop.embedded, loop.train]
     running = [loop.start(command) for command in commands]

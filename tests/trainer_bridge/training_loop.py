@@ -19,11 +19,13 @@ class Loop:
     """A run in a folder: prompts, settings, and the two commands.
 
     elsewhere  the trainer is on another host, as far as it knows
+    versions   where they are; keep: how many of them stay
     """
 
     def __init__(
         self,
         folder: Path,
+        versions: Path | None = None,
         *,
         kv: str,
         old_policy: str,
@@ -31,9 +33,10 @@ class Loop:
         elsewhere: bool = False,
         num_prompts: int = 400,
         iterations: int | None = ITERATIONS,
+        keep: int = 4,
     ) -> None:
         self.folder, self.iterations = folder, iterations
-        bridge, publish = f"ipc://{folder}/bridge", f'root = "{folder}/versions"'
+        bridge, publish = f"ipc://{folder}/bridge", f'root = "{versions or folder / "versions"}"'
         remote: list[str] = []
         if elsewhere:
             make_keys(folder / "keys")
@@ -58,7 +61,7 @@ run = "loop"
 deadline_s = 60
 [publish]
 {publish}
-keep = 4
+keep = {keep}
 [numerics]
 kernels = "exact"
 dtype = "{dtype}"
