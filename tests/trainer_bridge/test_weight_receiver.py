@@ -150,17 +150,17 @@ def test_bytes_that_are_spoilt_again_and_again_are_named(
 
 def spoil(monkeypatch: pytest.MonkeyPatch, small: int, *, times: int) -> None:
     """The bytes of piece 7 are exchanged for those of another place, after they were summed."""
-    real, left = weight_link.piece_crc, [times]
+    real, left = weight_link.WeightLink.send, [times]
 
-    def spoilt(spans: list[int], data: memoryview) -> int:
-        crc = real(spans, data)
+    def spoilt(link: Any, chunk: Any) -> None:
+        data = chunk.data
         if left[0] and len(data) == small:
             left[0] -= 1
             half = small // 2
             data[:half], data[half:] = bytes(data[half:]), bytes(data[:half])
-        return crc
+        real(link, chunk)
 
-    monkeypatch.setattr(weight_link, "piece_crc", spoilt)
+    monkeypatch.setattr(weight_link.WeightLink, "send", spoilt)
 
 
 def test_no_room_is_said_with_the_figures(

@@ -14,7 +14,7 @@ import msgspec
 
 from ...engine.checkpoint.manifest import FILE as MANIFEST
 from ...engine.checkpoint.manifest import Manifest
-from ...engine.errors import CheckpointError, WeightsRefused
+from ...engine.errors import CheckpointError, EverstepError, WeightsRefused
 from .checksum import piece_crc
 from .folder import Span, StoredTensor, VersionFolder, stored_tensors
 from .pages import FILE, Pages
@@ -49,6 +49,18 @@ def _give_way() -> None:
     if sys.platform == "linux":
         # of this thread alone
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), HASH_NICENESS)
+
+
+def _done(work: Callable[..., None], *arguments: object) -> Future[None]:
+    """Do it now."""
+    done: Future[None] = Future()
+    try:
+        work(*arguments)
+    except EverstepError as error:
+        done.set_exception(error)
+    else:
+        done.set_result(None)
+    return done
 
 
 class Arrival:
@@ -119,9 +131,13 @@ class Arrival:
             if span.offset < len(self.offer.head) or span.end > self.offer.num_bytes:
                 raise CheckpointError(f"a piece of rank {rank} belongs outside of {FILE}: {span}")
         self.taken[rank] += 1
-        done = self._workers.writing.submit(self._place, rank, piece, spans, data)
+        if self.folder.target is not None:
+            # to memory that is there: sooner done than said to a thread
+            done = _done(self._place, rank, piece, spans, data)
+        else:
+            done = self._workers.writing.submit(self._place, rank, piece, spans, data)
+            done.add_done_callback(lambda _: self._on_done())
         self._writes.append(_Write(rank, spans, done))
-        done.add_done_callback(lambda _: self._on_done())
 
     def settle(self) -> set[int]:
         """Ranks of which more is in its places than the last time.
@@ -219,7 +235,7 @@ class Arrival:
                 raise CheckpointError(f"{name!r} cannot be a file of a version")
 
     def _place(self, rank: int, piece: Piece, spans: list[Span], data: memoryview) -> None:
-        """On a thread of its own."""
+        """On a thread of its own, where that may take long."""
         target = self.folder.target
         # what is wrong with it costs the version in any case
         found = piece_crc(piece.spans, data, target)

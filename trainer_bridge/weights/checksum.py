@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ...kernels.checksum import crc32
+from ...kernels.checksum import crc32, joined
 
 
 def piece_crc(spans: Sequence[int], data: memoryview, to: mmap.mmap | None = None) -> int:
     """spans  offset, size, offset, size, …
     to        a file: its bytes become those of the piece, in the same pass
     """
-    crc = crc32(np.array(spans, dtype="<u8").view(np.uint8))
+    crc = _of_spans(spans)
     source = np.frombuffer(data, np.uint8)
     if to is None:
         return crc32(source, crc)
@@ -22,6 +22,15 @@ def piece_crc(spans: Sequence[int], data: memoryview, to: mmap.mmap | None = Non
         crc = crc32(source[start : start + size], crc, target[offset : offset + size])
         start += size
     return crc
+
+
+def with_spans(spans: Sequence[int], crc: int, size: int) -> int:
+    """The same of bytes whose own checksum is known."""
+    return joined(_of_spans(spans), crc, size)
+
+
+def _of_spans(spans: Sequence[int]) -> int:
+    return crc32(np.array(spans, dtype="<u8").view(np.uint8))
 
 
 def prepare() -> None:

@@ -1,4 +1,5 @@
-"""What a rank sends of a version at once: values converted straight into memory that is used again.
+"""What a rank sends of a version at once: values converted straight into memory that is used again, and
+summed in the same pass.
 
 A message costs several wakeups on both sides, so a chunk is larger than what is converted at once; a
 page that the system has to find costs more than to fill it, so a chunk's memory is that of one that
@@ -15,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ...kernels.checksum import crc32, crc32_bf16
 from .folder import Span
 from .layout import Piece, Place
 
@@ -27,11 +29,13 @@ _LEAST_BYTES = 1 << 19
 
 
 class Chunk(NamedTuple):
-    """`data` holds the spans' bytes, one after the other; number: from 0, on this rank."""
+    """`data` holds the spans' bytes, one after the other; number: from 0, on this rank; crc: CRC-32 of
+    the bytes."""
 
     number: int
     spans: tuple[Span, ...]
     data: memoryview
+    crc: int
 
 
 class Memory:
@@ -73,6 +77,7 @@ class _Filling:
         self.size = 0
         self._buffer = buffer
         self._spans: list[Span] = []
+        self._crc = 0
 
     def take(self, values: Tensor, dtype: torch.dtype, places: deque[Place]) -> None:
         """Consecutive values, as many as there is room for; the places of the others are left."""
@@ -91,11 +96,15 @@ class _Filling:
                     Place(offset + count * dtype.itemsize, start + count, size - count)
                 )
                 break
-        target = torch.from_numpy(self._buffer[begin : self.size])
-        target.view(dtype).copy_(values[first : first + taken])
+        target, source = self._buffer[begin : self.size], values[first : first + taken].contiguous()
+        if (source.dtype, dtype) == (torch.float32, torch.bfloat16):
+            self._crc = crc32_bf16(source, self._crc, target)
+        else:
+            stored = source.to(dtype).view(torch.uint8).numpy()
+            self._crc = crc32(stored, self._crc, target)
 
     def chunk(self, number: int) -> Chunk:
-        return Chunk(number, tuple(self._spans), self._buffer.data[: self.size])
+        return Chunk(number, tuple(self._spans), self._buffer.data[: self.size], self._crc)
 
     def _room(self, offset: int) -> int:
         """Bytes that can be taken from this place of the file on."""

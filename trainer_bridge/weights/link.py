@@ -14,7 +14,7 @@ from ..curve import Keys, check_endpoint
 from ..protocol import PROTOCOL_VERSION, check_version, encode
 from ..trajectories.dealing import SOFTWARE
 from . import checksum as weight_checksum
-from .checksum import piece_crc
+from .checksum import with_spans
 from .chunks import Chunk
 from .protocol import (
     MAX_MESSAGE_BYTES,
@@ -175,7 +175,8 @@ class WeightLink:
         room = max(0, self.window - len(chunk.data))
         self._until(lambda: self._on_way_bytes <= room, f"to take piece {chunk.number}")
         spans = [number for span in chunk.spans for number in span]
-        piece = Piece(*self._version, chunk.number, spans, piece_crc(spans, chunk.data))
+        crc = with_spans(spans, chunk.crc, len(chunk.data))
+        piece = Piece(*self._version, chunk.number, spans, crc)
         sent = _Sent(
             chunk.number, encode(piece), zmq.Frame(chunk.data, copy=False), len(chunk.data)
         )

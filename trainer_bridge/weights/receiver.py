@@ -51,7 +51,6 @@ HEARTBEAT_S = 2.0
 PATIENCE_S = 60.0
 MAX_BYTES = 64 * 2**20
 _LEAST_WINDOW = 2 * 2**20
-_MAX_BURST = 8
 # when nothing has come for so long, there is time to hash
 _PAUSE_S = 0.005
 
@@ -161,7 +160,7 @@ class WeightReceiver:
                     self._waker.recv(4096)
                 self._is_rung = False
             if self._socket in ready:
-                self._take_burst()
+                self._take_next()
             self._look()
 
     def stop(self) -> None:
@@ -185,13 +184,12 @@ class WeightReceiver:
 
     # messages -------------------------------------------------------------------------------------
 
-    def _take_burst(self) -> None:
-        """What has come, but not for ever: others wait for a word."""
+    def _take_next(self) -> None:
+        """A message. One at a time: who sent it waits for the word that there is room again."""
         assert self._socket is not None
         with contextlib.suppress(zmq.Again):
-            for _ in range(_MAX_BURST):
-                peer, *frames = self._socket.recv_multipart(zmq.DONTWAIT, copy=False)
-                self._take_frames(bytes(peer.buffer), [frame.buffer for frame in frames])
+            peer, *frames = self._socket.recv_multipart(zmq.DONTWAIT, copy=False)
+            self._take_frames(bytes(peer.buffer), [frame.buffer for frame in frames])
 
     def _take_frames(self, peer: bytes, frames: list[memoryview]) -> None:
         try:
