@@ -216,6 +216,8 @@ def _line(report: Report) -> str:
         words.append(f"masked {report.metrics['mask_fraction']:.2%}")
     if "log_ratio_abs_mean" in report.metrics:
         words.append(f"|Δlp| {report.metrics['log_ratio_abs_mean']:.2e}")
+    if proximal := report.metrics.get("proximal_fraction"):
+        words.append(f"proximal {proximal:.2%}")
     return "  ".join(words)
 
 
