@@ -25,9 +25,9 @@ import msgspec
 from mismatch_report import METHODS, RESULT, Asked, Result
 
 from everstep.clients.llm import LLM
-from everstep.demo_children import Child
-from everstep.demo_progress import read_progress
-from everstep.demo_recipe import RUN, Files, Recipe, write_whole
+from everstep.demo.children import Child
+from everstep.demo.progress import read_progress
+from everstep.demo.recipe import RUN, Files, Recipe, write_whole
 from everstep.engine.checkpoint.quantize import quantize_checkpoint
 from everstep.engine.config import PATIENCE
 from everstep.engine.rollout import Rollout, SamplingParams

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from msgspec import Struct
 
-from everstep.demo_progress import TrainerLine, read_progress
+from everstep.demo.progress import TrainerLine, read_progress
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

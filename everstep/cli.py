@@ -12,7 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
-from . import __version__, bench_cli, journal_cli, proof_cli, rollout_cli
+from . import __version__, journal_cli, proof_cli, rollout_cli
+from .bench import cli as bench_cli
 from .engine.errors import ConfigError, EverstepError
 from .engine.rollout import SamplingParams
 from .environment import log_format

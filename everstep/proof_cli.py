@@ -123,7 +123,7 @@ def chaos(
     """
     import shlex
 
-    from .chaos import Plan, run_chaos, seconds_of, url_of, victims_of
+    from .chaos.run import Plan, run_chaos, seconds_of, url_of, victims_of
 
     words = list(command or [])
     if words and restart is not None:

@@ -24,8 +24,8 @@ def run_train(file: Path, changes: Sequence[str], *, explains: bool = False) -> 
 
 def run_demo(folder: Path | None, seed: int, changes: Sequence[str]) -> None:
     """Make a model and train it, with `changes` (NAME=VALUE) over the recipe."""
-    from .demo import Demo
-    from .demo_recipe import Recipe
+    from .demo.recipe import Recipe
+    from .demo.run import Demo
 
     recipe = load(Recipe, assignments=[_assignment(change) for change in changes]).config
     Demo(Path(f"demo-{seed}") if folder is None else folder, seed, recipe).run()

@@ -6,9 +6,9 @@ import pytest
 
 from everstep import doctor
 from everstep.cli import run
-from everstep.demo import Demo
-from everstep.demo_evaluation import Answers, Evaluation
-from everstep.demo_recipe import Recipe
+from everstep.demo.evaluation import Answers, Evaluation
+from everstep.demo.recipe import Recipe
+from everstep.demo.run import Demo
 from everstep.trainer_bridge.run.report import Lengths
 from everstep.trainer_bridge.trainer import fp8_operations
 

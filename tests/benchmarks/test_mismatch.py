@@ -13,7 +13,7 @@ import mismatch
 import mismatch_report
 from mismatch_report import Asked, Result
 
-from everstep.demo_recipe import write_whole
+from everstep.demo.recipe import write_whole
 from everstep.trainer_bridge.trainer.config import read_config
 
 

@@ -17,9 +17,9 @@ import uvicorn
 from hypothesis import given
 from hypothesis import strategies as st
 
-from everstep.bench_report import Measured, Run, as_json, percentile, result_block, spread, spreads
-from everstep.bench_serve import Target
-from everstep.bench_workload import random_asks, read_dataset, warm_up
+from everstep.bench.report import Measured, Run, as_json, percentile, result_block, spread, spreads
+from everstep.bench.serve import Target
+from everstep.bench.workload import random_asks, read_dataset, warm_up
 from everstep.cli import run
 from everstep.engine.errors import ConfigError
 from tests.server.conftest import serve as serve_app

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from everstep import processes
-from everstep.chaos import Certificate, seconds_of, url_of
-from everstep.chaos_load import Load, Watch
+from everstep.chaos.load import Load, Watch
+from everstep.chaos.run import Certificate, seconds_of, url_of
 from everstep.cli import run
 from everstep.engine.errors import ConfigError
 from everstep.engine.rollout import RolloutState

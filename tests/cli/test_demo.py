@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from everstep.cli import run
-from everstep.demo_children import Child, ChildFailed
-from everstep.demo_evaluation import Answers, Evaluation, evaluate
-from everstep.demo_progress import Progress, TrainerLine, read_progress
-from everstep.demo_recipe import Files, Recipe
-from everstep.demo_view import DemoView, iteration_line, picture_rows, plot, sparkline
+from everstep.demo.children import Child, ChildFailed
+from everstep.demo.evaluation import Answers, Evaluation, evaluate
+from everstep.demo.progress import Progress, TrainerLine, read_progress
+from everstep.demo.recipe import Files, Recipe
+from everstep.demo.view import DemoView, iteration_line, picture_rows, plot, sparkline
 from everstep.engine.errors import ConfigError
 from everstep.rollout_view import iteration_line as engine_line
 from everstep.trainer_bridge.c3po.ledger import Books
@@ -255,7 +255,7 @@ def test_children_end_with_a_parent_that_is_killed(tmp_path):
     files.begin()
     write_model(tmp_path / "habit" / "final", 0)
     code = (
-        "import sys, time; from pathlib import Path; from everstep.demo_children import Child; "
+        "import sys, time; from pathlib import Path; from everstep.demo.children import Child; "
         "child = Child('trainer', ['train', 'rl.toml'], Path(sys.argv[1])).start(); "
         "print(child.pid, flush=True); time.sleep(600)"
     )

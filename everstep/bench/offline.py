@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from .bench_report import Measured, Run
-from .bench_workload import Ask
-from .clients.llm import LLM
-from .engine.errors import ContextTooLong
-from .engine.manager.intake import Submission
-from .engine.manager.manager import RolloutManager
-from .engine.rollout import SamplingParams, check_prompt
+from ..clients.llm import LLM
+from ..engine.errors import ContextTooLong
+from ..engine.manager.intake import Submission
+from ..engine.manager.manager import RolloutManager
+from ..engine.rollout import SamplingParams, check_prompt
+from .report import Measured, Run
+from .workload import Ask
 
 Count = Callable[[int, int], None]
 

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from .demo_children import Child
-from .demo_progress import Progress, read_progress
-from .demo_recipe import Files, Recipe, write_whole
-from .demo_view import DemoView, plot
-from .engine.errors import MissingExtra
-from .progress import Stages, duration
+from ..engine.errors import MissingExtra
+from ..progress import Stages, duration
+from .children import Child
+from .progress import Progress, read_progress
+from .recipe import Files, Recipe, write_whole
+from .view import DemoView, plot
 
 if TYPE_CHECKING:
-    from .demo_evaluation import Answers, Evaluation
+    from .evaluation import Answers, Evaluation
 
 _LOOK_EVERY_S = 0.25
 
@@ -56,7 +56,7 @@ class Demo:
         """The model that has learned nothing; config.json is the last file of it."""
         start = self._files.start
         if not (start / "config.json").exists():
-            from .trainer_bridge.demo.euclid_model import write_model
+            from ..trainer_bridge.demo.euclid_model import write_model
 
             shutil.rmtree(start, ignore_errors=True)
             write_model(start, self._files.seed)
@@ -99,7 +99,7 @@ class Demo:
     def _evaluated(self, when: str, model: Path) -> "Evaluation":
         """By the questions that are held out; once."""
         # torch is loaded here, when it is known to be needed
-        from .demo_evaluation import Evaluation, evaluate
+        from .evaluation import Evaluation, evaluate
 
         files = self._files
         kept = files.folder / f"{when}.json"
@@ -118,7 +118,7 @@ class Demo:
     # --- the end -------------------------------------------------------------------------
 
     def _show(self, before: "Evaluation", after: "Evaluation") -> None:
-        from .offline import show_table
+        from ..offline import show_table
 
         files = self._files
         progress = read_progress(files.rl, files.folder / "engine.log")

@@ -9,11 +9,11 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta, Struct
 
-from .engine.errors import ConfigError
-from .trainer_bridge.demo import euclid
-from .trainer_bridge.demo.euclid import Pair
-from .trainer_bridge.demo.euclid_warm_up import Example, Habit, habit, skill
-from .trainer_bridge.losses.config import LossName
+from ..engine.errors import ConfigError
+from ..trainer_bridge.demo import euclid
+from ..trainer_bridge.demo.euclid import Pair
+from ..trainer_bridge.demo.euclid_warm_up import Example, Habit, habit, skill
+from ..trainer_bridge.losses.config import LossName
 
 RUN = "demo"
 EXAMPLES = 32

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from .clients.llm import LLM
-from .engine.rollout import Rollout, SamplingParams
-from .trainer_bridge.demo import euclid
-from .trainer_bridge.demo.euclid import Pair, Verdict
-from .trainer_bridge.run.report import Lengths
+from ..clients.llm import LLM
+from ..engine.rollout import Rollout, SamplingParams
+from ..trainer_bridge.demo import euclid
+from ..trainer_bridge.demo.euclid import Pair, Verdict
+from ..trainer_bridge.run.report import Lengths
 
 
 class Answers(Struct, frozen=True):

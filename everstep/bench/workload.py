@@ -8,7 +8,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, Struct
 
-from .engine.errors import ConfigError
+from ..engine.errors import ConfigError
 
 Prompt = str | list[int]
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from .demo_evaluation import Evaluation
-from .demo_progress import Progress
-from .engine.errors import MissingExtra
-from .progress import live_view, panel
+from ..engine.errors import MissingExtra
+from ..progress import live_view, panel
+from .evaluation import Evaluation
+from .progress import Progress
 
 if TYPE_CHECKING:
     from rich.live import Live

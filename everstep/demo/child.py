@@ -1,6 +1,6 @@
 """A command of ours that ends with whoever started it, however that ends:
 
-    python -m everstep.demo_child train rl.toml
+    python -m everstep.demo.child train rl.toml
 
 Standard input is the leash: its other end is held by the parent alone, and nobody writes to it.
 """
@@ -15,8 +15,8 @@ def main() -> int:
     # a shell's background job, and so whatever it starts, is born deaf to it
     signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    from .cli import run
-    from .engine.config import PATIENCE
+    from ..cli import run
+    from ..engine.config import PATIENCE
 
     os.environ.update(PATIENCE | dict(os.environ))
     return run(sys.argv[1:])

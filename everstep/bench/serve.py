@@ -15,9 +15,9 @@ import httpx
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
-from .bench_report import Measured, Run
-from .bench_workload import Ask
-from .engine.errors import ConfigError
+from ..engine.errors import ConfigError
+from .report import Measured, Run
+from .workload import Ask
 
 Count = Callable[[int, int], None]
 CONNECT_S = 5.0

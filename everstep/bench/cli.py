@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .bench_report import Run, check_output, result_block, write_json
-from .bench_workload import Ask, random_asks, read_dataset, warm_up, with_ids
-from .engine.errors import ConfigError
-from .engine.rollout import SamplingParams
-from .flags import Settings, with_settings
-from .progress import Stages
+from ..engine.errors import ConfigError
+from ..engine.rollout import SamplingParams
+from ..flags import Settings, with_settings
+from ..progress import Stages
+from .report import Run, check_output, result_block, write_json
+from .workload import Ask, random_asks, read_dataset, warm_up, with_ids
 
 if TYPE_CHECKING:
-    from .clients.llm import LLM
+    from ..clients.llm import LLM
 
 app = typer.Typer(
     name="bench",
@@ -99,7 +99,7 @@ def offline(
 
     [dim]everstep bench offline ./Ring-mini-2.0 --input-len 1024 --output-len 64 --output-json run.json[/dim]
     """
-    from .offline import open_llm
+    from ..offline import open_llm
 
     check_output(output_json)
     sampling = SamplingParams(temperature=temperature, ignore_eos=ignore_eos)
@@ -127,7 +127,7 @@ def offline(
 def _offline(
     llm: "LLM", asks: list[Ask], concurrency: int | None, sampling: SamplingParams, warmups: int
 ) -> Run:
-    from .bench_offline import run_offline
+    from .offline import run_offline
 
     limit = concurrency or llm.config.batch.max_num_seqs
     if warmups:
@@ -201,7 +201,7 @@ def serve(
 
     [dim]everstep bench serve --base-url http://127.0.0.1:30000 --request-rate 4 --output-json run.json[/dim]
     """
-    from .bench_serve import Target, run_serve
+    from .serve import Target, run_serve
 
     check_output(output_json)
     if not request_rate > 0:

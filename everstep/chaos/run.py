@@ -20,12 +20,12 @@ from urllib.parse import urlsplit
 
 from msgspec import Struct
 
-from . import processes
-from .chaos_load import Load, Watch, summed, until_ready
-from .engine.errors import ConfigError, EngineUnavailable
+from .. import processes
+from ..engine.errors import ConfigError, EngineUnavailable
+from .load import Load, Watch, summed, until_ready
 
 if TYPE_CHECKING:
-    from .clients.async_client import AsyncClient
+    from ..clients.async_client import AsyncClient
 
 Victim = Literal["core", "server"]
 VICTIMS: tuple[Victim, ...] = ("core", "server")
@@ -182,7 +182,7 @@ class Certificate(Struct, kw_only=True):
 
 async def run(plan: Plan) -> Certificate:
     """Kill until the time is over, let everything end, and certify. Raises EverstepError."""
-    from .clients.async_client import AsyncClient
+    from ..clients.async_client import AsyncClient
 
     processes.check_proc()
     server = Server(plan)

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from .engine.errors import ConfigError
+from ..engine.errors import ConfigError
 
 WIDTH = 50
 # (key in the JSON, label of a line, heading), in vLLM's order

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct, field
 
-from .engine.errors import EngineUnavailable
-from .engine.rollout import Rollout, RolloutState
+from ..engine.errors import EngineUnavailable
+from ..engine.rollout import Rollout, RolloutState
 
 if TYPE_CHECKING:
-    from .clients.async_client import AsyncClient
+    from ..clients.async_client import AsyncClient
 
 POOL = "chaos"
 SAMPLES = 2

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from .engine.errors import EverstepError
+from ..engine.errors import EverstepError
 
 _PATIENCE_S = 15.0
 # between two deaths that have nothing in between something is wrong that a start does not mend
@@ -41,7 +41,7 @@ class Child:
     def start(self) -> Self:
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "everstep.demo_child", *self._command],
+                [sys.executable, "-m", "everstep.demo.child", *self._command],
                 cwd=self._folder,
                 stdin=subprocess.PIPE,
                 stdout=log,

@@ -1,0 +1,1 @@
+"""`everstep bench`: throughput and latencies in the words of `vllm bench serve`."""

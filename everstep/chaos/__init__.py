@@ -1,0 +1,1 @@
+"""`everstep chaos`: kills of your own running server, and a certificate."""

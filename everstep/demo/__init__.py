@@ -1,0 +1,1 @@
+"""`everstep train --demo`: a whole RL run from one command."""
