@@ -210,13 +210,15 @@ class Calls:
         *,
         samples: int = 1,
         seed: int | None = None,
+        pool: str = "",
         idempotency_key: str | None = None,
     ) -> Flow[Submitted]:
         """New rollouts that begin with its first `at` output tokens.
 
         With one sample and no seed the noise is the source's, hence the very continuation.
+        pool: whose token budget they count on; the source's only where it is named.
         """
-        request = ForkRequest(at=at, samples=samples, seed=seed)
+        request = ForkRequest(at=at, samples=samples, seed=seed, pool=pool)
         return flows.fork(rollout_id, request, idempotency_key, self.patience())
 
     def export(self, rollout_id: str) -> Flow[bytes]:

@@ -7,6 +7,7 @@ would swallow the error of a failed fsync in one of its own.
 """
 
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -274,8 +275,11 @@ def transaction(db: apsw.Connection) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def translated(path: str) -> Iterator[None]:
-    """SQLite's errors and damaged records as ours, in one line that names the file."""
+def translated(path: str, db: apsw.Connection | None = None) -> Iterator[None]:
+    """SQLite's errors and damaged records as ours, in one line that names the file.
+
+    db  asked why the last write failed: a quota is no more than a disk that is full
+    """
     try:
         yield
     except (DamagedRecord, UnicodeDecodeError) as error:
@@ -292,7 +296,19 @@ def translated(path: str) -> Iterator[None]:
     except (apsw.BusyError, apsw.LockedError):
         raise JournalError(f"journal {path}: in use by another process") from None
     except (apsw.IOError, apsw.Error) as error:
+        if db is not None and _is_over_quota(error, db):
+            raise JournalFull(
+                f"journal {path}: the disk quota is used up; what was accepted is kept and written "
+                "when there is room"
+            ) from None
         raise JournalError(f"journal {path}: {type(error).__name__}: {_one_line(error)}") from None
+
+
+def _is_over_quota(error: apsw.Error, db: apsw.Connection) -> bool:
+    """SQLite knows a full disk and takes a quota for a broken one. Of a sync that fails nobody
+    knows what it wrote, so that it stays a fault."""
+    is_write = getattr(error, "extendedresult", None) == apsw.SQLITE_IOERR_WRITE
+    return is_write and db.system_errno == errno.EDQUOT
 
 
 def _one_line(error: Exception) -> str:

@@ -268,7 +268,7 @@ class Journal:
         durability = self._config.durability
         is_full = durability == "power" or (durability == "accepts" and not is_growth)
         try:
-            with files.translated(self._path):
+            with files.translated(self._path, self._db):
                 self._set_synchronous("FULL" if is_full else "NORMAL")
                 yield
         except JournalFull:
@@ -299,7 +299,7 @@ class Journal:
         if self._wal_pages < _CHECKPOINT_PAGES:
             return
         try:
-            with files.translated(self._path):
+            with files.translated(self._path, self._db):
                 self._db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
             self._wal_pages = 0
         except JournalFull:

@@ -43,7 +43,8 @@ class Keeper:
         self._holdings = holdings
         self._fault: str | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
-        journal.on_stall = lambda _: self.on_change()
+        self._has_stalled = asyncio.Event()
+        journal.on_stall = self._on_stall
 
     @property
     def failure(self) -> str | None:
@@ -155,6 +156,24 @@ class Keeper:
         durable = [growth.rollout.id for growth in growths if growth.rollout.is_durable]
         if durable or is_all:
             await self.whole(self.commit(ops.Resume(None if is_all else durable)))
+
+    async def unless_stalled(self, work: Coroutine[Any, Any, T]) -> T:
+        """Its result. Raises JournalFull once the journal stalls: then nothing was done, or it is
+        done when there is room. For whom doing it twice does no harm."""
+        try:
+            self.check()
+        except JournalError:
+            work.close()
+            raise
+        working = self._begin(work)
+        stalling = asyncio.ensure_future(self._has_stalled.wait())
+        try:
+            await asyncio.wait({working, stalling}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stalling.cancel()
+        if not working.done():
+            self.check()
+        return await asyncio.shield(working)
 
     async def flush(self) -> None:
         """Return once all that was given is durable, and shown."""
@@ -275,12 +294,15 @@ class Keeper:
 
     async def whole(self, work: Coroutine[Any, Any, T]) -> T:
         """Its result; if the caller is cancelled the work goes on to its end."""
+        return await asyncio.shield(self._begin(work))
+
+    def _begin(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         # whoever asked may be gone by then: an error has been seen all the same
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
-        return await asyncio.shield(task)
+        return task
 
     def _then(self, future: "asyncio.Future[None]", call: Callable[[], None]) -> None:
         """Call once the future is done; a fault, or ours, means that durability is over."""
@@ -299,6 +321,13 @@ class Keeper:
                 self._fail(f"{kind}{error}")
 
         future.add_done_callback(done)
+
+    def _on_stall(self, reason: str | None) -> None:
+        if reason is None:
+            self._has_stalled.clear()
+        else:
+            self._has_stalled.set()
+        self.on_change()
 
     def _fail(self, reason: str) -> None:
         if self._fault is None:

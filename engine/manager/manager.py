@@ -9,8 +9,8 @@ It checks what comes in and owns what lives (`Holdings`), and hands on what each
     Budgets, Versions   of pools and of the weights: faces call them by `budgets` and `versions`
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Literal
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from typing import Any, Literal, TypeVar
 
 from ..backend import Backend
 from ..checkpoint.manifest import Version
@@ -38,6 +38,7 @@ from .versions import Versions
 
 __all__ = ["Delta", "RolloutManager"]
 
+ResultT = TypeVar("ResultT")
 Rollouts = list[Rollout]
 Growths = list[Growth]
 Metrics = list[Counter | Gauge | Histogram]
@@ -128,6 +129,11 @@ class RolloutManager:
     def is_healthy(self) -> bool:
         """False once the core has died for good."""
         return self._core.failure is None
+
+    @property
+    def is_draining(self) -> bool:
+        """True once nothing new is taken."""
+        return self._standing.is_draining
 
     @property
     def journal_trouble(self) -> str | None:
@@ -244,18 +250,22 @@ class RolloutManager:
         *,
         samples: int = 1,
         seed: int | None = None,
+        pool: str = "",
         key: RequestKey | None = None,
     ) -> Accepted:
         """New durable rollouts that keep the first `at` output tokens of one that is there.
 
         One sample without a seed has the same noise, so it continues to the bit as its parent did
-        or will. Raises as `accept` does, UnknownRollout, InvalidRequest naming `at` or `samples`.
+        or will. They are of `pool`, not of their parent's, on whose budget nobody counts them.
+        Raises as `accept` does, UnknownRollout, InvalidRequest naming `at` or `samples`.
         """
 
         async def make() -> Rollouts:
             parent, info = await self.find(rollout_id), self._core.known_info
             number = self._standing.journaled.next_number()
-            return forks_of(parent, at, samples=samples, seed=seed, number=number, info=info)
+            return forks_of(
+                parent, at, samples=samples, seed=seed, pool=pool, number=number, info=info
+            )
 
         return await self._accept(key, make)
 
@@ -404,6 +414,11 @@ class RolloutManager:
         Raises IllegalState where one that is named has not ended; twice does no harm.
         """
         return await self._control.acknowledge(ids, group)
+
+    async def unless_stalled(self, work: Coroutine[Any, Any, ResultT]) -> ResultT:
+        """The result of one of these, for whom may not wait for a full disk: raises JournalFull
+        once the journal stalls. Then nothing was done, or it is done when there is room."""
+        return await (work if self._keeper is None else self._keeper.unless_stalled(work))
 
     def drop(self, rollout_ids: Sequence[str]) -> None:
         """Nobody reads these any more: what runs is cancelled, all is forgotten. Durable ones are

@@ -42,7 +42,14 @@ def check_here(rollout: Rollout, info: Ready) -> None:
 
 
 def forks_of(
-    parent: Rollout, at: int, *, samples: int, seed: int | None, number: int, info: Ready
+    parent: Rollout,
+    at: int,
+    *,
+    samples: int,
+    seed: int | None,
+    pool: str,
+    number: int,
+    info: Ready,
 ) -> list[Rollout]:
     """New rollouts that go on after the first `at` output tokens of `parent`.
 
@@ -69,6 +76,7 @@ def forks_of(
             group_id=group_id,
             index=index,
             seed=own,
+            pool=pool,
             forked_from=(parent.id, at),
             state=RolloutState.QUEUED,
             finish_reason=None,

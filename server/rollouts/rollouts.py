@@ -4,7 +4,7 @@ A rollout is accepted once it is journaled, and only a cancel of its own ends it
 connection that breaks ends nothing, whatever it was waiting for.
 """
 
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from typing import Any
 
 from starlette.requests import Request
@@ -35,7 +35,7 @@ from .requests import (
 )
 from .wire import Done, Empty, ForkRequest, RolloutList, SubmitRequest, Submitted
 
-Control = Callable[..., Awaitable[list[str]]]
+Control = Callable[..., Coroutine[Any, Any, list[str]]]
 _MAX_TOKENS = 2**31 - 1
 # a reader that is cut off comes back after so many ms; sent first, so the status is out at once
 _RETRY = b"retry: 1000\n\n"
@@ -100,6 +100,7 @@ class RolloutsFace:
             request.at,
             samples=request.samples,
             seed=request.seed,
+            pool=request.pool,
             key=key,
         )
         return _submitted(http, accepted)
@@ -208,7 +209,8 @@ class RolloutsFace:
         async def endpoint(http: Request) -> Response:
             answer_media(http)
             decode_own(await self._fields(http, is_optional=True), Empty)
-            return answer(http, Done(rollout_ids=await control([http.path_params["id"]])))
+            ids = await self._manager.unless_stalled(control([http.path_params["id"]]))
+            return answer(http, Done(rollout_ids=ids))
 
         return endpoint
 
@@ -216,7 +218,8 @@ class RolloutsFace:
         async def endpoint(http: Request) -> Response:
             answer_media(http)
             selection = selected(await self._fields(http))
-            ids = await control(selection.ids, group=selection.group)
+            steering = control(selection.ids, group=selection.group)
+            ids = await self._manager.unless_stalled(steering)
             return answer(http, Done(rollout_ids=ids))
 
         return endpoint

@@ -23,6 +23,7 @@ from ..openai.wire import Alternatives, ErrorBody, Message, Routing, SamplingFie
 
 # a name that a user gives: of a group, of a pool
 Name = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[\x21-\x7e]+$")]
+Pool = Annotated[str, Meta(max_length=128, pattern=r"^[\x21-\x7e]*$")]
 Ids = Annotated[list[str], Meta(min_length=1, max_length=65536)]
 PairList = list[list[tuple[int, float]]]
 
@@ -67,7 +68,7 @@ class SubmitRequest(Struct, frozen=True, kw_only=True):
     """Larger runs first."""
     group_id: Name | None = None
     """Default: a new one."""
-    pool: Annotated[str, Meta(max_length=128, pattern=r"^[\x21-\x7e]*$")] = ""
+    pool: Pool = ""
     """Whose token budget it counts on."""
     attempt: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
     """Which try at this sample it is; comes back. With a seed of its own it is another sample."""
@@ -125,6 +126,8 @@ class ForkRequest(Struct, frozen=True, kw_only=True):
     samples: Annotated[int, Meta(ge=1, le=MAX_SAMPLES)] = 1
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     """Default: with one sample the source's noise, hence its very tokens; else new noise."""
+    pool: Pool = ""
+    """Whose token budget they count on; that of the source only where it is named."""
 
 
 class Selection(Struct, frozen=True, kw_only=True):

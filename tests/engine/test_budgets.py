@@ -335,7 +335,7 @@ def test_forks_and_imports_count_only_what_they_grow_by(world):
     rest(world)
     budget = opened(world, 7)
     world.do(world.manager.pause([one]))
-    [fork] = world.do(world.manager.fork(one, 4)).rollout_ids
+    [fork] = world.do(world.manager.fork(one, 4, pool=POOL)).rollout_ids
     trajectory = world.do(world.manager.export(one))
     trajectory.id = "ro-imported"
     trajectory.state = RolloutState.QUEUED
@@ -343,6 +343,16 @@ def test_forks_and_imports_count_only_what_they_grow_by(world):
     rest(world)
     assert state_of(world, budget) == (7, "spent")
     assert sum(lengths(world, [fork, copy])) == 4 + 6 + 7
+
+
+def test_a_fork_counts_on_no_budget_unless_it_is_named(world):
+    budget = opened(world, 6)
+    [one] = ask(world)
+    rest(world)
+    [fork] = world.do(world.manager.fork(one, 4)).rollout_ids
+    rest(world)
+    assert len(world.do(world.manager.find(fork)).output_ids) > 6
+    assert state_of(world, budget) == (6, "spent")
 
 
 # --- waiting; without a journal

@@ -243,7 +243,8 @@ class DurableMachine(RuleBasedStateMachine):
             world = self.world(which)
             parent = self.find(which, parent_id)
             num = round(at * len(parent.output_ids))
-            answer = world.do(world.manager.fork(parent_id, num, samples=samples))
+            fork = world.manager.fork(parent_id, num, samples=samples, pool=parent.pool)
+            answer = world.do(fork)
             self.promised |= {(which, rollout_id) for rollout_id in answer.rollout_ids}
 
     @precondition(lambda self: not self.is_stalled(0) and not self.is_stalled(1))

@@ -576,6 +576,68 @@ def test_a_full_disk_holds_durable_rollouts_and_nobody_else():
     run(body)
 
 
+VERBS = ("pause", "resume", "cancel", "acknowledge")
+
+
+def test_over_a_full_disk_nobody_waits_to_be_told_that_nothing_is_done():
+    async def body(world):
+        async with world.managed() as (manager, backend):
+            ended = await accepted(manager)
+            await manager.wait(ended)
+            live = await paused_at(manager, 4, max_tokens=40)
+            backend.steps_left = 4
+            await manager.wait(await accepted(manager, max_tokens=40), after=3)
+            world.store.fault = JournalFull("no space left")
+            backend.steps_left = None
+            while manager.journal_trouble is None:
+                await asyncio.sleep(0.001)
+            for verb in VERBS:
+                name = ended if verb == "acknowledge" else live
+                steering = manager.unless_stalled(getattr(manager, verb)([name]))
+                with pytest.raises(JournalFull, match="no space left"):
+                    await asyncio.wait_for(steering, 10)
+            assert (await manager.find(live)).state is RolloutState.PAUSED
+            assert live in manager._holdings.paused
+            world.store.fault = None
+            while manager.journal_trouble is not None:
+                await asyncio.sleep(0.001)
+            assert await manager.unless_stalled(manager.resume([live])) == [live]
+            assert await manager.unless_stalled(manager.acknowledge([ended])) == [ended]
+
+    run(body)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_disk_that_fills_while_somebody_steers_does_it_later(verb):
+    async def body(world):
+        async with world.managed() as (manager, backend):
+            ended = await accepted(manager)
+            await manager.wait(ended)
+            # nothing else may be the first to meet the full disk
+            live = await paused_at(manager, 4, max_tokens=40)
+            if verb == "pause":
+                backend.steps_left = 0
+                await manager.resume([live])
+            name = ended if verb == "acknowledge" else live
+            world.store.fault = JournalFull("no space left")
+            with pytest.raises(JournalFull, match="no space left"):
+                await asyncio.wait_for(manager.unless_stalled(getattr(manager, verb)([name])), 10)
+            world.store.fault = None
+            await asyncio.wait_for(manager._keeper.flush(), 10)
+            kept = world.store.summary(name)
+            if verb == "acknowledge":
+                assert kept.is_acked
+            elif verb == "cancel":
+                assert kept.state is RolloutState.ABORTED
+            else:
+                assert (kept.state is RolloutState.PAUSED) == (verb == "pause")
+            if verb == "resume":
+                backend.steps_left = None
+                assert (await asyncio.wait_for(manager.wait(live), 10)).state.is_ended
+
+    run(body)
+
+
 def test_a_journal_that_failed_stops_durable_rollouts_and_says_so():
     async def body(world):
         async with world.managed() as (manager, backend):

@@ -652,6 +652,9 @@ async def test_a_fork_begins_with_the_tokens_up_to_its_point(durable):
         assert fork["index"] == index
         assert fork["metadata"] == {"k": 1}
     assert len({(await durable.ended(fork_id))["seed"] for fork_id in ids}) == 3
+    named = await durable.post(f"/rollouts/{rollout_id}/fork", at=2, pool="math")
+    [forked] = named.json()["rollout_ids"]
+    assert [(await durable.ended(i))["pool"] for i in (ids[0], forked)] == ["", "math"]
     [twin] = (await durable.post(f"/rollouts/{rollout_id}/fork", at=0)).json()["rollout_ids"]
     assert (await durable.ended(twin))["seed"] == parent["seed"]
 

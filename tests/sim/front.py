@@ -276,6 +276,7 @@ class FrontHost:
                     values["id"],
                     values["at"],
                     samples=values["samples"],
+                    pool=(await manager.find(values["id"])).pool,
                     key=_key("/fork", values["key"], ""),
                 )
                 return accepted.group_id, tuple(accepted.rollout_ids), accepted.is_replay

@@ -1,5 +1,6 @@
 """The journal's file: who may open it, what survives reopening, what size and faults do."""
 
+import errno
 import os
 import shutil
 import sqlite3
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import apsw
 import pytest
 
 from everstep.engine.config import JournalConfig
@@ -15,7 +17,9 @@ from everstep.engine.journal.files import SCHEMA
 from everstep.engine.journal.journal import Journal
 from everstep.engine.journal.ops import Accept, Ack, Append, End, Flip, Pause, RequestKey
 from everstep.engine.rollout import RolloutState
+from tests.engine.journal.disk import Disk, vfs
 from tests.engine.journal.drawn import ORIGINS, end, make_grown, make_rollout
+from tests.engine.journal.workloads import open_journal
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -249,6 +253,37 @@ def test_full_names_bytes_limit_and_who_is_waited_for(tmp_path):
     # the pages are free, and count as such at once
     journal.commit([Accept([make_rollout("c")])])
     journal.close()
+
+
+class QuotaError(apsw.IOError):
+    """As SQLite has it of a write that the system refused with EDQUOT."""
+
+    extendedresult = apsw.SQLITE_IOERR_WRITE
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.EDQUOT, JournalFull), (errno.EIO, None)])
+def test_a_quota_is_a_full_disk_and_a_broken_one_is_not(monkeypatch, number, kind):
+    disk = Disk()
+    journal = open_journal(disk, "accepts")
+    journal.commit([Accept([make_rollout("a")])])
+    monkeypatch.setattr(type(vfs), "xGetLastError", lambda self: (number, "refused"), raising=False)
+    disk.faults, disk.is_lasting = {disk.num_asked: QuotaError}, True
+    with pytest.raises(JournalError) as error:
+        journal.commit([Accept([make_rollout("b")])])
+    one_line(error)
+    assert isinstance(error.value, JournalFull) == (kind is JournalFull)
+    disk.faults = {}
+    if kind is None:
+        with pytest.raises(JournalError, match="QuotaError"):
+            journal.commit([Accept([make_rollout("b")])])
+        return
+    assert "quota" in str(error.value)
+    journal.commit([Append(ORIGINS[0], [make_grown("a", 0, 3)]), Accept([make_rollout("c")])])
+    journal.close()
+    again = open_journal(disk, "accepts")
+    assert [one.id for one in again.recover().live] == ["a", "c"]
+    assert again.read("a").output_ids == [*make_grown("a", 0, 3).ids]
+    again.close()
 
 
 def test_compaction_shrinks_the_file_and_keeps_what_live_ones_need(tmp_path):
