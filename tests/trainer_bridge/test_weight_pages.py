@@ -340,20 +340,18 @@ TestRotation.settings = settings(max_examples=40, stateful_step_count=40, deadli
 def test_killed_writers_leave_whole_versions(root: Path) -> None:
     """Real processes, killed at any moment, while this one reads whatever is there."""
     size, rng = 60 * mmap.PAGESIZE, random.Random(7)
-    read = gone = first = 0
-    for _ in range(4):
+    read = first = 0
+    for kills in range(4):
         with writing(root, first, size):
             until = time.monotonic() + rng.uniform(0.2, 0.5)
-            while time.monotonic() < until:
+            while time.monotonic() < until or read < 5 * kills:
                 for folder in sorted(root.glob("v*")):
-                    was_read = read_as_engines_do(folder)
-                    read, gone = read + was_read, gone + (not was_read)
+                    read += read_as_engines_do(folder)
         versions = sorted(root.glob("v*"), key=lambda path: int(path.name[1:]))
         assert versions
         for folder in versions:
             check_whole(folder)
         first = int(versions[-1].name[1:]) + 1
-    assert read > 20
     check_whole(publish(Pages(root), first, first, size, keep=2))
     assert all(name.startswith("v") for name in sizes_of(root))
 
