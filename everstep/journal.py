@@ -47,7 +47,7 @@ def run_export(path: Path, output: Path | None, *, is_sealed: bool, only_ended: 
     """Writes the rollouts; returns the exit code. A record that is damaged costs itself only."""
     if is_sealed and output is None:
         raise ConfigError("--format trajectory writes files: name a folder, --output FOLDER")
-    code = 0
+    code = count = 0
     with opened(path) as journal, _Sink(output, is_sealed=is_sealed) as sink:
         for summary in journal.list(_ALL):
             if summary.is_acked or (only_ended and not summary.state.is_ended):
@@ -63,6 +63,9 @@ def run_export(path: Path, output: Path | None, *, is_sealed: bool, only_ended: 
                 sink.write(summary, seal(pack(rollout)))
             else:
                 sink.write(summary, msgspec.json.encode(rollout) + b"\n")
+            count += 1
+    if output is not None:
+        sys.stdout.write(f"{output}: {count} rollout{'s' * (count != 1)}\n")
     return code
 
 
@@ -92,7 +95,7 @@ class _Sink:
             return
         # an imported rollout's id was chosen by somebody else
         name = summary.id if re.fullmatch(r"[\w-]{1,100}", summary.id) else "rollout"
-        (self._folder / f"{summary.number:08d}-{name}.trajectory").write_bytes(data)
+        (self._folder / f"{summary.number:08d}-{name}.evst").write_bytes(data)
 
     def __enter__(self) -> "_Sink":
         return self

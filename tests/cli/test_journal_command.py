@@ -90,12 +90,16 @@ def test_export_writes_lines_or_sealed_files(path, capsys, tmp_path):
     assert [(line["id"], line["state"]) for line in lines] == [("a", "queued"), ("b", "finished")]
     assert len(lines[0]["output_ids"]) == 3
     target = tmp_path / "lines.jsonl"
-    assert call(capsys, "export", path, "-o", target, "--ended")[0] == 0
+    assert call(capsys, "export", path, "-o", target, "--ended")[:2] == (
+        0,
+        f"{target}: 1 rollout\n",
+    )
     assert [json.loads(line)["id"] for line in target.read_text().splitlines()] == ["b"]
     folder = tmp_path / "sealed"
-    assert call(capsys, "export", path, "-o", folder, "--format", "trajectory")[0] == 0
+    code, out, _ = call(capsys, "export", path, "-o", folder, "--format", "trajectory")
+    assert (code, out) == (0, f"{folder}: 2 rollouts\n")
     names = sorted(p.name for p in folder.iterdir())
-    assert names == ["00000001-a.trajectory", "00000002-b.trajectory"]
+    assert names == ["00000001-a.evst", "00000002-b.evst"]
     rollout = unpack(unseal((folder / names[1]).read_bytes()))
     assert rollout.output_ids == lines[1]["output_ids"]
 
@@ -118,7 +122,7 @@ def test_an_id_from_elsewhere_names_no_file_outside_the_folder(tmp_path, capsys)
     journal.close()
     folder = tmp_path / "out"
     assert call(capsys, "export", path, "-o", folder, "--format", "trajectory")[0] == 0
-    assert [p.name for p in folder.iterdir()] == ["00000001-rollout.trajectory"]
+    assert [p.name for p in folder.iterdir()] == ["00000001-rollout.evst"]
 
 
 def test_compact_says_what_it_gave_back(path, capsys):
