@@ -24,6 +24,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "http.host": ("--host",),
     "http.port": ("--port",),
     "http.api_key": ("--api-key",),
+    "http.allowed_origins": ("--allowed-origins",),
     "http.admin_key": ("--admin-key", "--admin-api-key"),
     "openai.served_model_name": ("--served-model-name",),
     "openai.logprobs_mode": ("--logprobs-mode",),

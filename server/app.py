@@ -24,10 +24,11 @@ from ..engine.manager.manager import RolloutManager
 from ..engine.tokenizer import Tokenizer
 from .batches.batch_queue import BatchQueue
 from .batches.batches import BatchesFace
-from .config import HttpConfig, ServeConfig
+from .config import ADMIN, PROTECTED, HttpConfig, ServeConfig
 from .http import error_body, error_response, json_response
 from .openai.openai import OpenAIFace
 from .operations import Operations
+from .origins import Origins
 from .rollouts.budgets import BudgetsFace
 from .rollouts.many import ManyFace
 from .rollouts.rollouts import RolloutsFace
@@ -37,8 +38,6 @@ from .weights.weights import WeightsFace
 
 CLIENT_CLOSED_REQUEST = 499
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-_PROTECTED = ("/v1/", "/rollouts/")
-_ADMIN = "/weights/"
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
@@ -66,6 +65,7 @@ def create_app(
         ],
         middleware=[
             Middleware(RequestId),
+            Middleware(Origins, config=config.http),
             Middleware(ApiKey, key=config.http.api_key),
             Middleware(AdminKey, config=config.http),
         ],
@@ -121,7 +121,7 @@ class ApiKey:
     def _is_allowed(self, scope: Scope) -> bool:
         if self._key is None or scope["type"] != "http":
             return True
-        if not (scope["path"] + "/").startswith(_PROTECTED):
+        if not (scope["path"] + "/").startswith(PROTECTED):
             return True
         return _has_key(scope, self._key)
 
@@ -145,7 +145,7 @@ class AdminKey:
         await json_response(body, status=status, headers=headers)(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> tuple[int, str]:
-        if scope["type"] != "http" or not (scope["path"] + "/").startswith(_ADMIN):
+        if scope["type"] != "http" or not (scope["path"] + "/").startswith(ADMIN):
             return 0, ""
         if self._key is None:
             if self._is_loopback:

@@ -9,6 +9,10 @@ from ..engine.config import EngineConfig, JournalConfig, RestartConfig
 from ..engine.errors import ConfigError
 from ..engine.rollout import LogprobsMode
 
+# what asks for http.api_key, and what for http.admin_key
+PROTECTED = ("/v1/", "/rollouts/")
+ADMIN = "/weights/"
+
 
 class HttpConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where and to whom it answers."""
@@ -29,12 +33,25 @@ class HttpConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         ]
         | None
     ) = None
+    allowed_origins: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="web pages that may call from a browser, such as https://chat.example.org; "
+            "* = any"
+        ),
+    ] = ()
     max_body_bytes: Annotated[int, Meta(ge=1024, description="largest request; beyond it: 413")] = (
         64 * 2**20
     )
     heartbeat_s: Annotated[
         float, Meta(gt=0, description="a silent stream sends a comment this often")
     ] = 15.0
+
+    def is_guarded(self, path: str) -> bool:
+        """Whether a key is asked for there, or there is nothing to guard."""
+        if (path + "/").startswith(ADMIN):
+            return self.admin_key is not None
+        return self.api_key is not None or not (path + "/").startswith(PROTECTED)
 
     @property
     def is_loopback(self) -> bool:

@@ -1,8 +1,9 @@
 """One command, one server: the core's process, the manager and HTTP, from start to drain.
 
 HTTP answers from the first moment (/health: 503 with what is loading). SIGTERM and SIGINT stop
-the accepting, give what is in flight `grace_s` seconds (then it ends as aborted, with the tokens
-it has), and end the process with 0; a second signal ends it at once. Durable rollouts are not
+the accepting of work, give what is in flight `grace_s` seconds (then it ends as aborted, with the
+tokens it has), and end the process with 0; meanwhile /health says 503, and so do calls that bring
+work. A second signal ends it at once. Durable rollouts are not
 waited for and not ended: they go on at the next start. A core that cannot be started again ends
 the server.
 """
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator
 import msgspec
 import uvicorn
 from msgspec import Struct
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..engine import log
 from ..engine.checkpoint.hub import Progress, resolve
@@ -142,6 +144,30 @@ class _Uvicorn(uvicorn.Server):
         yield
 
 
+class InFlight:
+    """An app, and how many of its requests have no whole answer yet."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._count = 0
+        self._is_idle = asyncio.Event()
+        self._is_idle.set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._count += 1
+        self._is_idle.clear()
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._count -= 1
+            if not self._count:
+                self._is_idle.set()
+
+    async def ended(self) -> None:
+        """Return as soon as there is none."""
+        await self._is_idle.wait()
+
+
 class Server:
     """The front while it lives."""
 
@@ -164,15 +190,16 @@ class Server:
         self._deadline: asyncio.Task[None] | None = None
         self._manager = manager
         self._batches = batches
+        self._in_flight = InFlight(create_app(manager, tokenizer, config, batches))
         self._http = _Uvicorn(
             uvicorn.Config(
-                create_app(manager, tokenizer, config, batches),
+                self._in_flight,
                 log_config=None,
                 access_log=False,
                 lifespan="off",
                 server_header=False,
                 # by then every rollout has ended, so that only a client who does not read is left
-                timeout_graceful_shutdown=int(grace_s) + LAST_WORDS_S,
+                timeout_graceful_shutdown=LAST_WORDS_S,
             )
         )
 
@@ -231,8 +258,8 @@ class Server:
 
     def _stop(self, name: signal.Signals) -> None:
         """First signal: no new work, the rest may end. Second: now."""
-        if self._http.should_exit:
-            self._http.force_exit = True
+        if self._deadline is not None or self._http.should_exit:
+            self._http.should_exit = self._http.force_exit = True
             return
         log.event(
             "server.draining",
@@ -240,16 +267,19 @@ class Server:
             in_flight=self._manager.num_live,
             grace_s=self._grace_s,
         )
-        self._http.should_exit = True
         self._manager.drain()
-        self._deadline = asyncio.create_task(self._cut_off())
+        self._deadline = asyncio.create_task(self._wind_up())
 
-    async def _cut_off(self) -> None:
-        """At the end of the grace end what runs: each answers with what it has (abort)."""
-        await asyncio.sleep(self._grace_s)
-        if self._manager.num_live:
-            log.event("server.cut_off", level="warning", rollouts=self._manager.num_live)
-        await self._manager.close()
+    async def _wind_up(self) -> None:
+        """Until what is in flight has its answer; at the end of the grace end what runs: each
+        answers with what it has (abort)."""
+        try:
+            await asyncio.wait_for(self._in_flight.ended(), self._grace_s)
+        except TimeoutError:
+            if self._manager.num_live:
+                log.event("server.cut_off", level="warning", rollouts=self._manager.num_live)
+            await self._manager.close()
+        self._http.should_exit = True
 
     async def _watch(self, serving: "asyncio.Task[None]") -> None:
         """One status line every 10 s when busy, until HTTP has ended."""

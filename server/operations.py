@@ -117,6 +117,8 @@ class Operations:
 
 def why_unready(manager: RolloutManager) -> str | None:
     """None when work is taken, else the reason in words."""
+    if manager.is_draining:
+        return "the server is shutting down"
     try:
         _ = manager.info
     except EngineUnavailable as error:

@@ -1,6 +1,5 @@
 """`everstep serve` as a process: started, killed, started again."""
 
-import os
 import signal
 import socket
 import subprocess
@@ -38,12 +37,20 @@ class Served:
 
     def kill(self) -> None:
         assert self._process is not None
-        os.kill(self._process.pid, signal.SIGKILL)
+        self._process.kill()
         self._process.wait(30)
 
     def stop(self) -> int:
+        self.signal(signal.SIGTERM)
+        return self.wait()
+
+    def signal(self, number: signal.Signals) -> None:
         assert self._process is not None
-        self._process.terminate()
+        self._process.send_signal(number)
+
+    def wait(self) -> int:
+        """Its exit code."""
+        assert self._process is not None
         return self._process.wait(60)
 
     def end(self) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from everstep.progress import BatchProgress, Stages, duration
 from everstep.server.batches.run import Counts
 from everstep.server.launch import StatusLine
 from tests.fakes import FakeClock
+from tests.serving import Served
 
 
 def test_version_and_help_need_nothing_heavy() -> None:
@@ -206,3 +208,33 @@ def test_batch_progress_without_a_terminal_is_a_line_per_5_percent_or_10_s() -> 
 )
 def test_durations_are_for_people(seconds: float | None, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_while_it_drains_it_says_so_and_takes_nothing_new(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    server = Served(tiny_checkpoint, tmp_path, "--grace-s", "300")
+    try:
+        server.start()
+        body = json.dumps({"prompt": [1, 2], "max_tokens": 2}).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", server.port)) as late:
+            # a request that is not whole holds the server until it has its answer
+            late.sendall(head.encode() + body[:5])
+            while ask(f"{server.url}/health")[0] != 200:
+                time.sleep(0.02)
+            server.signal(signal.SIGTERM)
+            while (found := ask(f"{server.url}/health"))[0] == 200:
+                time.sleep(0.02)
+            assert found == (
+                503,
+                {"status": "unavailable", "reason": "the server is shutting down"},
+            )
+            status, answer = ask(f"{server.url}/v1/completions", {"prompt": [1], "max_tokens": 1})
+            assert (status, answer["error"]["code"]) == (503, "service_unavailable")
+            assert "everstep:rollouts" in metrics(server.url)
+            late.sendall(body[5:])
+            assert late.recv(12) == b"HTTP/1.1 503"
+        assert server.wait() == 0
+    finally:
+        server.end()
