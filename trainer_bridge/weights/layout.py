@@ -228,6 +228,9 @@ def _place(
             places.append(Place(offset + (run.target + used) * dtype.itemsize, start, most))
             start, used = start + most, used + most
         yield Piece(make, dtype, tuple(places))
+    # what is not written over would be an older version's
+    assert used == run.size
+    assert next(left, None) is None
 
 
 def _as_it_is(values: Tensor) -> Tensor:
