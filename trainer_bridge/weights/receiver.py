@@ -6,6 +6,7 @@ or not at all.
 """
 
 import contextlib
+import os
 import secrets
 import socket
 import threading
@@ -51,8 +52,9 @@ HEARTBEAT_S = 2.0
 PATIENCE_S = 60.0
 MAX_BYTES = 64 * 2**20
 _LEAST_WINDOW = 2 * 2**20
-# when nothing has come for so long, there is time to hash
-_PAUSE_S = 0.005
+# when nothing has come for so long, there is time to hash; on more cores there always is
+_PAUSE_S = 0.05
+_FEW_CORES = 4
 
 
 @dataclass
@@ -106,6 +108,7 @@ class WeightReceiver:
         self._is_told = False
         self._is_rung = False
         self._is_stopping = False
+        self._pause_s = _PAUSE_S if (os.cpu_count() or 1) <= _FEW_CORES else 0.0
         self._workers = Workers()
         self._context = zmq.Context()
         self._gate: ThreadAuthenticator | None = None
@@ -151,7 +154,7 @@ class WeightReceiver:
         while not self._is_stopping:
             arrival = self._arrival
             is_short = arrival is not None and arrival.has_whole
-            wait_s = _PAUSE_S if is_short else self._heartbeat_s / 2
+            wait_s = self._pause_s if is_short else self._heartbeat_s / 2
             ready = dict(poller.poll(int(1000 * wait_s)))
             if arrival is not None and not ready:
                 arrival.hash()
@@ -323,16 +326,16 @@ class WeightReceiver:
         arrival, now = self._arrival, time.monotonic()
         if arrival is None:
             return
+        number = (arrival.offer.version, arrival.offer.attempt)
         try:
-            settled = arrival.settle()
+            for rank in arrival.settle() & self._seats.keys():
+                self._say(self._seats[rank].peer, Got(*number, arrival.have[rank]))
+            # after the word that is waited for: to hash takes every core
             found = None if self._is_told else arrival.digests()
         except (CheckpointError, WeightsRefused) as error:
             # bytes that were spoilt on their way may be sent again
             self._fail(arrival.offer, str(error), is_final=not isinstance(error, WeightsRefused))
             return
-        number = (arrival.offer.version, arrival.offer.attempt)
-        for rank in settled & self._seats.keys():
-            self._say(self._seats[rank].peer, Got(*number, arrival.have[rank]))
         if found is not None and 0 in self._seats:
             self._is_told, self._heard_s = True, now
             self._say(self._seats[0].peer, Digests(*number, found))
