@@ -1,6 +1,7 @@
 """Versions over real sockets: cut links, strangers, spoilt bytes, no room, who is missing."""
 
 import asyncio
+import mmap
 import random
 import shutil
 import threading
@@ -18,6 +19,7 @@ from everstep.engine.checkpoint.manifest import Manifest
 from everstep.engine.errors import BridgeError, ConfigError, PeerMissing, PeerRefused
 from everstep.trainer_bridge.curve import Keys, make_keys, read_keys
 from everstep.trainer_bridge.protocol import encode
+from everstep.trainer_bridge.weights import arrival as weight_arrival
 from everstep.trainer_bridge.weights import chunks as weight_chunks
 from everstep.trainer_bridge.weights import folder as weight_folder
 from everstep.trainer_bridge.weights import link as weight_link
@@ -27,6 +29,7 @@ from everstep.trainer_bridge.weights.receiver import WeightReceiver
 from everstep.trainer_bridge.weights.targets import Elsewhere
 
 from ..proxy import Proxy
+from .memory import memory_folder
 from .weight_runs import files_of, names_of, sending, taking
 
 
@@ -129,6 +132,36 @@ def test_spoilt_bytes_are_sent_again(
         sender.publish(1)
         here.publish(1)
     assert files_of(tmp_path / "there" / "v1") == files_of(tmp_path / "here" / "v1")
+
+
+def test_spoilt_bytes_over_an_older_version_are_sent_again(
+    source: Path, small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_over: list[bool] = []
+    real = weight_arrival.piece_crc
+
+    def noting(spans: list[int], data: memoryview, to: mmap.mmap | None = None) -> int:
+        is_over.append(to is not None)
+        return real(spans, data, to)
+
+    monkeypatch.setattr(weight_arrival, "piece_crc", noting)
+    with (
+        memory_folder() as root,
+        taking(root / "there") as endpoint,
+        sending(source, [endpoint], root / "here", keep=1) as (sender, here),
+    ):
+        assert here is not None
+        sender.publish(1)
+        sender.publish(2)
+        assert not any(is_over)
+        spoil(monkeypatch, small, times=1)
+        sender.publish(3)
+        assert any(is_over)
+        # the second attempt has other memory
+        assert not is_over[-1]
+        for version in (1, 2, 3):
+            here.publish(version)
+        assert files_of(root / "there" / "v3") == files_of(root / "here" / "v3")
 
 
 def test_bytes_that_are_spoilt_again_and_again_are_named(
