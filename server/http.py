@@ -33,8 +33,20 @@ class BodyTooLarge(EverstepError):
     status = 413
 
 
+class UnsupportedMedia(EverstepError):
+    """The body has a Content-Type, or a Content-Encoding, that is not read here."""
+
+    code = "unsupported_media_type"
+    status = 415
+
+
 async def read_body(request: Request, *, max_bytes: int) -> bytes:
-    """The whole body; raises BodyTooLarge without reading on."""
+    """The whole body; raises BodyTooLarge without reading on, UnsupportedMedia for a packed one."""
+    packed = request.headers.get("content-encoding", "identity").strip().lower()
+    if packed not in ("", "identity"):
+        raise UnsupportedMedia(
+            f"Content-Encoding {packed[:80]!r} is not read here; send the body as it is"
+        )
     declared = request.headers.get("content-length", "0")
     too_large = BodyTooLarge(
         f"the body exceeds {max_bytes} bytes; raise --http.max-body-bytes, or send less at once"

@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ..engine.errors import EverstepError
-from .http import encode_json
+from .http import UnsupportedMedia, encode_json
 
 Media = Literal["json", "msgpack", "sealed"]
 
@@ -27,13 +27,6 @@ _NAMES: dict[str, Media] = {
 # what curl -d says of everything; sealed bytes tell themselves by how they begin
 _UNSAID = {"", "application/x-www-form-urlencoded"}
 encode_msgpack = msgspec.msgpack.Encoder().encode
-
-
-class UnsupportedMedia(EverstepError):
-    """The body has a Content-Type that is not read here."""
-
-    code = "unsupported_media_type"
-    status = 415
 
 
 class NotAcceptable(EverstepError):

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from msgspec import Struct
+from msgspec.structs import replace
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -35,6 +36,7 @@ ALIASES = {
     "vllm:num_preemptions": "everstep:num_preemptions",
     "vllm:prompt_tokens": "everstep:prompt_tokens",
     "vllm:generation_tokens": "everstep:generation_tokens",
+    "vllm:request_success": "everstep:rollouts_ended",
     "vllm:time_to_first_token_seconds": "everstep:time_to_first_token_seconds",
     "vllm:inter_token_latency_seconds": "everstep:inter_token_latency_seconds",
     "vllm:e2e_request_latency_seconds": "everstep:e2e_request_latency_seconds",
@@ -51,6 +53,10 @@ ALIASES = {
     "sglang:inter_token_latency_seconds": "everstep:inter_token_latency_seconds",
     "sglang:e2e_request_latency_seconds": "everstep:e2e_request_latency_seconds",
 }
+
+
+# labels that those dashboards select by another name
+LABELS = {"vllm:request_success": {"reason": "finished_reason"}}
 
 
 class Family(Struct, frozen=True):
@@ -147,7 +153,10 @@ class EngineCollector(Collector):
             yield _render(name, family, None)
         for alias, name in ALIASES.items():
             if name in found:
-                yield _render(alias, found[name], self._model_name)
+                names = LABELS.get(alias, {})
+                labels = tuple(names.get(label, label) for label in found[name].labels)
+                family = replace(found[name], labels=labels)
+                yield _render(alias, family, self._model_name)
 
 
 def families(manager: RolloutManager) -> dict[str, Family]:

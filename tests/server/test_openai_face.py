@@ -1,6 +1,7 @@
 """/v1 on the wire: every fault is a 400 that names its field, every extra does what it says."""
 
 import base64
+import gzip
 import math
 import threading
 
@@ -189,6 +190,16 @@ async def test_broken_bodies_are_400(server, body, words):
     assert response.status_code == 400
     assert words in response.json()["error"]["message"]
     assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+async def test_a_packed_body_is_415(server):
+    for path in (TEXT, "/rollouts"):
+        body = gzip.compress(b'{"prompt": "Hi"}')
+        headers = {"content-encoding": "gzip", "content-type": "application/json"}
+        response = await server.http.post(path, content=body, headers=headers)
+        assert response.status_code == 415
+        assert "gzip" in response.json()["error"]["message"]
+    assert server.backend.adds == []
 
 
 async def test_a_body_too_large_is_413_declared_or_not(anyio_backend):

@@ -82,6 +82,7 @@ async def test_metrics_under_our_names_and_those_of_existing_dashboards(server):
         'everstep:kv_resume_total{kind="kept"} 2.0',
         'everstep:rollouts_ended_total{reason="stop"} 1.0',
         "everstep:time_to_first_token_seconds_count 1.0",
+        'vllm:request_success_total{finished_reason="stop",model_name="org/ring"} 1.0',
         'vllm:num_requests_running{model_name="org/ring"} 3.0',
         'vllm:generation_tokens_total{model_name="org/ring"} 50.0',
         'vllm:prefix_cache_hits_total{model_name="org/ring"} 6.0',
