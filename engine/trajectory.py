@@ -5,7 +5,6 @@ Per-token columns are little-endian bytes, a tenth of what lists take. `pack` an
 version. What is unpacked is not trusted: every length and every number is checked.
 """
 
-import hashlib
 import math
 import sys
 from array import array
@@ -16,13 +15,12 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta, Struct
 
+from .container import ContainerFault, unwrap, wrap
 from .errors import InvalidTrajectory
 from .rollout import FinishReason, Rollout, RolloutState, SamplingParams, Segment
 
 MAGIC = b"EVST"
 FORMAT = 1
-_DIGEST_SIZE = 16
-_HEAD_SIZE = len(MAGIC) + 4
 _INT32_MAX = 2**31 - 1
 
 Count = Annotated[int, Meta(ge=0, le=2**53)]
@@ -183,9 +181,8 @@ def unpack(trajectory: Trajectory) -> Rollout:
 
 
 def seal(trajectory: Trajectory) -> bytes:
-    """The trajectory as one self-checking piece: magic, format, msgpack, blake2b-16 of it all."""
-    body = MAGIC + FORMAT.to_bytes(4, "little") + encode(trajectory)
-    return body + _digest(body)
+    """The trajectory as msgpack in a container (engine/container.py)."""
+    return wrap(MAGIC, FORMAT, encode(trajectory))
 
 
 def unseal(data: bytes) -> Trajectory:
@@ -195,15 +192,10 @@ def unseal(data: bytes) -> Trajectory:
     """
     if not data.startswith(MAGIC):
         raise _wrong("file", f"does not begin with {MAGIC.decode()}: no sealed trajectory")
-    if len(data) < _HEAD_SIZE + _DIGEST_SIZE:
-        raise _wrong("file", f"cut after {len(data)} bytes")
-    version = int.from_bytes(data[len(MAGIC) : _HEAD_SIZE], "little")
-    if version != FORMAT:
-        raise _wrong("format", f"{version}, this version of everstep reads {FORMAT}")
-    body, digest = data[:-_DIGEST_SIZE], data[-_DIGEST_SIZE:]
-    if _digest(body) != digest:
-        raise _wrong("file", "cut or altered: its checksum does not fit")
-    return decode(memoryview(data)[_HEAD_SIZE:-_DIGEST_SIZE])
+    try:
+        return decode(unwrap(data, MAGIC, FORMAT))
+    except ContainerFault as fault:
+        raise _wrong(fault.field, str(fault)) from None
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -396,10 +388,6 @@ def _check_segments(rollout: Rollout) -> None:
     for segment, end in zip(rollout.segments, [*starts, num][1:], strict=True):
         if any(version != segment.version for version in rollout.versions[segment.start : end]):
             raise _wrong("versions", f"differ from the segment at token {segment.start}")
-
-
-def _digest(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=_DIGEST_SIZE).digest()
 
 
 def _wrong(field: str, message: str) -> InvalidTrajectory:

@@ -29,6 +29,7 @@ WORDS = {
     "checkpoint.ring_config",
     "checkpoint.rope_config",
     "config",
+    "container",
     "core.plan",
     "errors",
     "journal.ops",

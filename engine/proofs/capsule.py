@@ -1,17 +1,17 @@
 """One file that holds a rollout and what it takes to run it again elsewhere: a bug report.
 
-Magic, format, msgpack, blake2b-16 of it all, as a sealed trajectory has; it holds one, without what
-could identify anybody: no client, no metadata, and no text unless asked. What is read is not
+It holds a sealed trajectory, in a container like its own (engine/container.py), without what could
+identify anybody: no client, no metadata, and no text unless asked. What is read is not
 trusted: the file is as large as its bytes, and every fault is an InvalidTrajectory of one line.
 """
 
-import hashlib
 import os
 from pathlib import Path
 
 import msgspec
 from msgspec import Struct
 
+from ..container import ContainerFault, unwrap, wrap
 from ..errors import InvalidTrajectory
 from ..rollout import FinishReason, Rollout
 from ..trajectory import MAGIC as TRAJECTORY_MAGIC
@@ -20,8 +20,6 @@ from ..trajectory import pack, seal, unpack, unseal
 MAGIC = b"EVCP"
 FORMAT = 1
 MAX_BYTES = 2**30
-_DIGEST_SIZE = 16
-_HEAD_SIZE = len(MAGIC) + 4
 
 
 class Capsule(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -66,8 +64,7 @@ def make(rollout: Rollout, *, settings: dict[str, str], environment: dict[str, s
 
 def write(capsule: Capsule, file: Path) -> int:
     """Write it whole or not at all; returns its size in bytes. Raises OSError."""
-    body = MAGIC + FORMAT.to_bytes(4, "little") + msgspec.msgpack.encode(capsule)
-    data = body + hashlib.blake2b(body, digest_size=_DIGEST_SIZE).digest()
+    data = wrap(MAGIC, FORMAT, msgspec.msgpack.encode(capsule))
     draft = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         draft.write_bytes(data)
@@ -98,17 +95,10 @@ def parse(data: bytes) -> Capsule:
         raise InvalidTrajectory(
             "neither a capsule (everstep capsule) nor an exported trajectory", field="file"
         )
-    if len(data) < _HEAD_SIZE + _DIGEST_SIZE:
-        raise InvalidTrajectory(f"cut after {len(data)} bytes", field="file")
-    version = int.from_bytes(data[len(MAGIC) : _HEAD_SIZE], "little")
-    if version != FORMAT:
-        raise InvalidTrajectory(
-            f"capsule format {version}, this version of everstep reads {FORMAT}", field="format"
-        )
-    body, digest = data[:-_DIGEST_SIZE], data[-_DIGEST_SIZE:]
-    if hashlib.blake2b(body, digest_size=_DIGEST_SIZE).digest() != digest:
-        raise InvalidTrajectory("cut or altered: its checksum does not fit", field="file")
     try:
-        return msgspec.msgpack.decode(memoryview(body)[_HEAD_SIZE:], type=Capsule)
+        return msgspec.msgpack.decode(unwrap(data, MAGIC, FORMAT), type=Capsule)
+    except ContainerFault as fault:
+        what = "capsule format " if fault.field == "format" else ""
+        raise InvalidTrajectory(f"{what}{fault}", field=fault.field) from None
     except (msgspec.MsgspecError, RecursionError, ValueError) as error:
         raise InvalidTrajectory(f"capsule: {error}", field="file") from None
