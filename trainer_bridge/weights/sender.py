@@ -154,11 +154,10 @@ class WeightSender:
         try:
             own = None if fault is None else (type(fault).__name__, str(fault))
             dist.all_gather_object(said, (result, own))
-        except RuntimeError as error:
-            # a rank was killed; what it is called by torch has many lines
-            [line, *_] = str(error).splitlines()
+        except RuntimeError:
+            # whoever made the world finds out who is gone
             self._target.give_up("a rank is gone")
-            raise BridgeError(f"the ranks of the trainer have lost each other: {line}") from None
+            raise
         faults = [(rank, *one) for rank, (_, one) in enumerate(said) if one is not None]
         if faults:
             faults.sort(key=lambda one: one[1] == VersionLost.__name__)
