@@ -14,6 +14,7 @@ from everstep.engine.config import ModelConfig
 from everstep.engine.errors import BridgeError, ConfigError, PeerMissing
 from everstep.engine.model.canaries import make_canary
 from everstep.engine.model.weights import load_weights
+from everstep.engine.rollout import Segment
 from everstep.trainer_bridge.fsdp_trainer import train
 from everstep.trainer_bridge.trainer import sources
 from everstep.trainer_bridge.trainer.config import read_config
@@ -43,6 +44,7 @@ def an_engine(source, iterations, *, acked=-1, is_over=None):
         )
         found["endpoint"] = await sender.start()
         found["sender"], found["loop"] = sender, asyncio.get_running_loop()
+        source.sender = sender
         for iteration in iterations:
             sender.announce(iteration)
         ready.set()
@@ -105,6 +107,34 @@ def test_iterations_are_trained_acknowledged_and_dealt_anew_after_a_restart(fold
     # a response of no tokens counts
     assert [report["samples"] for report in found] == [4, 2, 0, 4]
     assert [report["trained_groups"] for report in found] == [2, 1, 0, 2]
+
+
+class OfTwoLineages(ListSource):
+    """From iteration 1 on the first member of a group is of version 1 as it was published, the second
+    of a version 1 that was undone."""
+
+    digest = None
+
+    async def load(self, iteration, index):
+        group = await super().load(iteration, index)
+        while self.digest is None and 0 not in self.sender.dealer.trained:
+            await asyncio.sleep(0.01)
+        self.digest = self.digest or self.sender.dealer.trained[0].digest
+        group.members[0].trajectory.segments = [Segment(0, 1, self.digest, "n", "c")]
+        return group
+
+
+def test_weights_of_an_undone_lineage_are_not_those_of_the_same_number(folder):
+    source = OfTwoLineages([[], [[3, 5]], [[2, 6]]])
+    with an_engine(source, range(3)) as (_, endpoint):
+        exact = {"loss": {"old_policy": "exact"}, "checkpoint": {"every": 1}}
+        for steps in (2, 3):
+            # what is known of versions outlives the trainer
+            config = config_of(folder, "lineages", endpoint, max_steps=steps, **exact)
+            train(config, lambda line: None)
+    _, first, second = reports(folder / "lineages")
+    assert first["metrics"]["proximal_fraction"] == 5 / 8
+    assert second["metrics"]["proximal_fraction"] == 6 / 8
 
 
 def test_a_run_that_is_over_waits_for_no_engine(folder):

@@ -34,6 +34,7 @@ class TrainerState(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     version      iterations that were trained, which numbers the weights
     num_updates  that the optimiser has made
     held         weights that are in it too: versions for the old policy `exact`, the reference
+    digests      version → digest of what was published, of those that can be held
     alarms       what was seen and raised
     settings     of the run: path → value in JSON; empty in a checkpoint that does not say
     """
@@ -42,6 +43,7 @@ class TrainerState(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     version: int
     num_updates: int
     held: tuple[str, ...] = ()
+    digests: dict[int, str] = {}
     alarms: AlarmState = field(default_factory=AlarmState)
     settings: dict[str, str] = {}
 

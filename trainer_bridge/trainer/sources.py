@@ -132,6 +132,7 @@ class BridgeSource:
         if checkpoint is not None:
             # the engine may be ahead of it, and goes back to these weights
             first = self._sender.publish(trainer.version)
+            trainer.published(first.digest)
             begun = Trained(trainer.version - 1, trainer.version, first.digest, first.path)
         self._receiver = TrajectoryReceiver(
             source.endpoint,
@@ -177,6 +178,7 @@ class BridgeSource:
         texts = texts_of(groups, trainer.config.publish.canaries)
         canaries = make_canaries(trainer.ring, trainer.world, texts, self._sender.layout)
         published = self._sender.publish(report.version, canaries)
+        trainer.published(published.digest)
         self._receiver.trained(report.version - 1, report.version, published.digest, published.path)
 
     def durable(self, checkpoint: Path, version: int, oldest: int) -> None:
@@ -224,6 +226,7 @@ class BridgeSource:
                         replay=self._trainer.config.routing_replay,
                         reward=member.reward,
                         mask=member.mask,
+                        digests=self._trainer.digests,
                     )
                 )
             return Group.of(group.name, samples, self._trainer.config.advantage_std, empty=empty)

@@ -23,21 +23,20 @@ import numpy.typing as npt
 import torch
 from msgspec import Struct
 
-from ...engine import log
-from ..losses.losses import BatchSize, LossInputs, make_loss, old_logprobs
+from ..losses.losses import BatchSize, LossInputs, make_loss
 from ..losses.metrics import LossMetrics
-from ..trajectories.samples import Group, Sample
+from ..trajectories.samples import Group
 from .checkpointing import TrainerState, read_state, read_tensors
 from .config import TrainConfig
 from .fp8_operations import check_fp8
 from .held_weights import HeldWeights
+from .old_policy import REFERENCE, ExactPolicy, Item
 from .optimiser import Optimiser
 from .packing import PackedBatch, TrainSequence, pack, split
 from .sharding import World, reshard, shard
 from .trainable import Scores, TrainableRing, trainable_config
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-_REFERENCE = "reference"
 
 
 class Report(Struct, frozen=True, kw_only=True):
@@ -96,11 +95,13 @@ class Trainer:
         named = dict(self.ring.named_parameters())
         self.optimiser = Optimiser(named, config.optim)
         self._held = HeldWeights(named)
+        self._exact = ExactPolicy(self._held, world, config.hold_versions)
         self._loss = make_loss(config.loss)
         self.version = 0
-        self._is_told_of_gone = False
+        self.digests: dict[int, str] = {}
+        """Of versions as they were published, where they were: those that can be held."""
         if self._has_reference:
-            self._held.hold(_REFERENCE)
+            self._held.hold(REFERENCE)
         self._hold_version()
 
     # -- training
@@ -113,7 +114,7 @@ class Trainer:
         # whole groups, in turn: each update has its share of them on every rank
         parts = [groups[n::num] for n in range(num)]
         items = [
-            [_Item(s) for group in part if self._takes_part(group) for s in group.samples]
+            [Item(s) for group in part if self._takes_part(group) for s in group.samples]
             for part in parts
         ]
         if self.is_rl:
@@ -152,7 +153,7 @@ class Trainer:
         """Whether a group is computed at all; one that teaches nothing is in denominators alone."""
         return not self.is_rl or group.teaches or self._has_reference
 
-    def _update(self, groups: Sequence[Group], items: Sequence["_Item"], tally: "_Tally") -> None:
+    def _update(self, groups: Sequence[Group], items: Sequence[Item], tally: "_Tally") -> None:
         """One update: `groups` are all of it, `items` what is computed."""
         sums = self.world.sums(
             sum(group.num_responses for group in groups), sum(group.num_tokens for group in groups)
@@ -180,7 +181,7 @@ class Trainer:
             tally.norms.append(self.optimiser.step())
 
     def _inputs(
-        self, items: Sequence["_Item"], batch: PackedBatch, scores: Scores, size: BatchSize
+        self, items: Sequence[Item], batch: PackedBatch, scores: Scores, size: BatchSize
     ) -> LossInputs:
         """All sequences in one row: every token of it is a response token."""
 
@@ -204,62 +205,19 @@ class Trainer:
             batch=size,
         )
 
-    def _score_before(self, items: Sequence["_Item"]) -> None:
+    def _score_before(self, items: Sequence[Item]) -> None:
         """What the loss compares with, by the weights before the update, or by older ones."""
         if self._has_reference:
-            with self._held.use(_REFERENCE):
+            with self._held.use(REFERENCE):
                 for item, lp in zip(items, self._score(items), strict=True):
                     item.lp_ref = lp
         if self.config.loss.old_policy == "exact":
-            self._score_by_version(items)
+            self._exact.score(items, self.version, self._score)
         elif self.config.batch.updates > 1:
             for item, lp in zip(items, self._score(items), strict=True):
                 item.lp_old = lp
 
-    def _score_by_version(self, items: Sequence["_Item"]) -> None:
-        """Of each token by the weights that sampled it, if they are held; by those before this
-        update, the newest, if they are gone (PAPER.md §2.3: `exact` if that checkpoint is still
-        there, else `proximal`)."""
-        held = [int(label) for label in self._held.labels if label != _REFERENCE]
-        versions = []
-        for item in items:
-            own = torch.from_numpy(item.sample.scored(item.sample.versions))
-            item.proximal = ~torch.isin(own, torch.tensor(held))
-            versions.append(own.masked_fill(item.proximal, self.version))
-        gone = sum(int(item.proximal.sum()) for item in items if item.proximal is not None)
-        known = [sum(int((own == version).sum()) for own in versions) for version in held]
-        *counts, num_gone = self.world.sums(*known, gone)
-        self._tell_of_gone(int(num_gone))
-        found: list[dict[int, torch.Tensor]] = [{} for _ in items]
-        for version, count in zip(held, counts, strict=True):
-            if not count:
-                continue
-            chosen = [n for n, own in enumerate(versions) if bool((own == version).any())]
-            with self._held.use(str(version)):
-                scored = self._score([items[n] for n in chosen])
-            for n, lp in zip(chosen, scored, strict=True):
-                found[n][version] = lp
-        for item, own, lps in zip(items, versions, found, strict=True):
-            if lps:
-                newest = next(reversed(lps.values()))
-                item.lp_old = old_logprobs("exact", newest, own.to(newest.device), lps)
-
-    def _tell_of_gone(self, tokens: int) -> None:
-        """Once in this life of the trainer; `proximal_fraction` has it for every iteration."""
-        if not tokens or self._is_told_of_gone:
-            return
-        self._is_told_of_gone = True
-        if self.world.is_first:
-            log.event(
-                "trainer.weights_gone",
-                level="warning",
-                iteration=self.version,
-                tokens=tokens,
-                hold_versions=self.config.hold_versions,
-                trained="with the proximal old policy; see proximal_fraction",
-            )
-
-    def _score(self, items: Sequence["_Item"]) -> list[torch.Tensor]:
+    def _score(self, items: Sequence[Item]) -> list[torch.Tensor]:
         return self.score([item.sample.sequence for item in items])
 
     # -- batches
@@ -280,9 +238,15 @@ class Trainer:
         if not self.is_rl or self.config.loss.old_policy != "exact":
             return
         self._held.hold(str(self.version))
-        versions = [label for label in self._held.labels if label != _REFERENCE]
+        versions = [label for label in self._held.labels if label != REFERENCE]
         for label in versions[: -self.config.hold_versions]:
             self._held.drop(label)
+
+    def published(self, digest: str) -> None:
+        """The newest version was, with this digest: tokens say by it whether they are of it."""
+        self.digests[self.version] = digest
+        for version in sorted(self.digests)[: -self.config.hold_versions]:
+            del self.digests[version]
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(checkpoint name, DTensor or tensor) in float32: what is sent to engines."""
@@ -307,6 +271,7 @@ class Trainer:
             version=self.version,
             num_updates=self.optimiser.num_updates,
             held=tuple(self._held.labels),
+            digests=dict(self.digests),
         )
 
     def restore(self, folder: Path) -> TrainerState:
@@ -317,7 +282,7 @@ class Trainer:
         """
         state = read_state(folder)
         for label in self._held.labels:
-            if label != _REFERENCE:
+            if label != REFERENCE:
                 self._held.drop(label)
         for label in state.held:
             self._held.hold(label)
@@ -327,6 +292,7 @@ class Trainer:
         moments = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         self.optimiser.load(moments, state.num_updates)
         self.version = state.version
+        self.digests = dict(state.digests)
         self._hold_version()
         return state
 
@@ -392,17 +358,6 @@ def sharded(config: TrainConfig, world: World, folder: Path) -> tuple[TrainableR
     )
     shard(ring, world, dtype)
     return ring, dtype
-
-
-@dataclass
-class _Item:
-    """A sample that is computed, and the logprobs (scored tokens,) that it is compared with."""
-
-    sample: Sample
-    lp_old: torch.Tensor | None = None
-    lp_ref: torch.Tensor | None = None
-    proximal: torch.Tensor | None = None
-    """(scored tokens,) bool: of `LossInputs`."""
 
 
 @dataclass

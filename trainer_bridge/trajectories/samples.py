@@ -4,8 +4,9 @@ Which logprobs are compared follows PAPER.md §1.5: both sides of a ratio use th
 the logits on the same support. Torch-free.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ class Sample:
     lp_infer   (n,) float32: the engine's logprob of each token of the response, of the distribution
                that the trainer computes; NaN where the rollout has none
     versions   (n,) int64: the weights that sampled each
+    undone     (n,) bool: where those weights were another trainer's, which bore the same number in
+               an earlier lineage; None: nowhere
     reward     None: it has none, and teaches nothing
     advantage  of the response within its group
     """
@@ -35,6 +38,7 @@ class Sample:
     versions: Ints
     reward: float | None = None
     advantage: float = 0.0
+    undone: npt.NDArray[np.bool_] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -103,11 +107,13 @@ def sample_of(
     replay: Replay = "none",
     reward: float | None = None,
     mask: bytes = b"",
+    digests: Mapping[int, str] = MappingProxyType({}),
 ) -> Sample:
     """A rollout as a sample.
 
-    replay  what of its routes is used again
-    mask    uint8 per output token, 1 where it is trained on; empty: every token that was sampled
+    replay   what of its routes is used again
+    digests  version → digest of its weights, as far as they are known
+    mask     uint8 per output token, 1 where it is trained on; empty: every token that was sampled
 
     Where its support was cut, logprobs are renormalised over the kept ids if they were recorded;
     without them both sides are tempered and not cut. Raises InvalidTrajectory naming what makes it
@@ -153,7 +159,17 @@ def sample_of(
         lp_infer=np.array(lp or [np.nan] * num, dtype=np.float32),
         versions=np.array(rollout.versions or [0] * num, dtype=np.int64),
         reward=reward,
+        undone=_undone(rollout, digests),
     )
+
+
+def _undone(rollout: Rollout, digests: Mapping[int, str]) -> npt.NDArray[np.bool_] | None:
+    """Of `Sample`."""
+    found = np.zeros(len(rollout.output_ids), dtype=np.bool_)
+    ends = [*(segment.start for segment in rollout.segments[1:]), len(found)]
+    for segment, end in zip(rollout.segments, ends, strict=False):
+        found[segment.start : end] = digests.get(segment.version, segment.digest) != segment.digest
+    return found if found.any() else None
 
 
 def _routes(
