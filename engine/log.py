@@ -11,6 +11,8 @@ from typing import Literal
 
 _logger = logging.getLogger("everstep")
 Level = Literal["debug", "info", "warning", "error"]
+# libraries that speak of a server's faults: their lines are to look like ours
+_OTHERS = ("uvicorn.error", "asyncio")
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 
 
@@ -19,7 +21,10 @@ class _TextFormatter(logging.Formatter):
         fields = getattr(record, "fields", {})
         stamp = time.strftime("%H:%M:%S", time.localtime(record.created))
         tail = "".join(f" {key}={_word(value)}" for key, value in fields.items())
-        return f"{stamp} {record.levelname.lower():<7} {record.getMessage()}{tail}"
+        line = f"{stamp} {record.levelname.lower():<7} {record.getMessage()}{tail}"
+        if record.exc_info:
+            line += f"\n{self.formatException(record.exc_info)}"
+        return line
 
 
 class _JsonFormatter(logging.Formatter):
@@ -30,12 +35,15 @@ class _JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "event": record.getMessage(),
         }
+        if record.exc_info:
+            head["traceback"] = self.formatException(record.exc_info)
         return json.dumps(head | fields, default=str)
 
 
 def _word(value: object) -> str:
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    return json.dumps(text) if " " in text or not text else text
+    is_word = text and text.isprintable() and " " not in text
+    return text if is_word else json.dumps(text)
 
 
 def setup(*, json_lines: bool = False, level: Level = "info") -> None:
@@ -45,6 +53,11 @@ def setup(*, json_lines: bool = False, level: Level = "info") -> None:
     _logger.handlers[:] = [handler]
     _logger.setLevel(_LEVELS[level])
     _logger.propagate = False
+    for name in _OTHERS:
+        other = logging.getLogger(name)
+        other.handlers[:] = [handler]
+        other.setLevel(logging.WARNING)
+        other.propagate = False
 
 
 def event(name: str, *, level: Level = "info", **fields: object) -> None:
