@@ -112,8 +112,20 @@ class Tokenizer:
         return self._digest
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Raises InvalidRequest for text that is no Unicode (bytes of another encoding)."""
         # its `encode` holds the interpreter's lock: a long text on a thread would stop a server
-        [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        try:
+            [encoding] = self._backend.encode_batch_fast(
+                [text], add_special_tokens=add_special_tokens
+            )
+        except TypeError:
+            # what Python makes of bytes that it cannot read
+            index = next(i for i, char in enumerate(text) if "\ud800" <= char <= "\udfff")
+            raise InvalidRequest(
+                f"the text is not Unicode: a lone surrogate ({text[index]!a}) at character {index}; "
+                "was it written in UTF-8?",
+                field="prompt",
+            ) from None
         return encoding.ids
 
     @cached_property

@@ -199,9 +199,15 @@ def as_json(run: Run) -> dict[str, object]:
 
 def check_output(path: Path | None) -> None:
     """Raise ConfigError now, not after the run, where the file could not be written."""
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        reason = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
-        raise ConfigError(f"--output-json {path}: {reason}")
+    if path is None:
+        return
+    is_new = not path.exists()
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise ConfigError(f"--output-json {path} cannot be written: {error.strerror}") from None
+    if is_new:
+        path.unlink()
 
 
 def write_json(run: Run, path: Path) -> None:

@@ -204,7 +204,7 @@ def test_offline_takes_a_data_set_of_text(
         (["serve", "--request-rate", "0"], "--request-rate"),
         (["serve", "--base-url", "localhost:1"], "--base-url must start with http"),
         (["serve", "--base-url", "http://127.0.0.1:1"], "no server answers at http://127.0.0.1:1"),
-        (["serve", "--output-json", "."], "is a folder"),
+        (["serve", "--output-json", "."], "--output-json . cannot be written: Is a directory"),
     ],
 )
 def test_a_users_mistake_is_one_line_that_names_it(

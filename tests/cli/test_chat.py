@@ -56,6 +56,18 @@ def test_a_pipe_gives_plain_answers(
     assert "warm-up: done" in captured.err
 
 
+def test_bytes_that_are_no_text_are_one_line(
+    tiny_checkpoint: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pipe = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8", errors="surrogateescape")
+    monkeypatch.setattr(sys, "stdin", pipe)
+    assert run(["chat", str(tiny_checkpoint), *FLAGS]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: the text is not Unicode: a lone surrogate ('\\udce9') at char")
+
+
 def test_turns_stay_until_reset_and_the_system_message_for_good(llm: LLM) -> None:
     talk = conversation(llm, system="Be brief.")
     for text in ("one", "two"):
