@@ -447,7 +447,7 @@ def receive_weights(
     from .weights_receiving import Job, receive
 
     log.setup(json_lines=log_format() == "json")
-    receive(Job.of(bind, run_name, root, keys, flag="--bind"))
+    receive(Job.of(bind, run_name, root, keys, prefix=""))
 
 
 @app.command("make-checkpoint", rich_help_panel=FOLDERS)

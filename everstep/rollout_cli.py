@@ -263,7 +263,7 @@ def rollout(
         if given is not None and bridge is None:
             raise ConfigError(f"{flag} is for a run with a trainer: name --bridge too")
     if weights_bind is not None:
-        weights = Job.of(weights_bind, run_name, weights_root, keys, flag="--weights-bind")
+        weights = Job.of(weights_bind, run_name, weights_root, keys, prefix="weights-")
     if bridge is not None:
         training = Training(
             endpoint=bridge,

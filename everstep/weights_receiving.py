@@ -36,19 +36,19 @@ _KEPT_BYTES, _LARGEST_KEPT = 256 << 20, 32 << 20
 class Job(msgspec.Struct, frozen=True):
     """What a receiver is to do.
 
-    keys  folder of the engine's side, None for none
-    flag  that the endpoint was given with
+    keys    folder of the engine's side, None for none
+    prefix  of the flags: --bind and --root, or --weights-bind and --weights-root
     """
 
     endpoint: str
     run: str
     root: str
     keys: str | None
-    flag: str = "--bind"
+    prefix: str = ""
 
     @classmethod
     def of(
-        cls, endpoint: str, run: str, root: Path | None, keys: Path | None, *, flag: str
+        cls, endpoint: str, run: str, root: Path | None, keys: Path | None, *, prefix: str
     ) -> Self:
         """From flags: without a root the run's own folder in shared memory. Raises ConfigError for
         a name that no run can have."""
@@ -57,14 +57,14 @@ class Job(msgspec.Struct, frozen=True):
 
         check_run_name(run, "--run-name")
         folder = default_root(run) if root is None else root.resolve()
-        return cls(endpoint, run, str(folder), None if keys is None else str(keys), flag)
+        return cls(endpoint, run, str(folder), None if keys is None else str(keys), prefix)
 
     def check(self) -> None:
         """Raises ConfigError for an address or keys that cannot be used."""
         from .trainer_bridge.curve import check_endpoint, read_keys
 
         keys = None if self.keys is None else read_keys(Path(self.keys), "engine")
-        check_endpoint(self.endpoint, keys, self.flag)
+        check_endpoint(self.endpoint, keys, f"--{self.prefix}bind")
 
 
 def receive(job: Job) -> None:
@@ -182,14 +182,14 @@ def _watch_parent(stop: Callable[[], None]) -> None:
 def _receive(job: Job, watch: Callable[[Callable[[], None]], None], *, says_arrivals: bool) -> None:
     """watch  told how the receiver is stopped, when it has begun"""
     from .trainer_bridge.curve import read_keys
-    from .trainer_bridge.weights.receiver import WeightReceiver
+    from .trainer_bridge.weights.receiver import Settings, WeightReceiver
 
     _keep_memory()
     receiver = WeightReceiver(
         Path(job.root),
         run=job.run,
         endpoint=job.endpoint,
-        setting=job.flag,
+        settings=Settings(f"--{job.prefix}bind", f"--run-name or --{job.prefix}root"),
         keys=None if job.keys is None else read_keys(Path(job.keys), "engine"),
         on_arrival=_tell if says_arrivals else lambda *_: None,
     )

@@ -59,14 +59,17 @@ def test_runs_with_versions_are_found(tmp_path: Path) -> None:
 
 def test_a_second_trainer_is_refused_until_the_first_has_ended(tmp_path: Path) -> None:
     root = tmp_path / "run"
-    held = hold(root)
-    with pytest.raises(ConfigError, match=r"run holds the versions of a trainer that runs now"):
-        hold(root)
+    held = hold(root, "publish.root")
+    with pytest.raises(
+        ConfigError,
+        match=r"run holds the versions of a trainer that runs now; .* another publish.root$",
+    ):
+        hold(root, "publish.root")
     held.close()
-    hold(root).close()
+    hold(root, "publish.root").close()
     fill(root, "v1")
     remove_versions(root, [])
     assert not root.exists()
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="file/run cannot be written"):
-        hold(tmp_path / "file" / "run")
+        hold(tmp_path / "file" / "run", "publish.root")

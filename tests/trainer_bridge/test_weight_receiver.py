@@ -25,7 +25,7 @@ from everstep.trainer_bridge.weights import folder as weight_folder
 from everstep.trainer_bridge.weights import link as weight_link
 from everstep.trainer_bridge.weights import receiver as weight_receiver
 from everstep.trainer_bridge.weights.protocol import WeightsHello
-from everstep.trainer_bridge.weights.receiver import WeightReceiver
+from everstep.trainer_bridge.weights.receiver import Settings, WeightReceiver
 from everstep.trainer_bridge.weights.targets import Elsewhere
 
 from ..proxy import Proxy
@@ -319,7 +319,12 @@ def test_keys(source: Path, tmp_path: Path) -> None:
 
 def test_beyond_this_machine_keys_are_asked_for(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--weights-bind: .* can be reached from outside"):
-        WeightReceiver(tmp_path, run="run", endpoint="tcp://0.0.0.0:5601", setting="--weights-bind")
+        WeightReceiver(
+            tmp_path,
+            run="run",
+            endpoint="tcp://0.0.0.0:5601",
+            settings=Settings("--weights-bind", "--weights-root"),
+        )
     with pytest.raises(ConfigError, match=r"publish\.endpoints: .* can be reached from outside"):
         Elsewhere(_Alone(), ["tcp://10.0.0.2:5601"], run="run", lineage="a")  # type: ignore[arg-type]
 
@@ -331,7 +336,7 @@ class _Alone:
 def test_two_receivers_do_not_share_a_folder(tmp_path: Path) -> None:
     with (
         taking(tmp_path),
-        pytest.raises(ConfigError, match="and a receiver another --run-name or --root"),
+        pytest.raises(ConfigError, match=r"give this one another --run-name or --root$"),
         taking(tmp_path, endpoint=f"ipc://{tmp_path}/other"),
     ):
         pass

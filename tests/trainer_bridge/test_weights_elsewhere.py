@@ -17,10 +17,11 @@ import torch
 
 from everstep.engine.checkpoint.fp8_policy import Fp8Format
 from everstep.engine.checkpoint.make_checkpoint import make_checkpoint
-from everstep.engine.errors import EverstepError
+from everstep.engine.errors import ConfigError, EverstepError
 from everstep.trainer_bridge.trainer.sharding import join_world
 from everstep.trainer_bridge.weights import chunks as weight_chunks
 from everstep.trainer_bridge.weights.targets import Elsewhere, Here
+from everstep.weights_receiving import Job, ReceiverChild
 
 from .training_runs import free_port
 from .weight_runs import (
@@ -261,6 +262,12 @@ def test_the_command_says_what_arrives_and_what_it_cannot(source: Path, tmp_path
         assert re.fullmatch(rf"version 7: 0\.7 MB in \S+ s \(.*\), {tmp_path}/root/v7\n", second)
         process.send_signal(signal.SIGINT)
         assert process.wait(WAIT_S) == 0
+
+
+def test_a_child_of_rollout_names_the_flags_of_rollout() -> None:
+    job = Job.of("tcp://0.0.0.0:1", "run", None, None, prefix="weights-")
+    with pytest.raises(ConfigError, match=r"^--weights-bind: 'tcp://0\.0\.0\.0:1' can be reached"):
+        ReceiverChild(job)
 
 
 def wait_for(is_so: Callable[[], bool]) -> None:

@@ -18,8 +18,10 @@ from ..weights.folder import SHARED_MEMORY, VERSION_NAME, default_root
 _LOCK = "lock"
 
 
-def hold(root: Path) -> BinaryIO:
+def hold(root: Path, settings: str) -> BinaryIO:
     """Nobody else writes versions there until this file is closed, or the process has ended.
+
+    settings  what the user may change
 
     Raises ConfigError where somebody else does, or where it cannot be.
     """
@@ -30,8 +32,7 @@ def hold(root: Path) -> BinaryIO:
     except BlockingIOError:
         file.close()
         raise ConfigError(
-            f"{root} holds the versions of a trainer that runs now; give this one another "
-            "source.run or publish.root, and a receiver another --run-name or --root"
+            f"{root} holds the versions of a trainer that runs now; give this one another {settings}"
         ) from None
     except OSError as error:
         raise ConfigError(f"{root} cannot be written: {error.strerror}") from None

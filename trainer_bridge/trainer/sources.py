@@ -280,7 +280,7 @@ def _hold(root: Path, world: World) -> BinaryIO | None:
     held, why = None, ""
     if world.is_first:
         try:
-            held = hold(root)
+            held = hold(root, "source.run or publish.root")
         except ConfigError as error:
             why = str(error)
     if why := world.same(why):

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
@@ -65,10 +65,19 @@ class _Seat:
     heard_s: float
 
 
+class Settings(NamedTuple):
+    """What errors call the endpoint, and what may be changed where another writes to the folder."""
+
+    endpoint: str
+    root: str
+
+
+FLAGS = Settings("--bind", "--run-name or --root")
+
+
 class WeightReceiver:
     """Puts the versions of one run into folders under `root`.
 
-    setting      what the endpoint is called in errors: the flag that the user gave
     max_bytes    on their way at once, of all ranks together; a rank has 2 MiB at least
     patience_s   silence of all ranks after which a version under way is given up
     on_arrival   told a version's number, its folder, its bytes, and the seconds since it was offered
@@ -80,7 +89,7 @@ class WeightReceiver:
         *,
         run: str,
         endpoint: str,
-        setting: str = "endpoint",
+        settings: Settings = FLAGS,
         keys: Keys | None = None,
         max_bytes: int = MAX_BYTES,
         heartbeat_s: float = HEARTBEAT_S,
@@ -88,13 +97,13 @@ class WeightReceiver:
         on_arrival: Callable[[int, Path, int, float], None] = lambda *_: None,
     ) -> None:
         """Raises ConfigError for an endpoint that is reached from outside without keys."""
-        check_endpoint(endpoint, keys, setting)
+        check_endpoint(endpoint, keys, settings.endpoint)
         weight_checksum.prepare()
         self.num_refused = 0
         """Messages that were none of this protocol."""
         self._root, self._run_name = root, run
         self._pages = Pages(root)
-        self._endpoint, self._setting, self._keys = endpoint, setting, keys
+        self._endpoint, self._settings, self._keys = endpoint, settings, keys
         self._max_bytes, self._heartbeat_s = max_bytes, heartbeat_s
         self._patience_s, self._on_arrival = patience_s, on_arrival
         self._id = secrets.token_hex(8)
@@ -123,7 +132,7 @@ class WeightReceiver:
 
         `close` is called in every case.
         """
-        self._held = hold(self._root)
+        self._held = hold(self._root, self._settings.root)
         self._pages.clean()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 500)
@@ -140,7 +149,7 @@ class WeightReceiver:
         try:
             self._socket.bind(self._endpoint)
         except zmq.ZMQError as error:
-            raise ConfigError(f"{self._setting}: {self._endpoint}: {error}") from None
+            raise ConfigError(f"{self._settings.endpoint}: {self._endpoint}: {error}") from None
         bound = self._socket.getsockopt(zmq.LAST_ENDPOINT)
         assert isinstance(bound, bytes)
         return bound.rstrip(b"\0").decode()
