@@ -74,12 +74,19 @@ class Calls:
         self.address = Address.find(base_url, api_key)
         self.has_answered = False
         """The server did, once."""
+        self.not_borne: tuple[type[EverstepError], ...] = ()
+        """As `Patience`."""
         self._admin_key = admin_key or os.environ.get("EVERSTEP_ADMIN_KEY")
         self._patience_s = retry_s
 
     def patience(self) -> Patience:
         """For one call."""
-        return Patience(self.address.url, self._patience_s, has_answered=self.has_answered)
+        return Patience(
+            self.address.url,
+            self._patience_s,
+            has_answered=self.has_answered,
+            not_borne=self.not_borne,
+        )
 
     def request(self, http: httpx.Client | httpx.AsyncClient, call: Call) -> httpx.Request:
         return http.build_request(

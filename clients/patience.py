@@ -28,6 +28,7 @@ class Patience:
     """How long trouble is borne: `retry_s` from the first failure after the last success.
 
     has_answered  whether the server ever did, in an earlier call
+    not_borne     errors that are raised at once: somebody else waits until they pass
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Patience:
         retry_s: float,
         *,
         has_answered: bool = False,
+        not_borne: tuple[type[EverstepError], ...] = (),
         clock: Clock = time.monotonic,
     ) -> None:
         self._url = url
@@ -44,6 +46,7 @@ class Patience:
         self._since: float | None = None
         self._pause_s = FIRST_PAUSE_S
         self._has_answered = has_answered
+        self._not_borne = not_borne
 
     def heard(self) -> None:
         """A sign of life, if only a heartbeat: whoever is silent for long may go on for long."""
@@ -64,7 +67,8 @@ class Patience:
         self._has_answered |= not is_silent
         limit = self._retry_s if self._has_answered else min(self._retry_s, FIRST_CONTACT_S)
         pause_s = max(self._pause_s, _retry_after_s(trouble))
-        if not _may_pass(error) or now + pause_s > self._since + limit:
+        is_borne = _may_pass(error) and not isinstance(error, self._not_borne)
+        if not is_borne or now + pause_s > self._since + limit:
             raise error
         self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
         return pause_s

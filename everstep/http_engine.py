@@ -17,6 +17,8 @@ from .engine.errors import (
     EngineUnavailable,
     EverstepError,
     IllegalState,
+    JournalFull,
+    Overloaded,
     StaleVersion,
     UnknownRollout,
     WeightsRefused,
@@ -50,6 +52,17 @@ class _Ready(Struct):
     waits_for: str | None = None
 
 
+NO_ROOM = (JournalFull, Overloaded)
+
+
+class _Client(AsyncClient):
+    """Whoever runs the engine waits for room, and says so."""
+
+    def __init__(self, url: str, **options: Any) -> None:
+        super().__init__(url, **options)
+        self._calls.not_borne = NO_ROOM
+
+
 class HttpEngine:
     """An `Engine` over one server, and a `Host`.
 
@@ -75,7 +88,7 @@ class HttpEngine:
         self._wait_s = wait_s
         self._first_s = wait_s if is_known else min(wait_s, FIRST_CONTACT_S)
         self._http = httpx.AsyncClient(limits=httpx.Limits(max_connections=None))
-        self._client = AsyncClient(url, admin_key=admin_key, retry_s=wait_s, http=self._http)
+        self._client = _Client(url, admin_key=admin_key, retry_s=wait_s, http=self._http)
         self._begin()
 
     def _begin(self) -> None:

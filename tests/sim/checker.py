@@ -63,6 +63,8 @@ class Checker:
         self._refused: set[str] = set()
         self._seen: dict[tuple[str, str], Snapshot] = {}
         """(front, id) → the longest observation."""
+        self._out: set[str] = set()
+        """Fronts that lost what was not synced, and have not answered since."""
         self._seeds: dict[int, str] = {}
         self._cancelled: set[tuple[str, str]] = set()
         self._imported: dict[str, str] = {}
@@ -139,7 +141,9 @@ class Checker:
         before = self._seen.get((front, id))
         self._judge_request(front, id, found)
         self._judge_snapshot(f"{id} at {front}", found, before)
-        if before is None or len(found["ids"]) >= len(before["ids"]):
+        is_longest = before is None or len(found["ids"]) >= len(before["ids"])
+        # what was under way when the power went says nothing of what the journal has to hold
+        if is_longest and (front not in self._out or found["finish"] is not None):
             self._seen[front, id] = found
         if found["finish"] is not None:
             self._judge_ending(front, id, found)
@@ -247,6 +251,8 @@ class Checker:
     def _on_crash(self, who: str, **fields: Any) -> None:
         """Nobody has seen what the journal does not hold, unless the power took it from there."""
         kept = fields.get("kept", {})
+        if not fields.get("is_safe", True):
+            self._out.add(who)
         for (front, name), found in list(self._seen.items()):
             num = kept.get(name)
             if front != who or num is None or len(found["ids"]) <= num:
@@ -258,6 +264,9 @@ class Checker:
             elif found["finish"] is None:
                 cut = {column: found[column][:num] for column in ("ids", "lps", "versions")}
                 self._seen[front, name] = {**found, **cut}
+
+    def _on_ready(self, who: str, **fields: Any) -> None:
+        self._out.discard(who)
 
     # --- the trainer ---------------------------------------------------------------------
 

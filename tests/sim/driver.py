@@ -26,7 +26,7 @@ from everstep.trainer_bridge.run.manager_engine import ManagerEngine
 from everstep.trainer_bridge.run.state import RunState
 from everstep.trainer_bridge.run.words import Header, KeptPrompt, Position
 
-from .driver_disk import DriverDisk, SimOutput
+from .driver_disk import OUTPUT, RUN, DriverDisk, SimOutput
 from .driver_engine import Meddler, SimServer, WatchedEngine
 from .driver_learner import learner
 from .driver_watch import Doom, DriverWatch
@@ -37,7 +37,8 @@ from .loop import Process, SimLoop
 from .network import Network
 
 HARMLESS = (EngineUnavailable, JournalFull, WeightsRefused, CheckpointError)
-"""Errors after which a user starts the same command again: what is done is kept."""
+"""Errors after which a user starts the same command again: what is done is kept. A full disk only
+where it is the driver's own: for an engine's it waits."""
 AWAY_S = 0.3
 
 
@@ -115,6 +116,7 @@ class DriverHost:
     ) -> None:
         self._loop, self._network, self._history = loop, network, history
         self.settings, self._rng, self._fronts = settings, rng, fronts
+        self.has_full_engines = False
         self.disk = DriverDisk(rng, is_sqlite=settings.is_sqlite)
         self.disk.on_commit, self.disk.on_write = self._on_commit, self._on_write
         self.process: Process | None = None
@@ -140,10 +142,15 @@ class DriverHost:
     def calm(self) -> None:
         """There are no more faults."""
         self.disk.fill(False)
+        self.fill_engines(False)
         self.doom.lift()
         if self.process is not None:
             self.process.fuse = 0
         self._meddler.is_calm = True
+
+    def fill_engines(self, is_full: bool) -> None:
+        """Whatever the run asks of an engine meets a full disk there, or none does."""
+        self.has_full_engines = is_full
 
     # --- life ----------------------------------------------------------------------------
 
@@ -212,9 +219,11 @@ class DriverHost:
 
     def _end(self, process: Process, outcome: BaseException | None) -> None:
         """It has ended by itself; unless all is done it is started again."""
-        is_room = not isinstance(outcome, ConfigError) or "no space left" in str(outcome)
+        is_own = f"{RUN}: " in str(outcome) or f"{OUTPUT}: " in str(outcome)
+        is_full = "no space left" in str(outcome) and is_own
         if outcome is not None:
-            is_harmless = isinstance(outcome, (*HARMLESS, ConfigError)) and is_room
+            is_harmless = isinstance(outcome, HARMLESS) and not isinstance(outcome, JournalFull)
+            is_harmless |= isinstance(outcome, (JournalFull, ConfigError)) and is_full
             words = f"{type(outcome).__name__}: {outcome}"
             self._history.note("driver", "ends" if is_harmless else "fault", what=words)
             self._history.sometimes(f"driver ended by {type(outcome).__name__}")
@@ -293,7 +302,7 @@ class DriverHost:
             found = [
                 SimServer(name, *parts, is_trained=settings.is_trained) for name in settings.engines
             ]
-        return [WatchedEngine(engine, self._history, self._on_rollout) for engine in found]
+        return [WatchedEngine(engine, self._history, self._on_rollout, self) for engine in found]
 
     def _is_over(self, state: RunState) -> None:
         """Tell the checker what came of it."""

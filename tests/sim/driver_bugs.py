@@ -10,6 +10,7 @@ from everstep.trainer_bridge.run import state as run_state
 from everstep.trainer_bridge.run.driver import RolloutDriver
 from everstep.trainer_bridge.run.errands import Errands
 from everstep.trainer_bridge.run.fleet import Fleet
+from everstep.trainer_bridge.run.patient_engine import PatientEngine
 from everstep.trainer_bridge.run.state import RunState
 from everstep.trainer_bridge.trajectories.record import encode_line, trajectory_of
 
@@ -154,6 +155,15 @@ def acknowledged_early(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(WatchedEngine, "ended", hasty)
 
 
+def room_not_waited_for(patch: pytest.MonkeyPatch) -> None:
+    """An engine whose disk is full ends the run."""
+
+    async def once(self, call):
+        return await call()
+
+    patch.setattr(PatientEngine, "_room", once)
+
+
 async def _nothing(self, engine) -> None:
     return None
 
@@ -173,5 +183,6 @@ DRIVER_BUGS: dict[str, Bug] = {
         not_swept,
         meter_skipped,
         acknowledged_early,
+        room_not_waited_for,
     )
 }

@@ -6,15 +6,20 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from everstep.clients.patience import Patience, error_from
-from everstep.engine.errors import EngineUnavailable, EverstepError, UnknownRollout
+from everstep.engine.errors import (
+    EngineUnavailable,
+    EverstepError,
+    JournalFull,
+    UnknownRollout,
+)
 from everstep.engine.journal.ops import BudgetState, Query
 from everstep.engine.messages import KVPolicy, Priority
 from everstep.engine.rollout import Found, Rollout, RolloutState
 from everstep.engine.trajectory import decode, unpack
-from everstep.http_engine import HttpEngine
+from everstep.http_engine import NO_ROOM, HttpEngine
 from everstep.trainer_bridge.run.engine import Budget, Engine, Work
 from everstep.trainer_bridge.run.hosts import Host
 
@@ -23,6 +28,7 @@ from .history import History
 from .loop import Process, SimLoop
 from .network import Network, NoAnswer, Refused
 
+T = TypeVar("T")
 POLL_S = 0.25
 TIMEOUT_S = 0.3
 EACH_S = 0.05
@@ -78,7 +84,13 @@ class SimClient:
 
     async def call(self, method: str, longer_s: float = 0.0, **values: Any) -> Any:
         """Its answer, asked for again while that may help."""
-        patience = Patience(self._name, self._wait_s, has_answered=True, clock=self._loop.time)
+        patience = Patience(
+            self._name,
+            self._wait_s,
+            has_answered=True,
+            not_borne=NO_ROOM,
+            clock=self._loop.time,
+        )
         while True:
             try:
                 return await self._network.call(
@@ -167,17 +179,29 @@ def _budget(found: dict[str, Any]) -> Any:
     return SimpleNamespace(id=found["id"], used=found["used"], state=BudgetState(found["state"]))
 
 
+class Room(Protocol):
+    """Of an engine's disk, as the driver meets it."""
+
+    has_full_engines: bool
+
+
 class WatchedEngine:
     """An engine, with what goes through it noted.
 
     on_rollout  called with the id of what was submitted
+    host        says whether there is room
     """
 
     def __init__(
-        self, engine: ServingEngine, history: History, on_rollout: Callable[[str, str], None]
+        self,
+        engine: ServingEngine,
+        history: History,
+        on_rollout: Callable[[str, str], None],
+        host: Room,
     ) -> None:
         self.name = engine.name
         self._engine, self._history, self._on_rollout = engine, history, on_rollout
+        self._host = host
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
@@ -185,8 +209,18 @@ class WatchedEngine:
     def _note(self, kind: str, **fields: Any) -> None:
         self._history.note("driver", kind, front=self.name, **fields)
 
+    async def _take(self, verb: str, call: Callable[[], Awaitable[T]]) -> T:
+        """What an engine may have no room for."""
+        try:
+            if self._host.has_full_engines:
+                raise JournalFull(f"{self.name}: the disk is full")
+            return await call()
+        except JournalFull:
+            self._history.sometimes(f"disk full during {verb} of the driver")
+            raise
+
     async def submit(self, work: Work) -> str:
-        rollout_id = await self._engine.submit(work)
+        rollout_id = await self._take("submit", lambda: self._engine.submit(work))
         key, prompt = f"c3po/{work.key}", work.prompt
         request = {
             "prompt": tuple(prompt.prompt_ids or ()),
@@ -219,20 +253,25 @@ class WatchedEngine:
     async def cancel(self, rollout_ids: Sequence[str]) -> None:
         for rollout_id in rollout_ids:
             self._note("cancels", id=rollout_id)
-        await self._engine.cancel(rollout_ids)
+        await self._take("cancel", lambda: self._engine.cancel(rollout_ids))
 
     async def acknowledge(self, rollout_ids: Sequence[str]) -> None:
         for rollout_id in rollout_ids:
             # from here on it may be forgotten, whether this is heard of or not
             self._note("acked", id=rollout_id)
-        await self._engine.acknowledge(rollout_ids)
+        await self._take("acknowledge", lambda: self._engine.acknowledge(rollout_ids))
 
     async def open_budget(
         self, pool: str, tokens: int | None, key: str, places: int | None = None
     ) -> Budget:
-        budget = await self._engine.open_budget(pool, tokens, key, places)
+        budget = await self._take(
+            "open_budget", lambda: self._engine.open_budget(pool, tokens, key, places)
+        )
         self._note("opened", key=key, id=budget.id, tokens=tokens, places=places)
         return budget
+
+    async def close_budget(self, budget_id: str) -> None:
+        await self._take("close_budget", lambda: self._engine.close_budget(budget_id))
 
 
 class Meddler:

@@ -118,6 +118,9 @@ class Nemesis:
                 doom.kind, doom.left = "write", self._rng.randint(1, 2)
             case "driver loses power":
                 driver.crash(is_power=True)
+            case "driver's engines are full":
+                driver.fill_engines(True)
+                self._loop.outside(duration_s, driver.fill_engines, False)
             case "driver has a full disk":
                 driver.disk.fill(True)
                 self._loop.outside(duration_s, driver.disk.fill, False)

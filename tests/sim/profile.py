@@ -26,6 +26,7 @@ OF_DRIVER = (
     "driver killed in the output",
     "driver loses power",
     "driver has a full disk",
+    "driver's engines are full",
     "engine away",
 )
 FAULTS = (

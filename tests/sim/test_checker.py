@@ -133,6 +133,23 @@ def test_what_was_seen_and_is_in_no_journal_is_found(sound) -> None:
     assert any("its journal holds" in fault for fault in faults)
 
 
+def test_an_answer_that_was_under_way_when_the_power_went_may_be_of_what_is_gone(sound) -> None:
+    """Seed 1051 of the simulation, at first."""
+    seen = next(event for event in sound.events if event.kind == "seen" and event.fields["ids"])
+    front, before = seen.fields["front"], sound.events[: sound.events.index(seen)]
+    kept = {"is_power": True, "in_commit": True, "kept": {seen.fields["id"]: 0}}
+    gone, again = (
+        Event(seen.time_s, front, "crash", kept | {"is_safe": is_safe}) for is_safe in (False, True)
+    )
+    ready = Event(seen.time_s, front, "ready", {"recovered": 1, "version": 1})
+    for events in ([gone, seen, again, ready], [gone, again, seen, again, ready]):
+        faults = Checker().judge([*before, *events])
+        assert not any("its journal holds" in fault for fault in faults)
+    # once it has answered again, it has what is seen of it
+    faults = Checker().judge([*before, gone, ready, seen, again])
+    assert any("its journal holds" in fault for fault in faults)
+
+
 def judge_books(events: list[Event]) -> list[str]:
     c3po = Profile.draw(random.Random(f"{SEED}/profile"), sqlite_share=0.0).c3po
     assert c3po is not None

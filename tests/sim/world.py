@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Struct
 
 from everstep.engine.config import JournalConfig
+from everstep.engine.errors import EverstepError
 from everstep.engine.journal.ops import JournalStore, Query, Recovered
 
 from .c3po_checker import C3poChecker
@@ -134,11 +135,16 @@ class _World:
 
     def _on_exception(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")
+        is_task = isinstance(context.get("future"), asyncio.Task)
+        if isinstance(error, EverstepError) and not is_task and self._has_kills:
+            # who waited, for one that others waited for too, was killed before he came to look
+            return
         text = "".join(traceback.format_exception(error)) if error else ""
         self._faults.append(f"unhandled: {context.get('message')} {text}")
 
     def live(self) -> list[str]:
         """Run it to its end; returns what went wrong on the way."""
+        self._has_kills = False
         try:
             self.loop.run_until_complete(self._story())
         except Stuck as stuck:
@@ -146,6 +152,7 @@ class _World:
         except AssertionError:
             self._faults.append(f"assertion: {traceback.format_exc()}")
         finally:
+            self._has_kills = any(process.is_dead for process in self.loop.processes)
             for error in self.loop.unheard():
                 text = "".join(traceback.format_exception(error))
                 self._faults.append(f"unhandled: {text}")

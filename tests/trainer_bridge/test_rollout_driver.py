@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
 
-from everstep.engine.errors import ConfigError, EngineUnavailable
+from everstep.engine.errors import ConfigError, EngineUnavailable, JournalFull
 from everstep.engine.rollout import RolloutState
 from everstep.trainer_bridge.c3po.config import C3poConfig
 from everstep.trainer_bridge.c3po.words import Sample
@@ -421,6 +421,53 @@ def test_a_server_without_its_journal_loses_rollouts_and_they_are_sampled_again(
     assert state.machine.total.regenerated == state.tally.fallen["lost"][1] > 0
     # the same attempt, so the same seed: crashes must not favour short ones
     assert {one.sample.attempt for one in world.sink.lines} == {0}
+
+
+class FillingEngine(FakeEngine):
+    """Of each kind of call that needs room two of three find its disk full."""
+
+    calls: Counter[str]
+
+    def _room(self, verb: str) -> None:
+        self.calls[verb] += 1
+        if self.calls[verb] % 3:
+            raise JournalFull("journal: no space left")
+
+    async def submit(self, work):
+        self._room("submit")
+        return await super().submit(work)
+
+    async def cancel(self, rollout_ids):
+        self._room("cancel")
+        await super().cancel(rollout_ids)
+
+    async def acknowledge(self, rollout_ids):
+        self._room("acknowledge")
+        await super().acknowledge(rollout_ids)
+
+    async def open_budget(self, pool, tokens, key, places=None):
+        self._room("open_budget")
+        return await super().open_budget(pool, tokens, key, places)
+
+    async def close_budget(self, budget_id):
+        self._room("close_budget")
+        await super().close_budget(budget_id)
+
+
+def test_a_run_waits_for_room_in_its_engines_and_says_so(folder):
+    engine = FillingEngine("e", lambda seed, _: 3 + digest(seed) % 15)
+    engine.calls = Counter()
+    usual = config(retention=0, budget=30, capacity=6)
+    world = World(folder, usual, [engine], [f"p{i}" for i in range(6)])
+    state = run(world.live())
+    assert state.machine.phase == "done"
+    nothing_is_left(world)
+    assert set(engine.calls) == {
+        *("submit", "cancel", "acknowledge", "open_budget", "close_budget")
+    }
+    full = "e: journal: no space left; the run waits until there is room"
+    assert set(world.notes[::2]) == {full}
+    assert set(world.notes[1::2]) == {"e: there is room again; the run goes on"}
 
 
 def test_a_loss_that_is_told_twice_loses_no_other_rollout(folder):

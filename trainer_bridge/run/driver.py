@@ -28,6 +28,7 @@ from ..c3po.words import Sample, Train, TrainGroup
 from .engine import Engine, Prompt
 from .errands import Errands
 from .fleet import Fleet
+from .patient_engine import PatientEngine
 from .report import Report, Reporter
 from .state import RunState
 from .tasks import Ended, News, Submitted, Tasks
@@ -169,7 +170,7 @@ class RolloutDriver:
         has_threads: bool = True,
     ) -> None:
         self._state = state
-        self._engines = {engine.name: engine for engine in engines}
+        self._engines = {engine.name: PatientEngine(engine, on_note) for engine in engines}
         self._source = source
         self._sink = sink
         self._learner = learner

@@ -86,8 +86,8 @@ class Engine(Protocol):
     """Generates the rollouts of pools, durably.
 
     Every call may raise EngineUnavailable: it stays away, beyond the patience that it was made
-    with. What a server says no to for the moment (Overloaded, JournalFull) is the caller's to try
-    again.
+    with. What it has no room for at the moment it refuses with Overloaded or JournalFull, at once:
+    waiting is the caller's (`PatientEngine`).
     """
 
     name: str

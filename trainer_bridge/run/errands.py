@@ -7,16 +7,13 @@ A task changes nothing of the run: what came of it goes into the inbox (trainer_
 All of it may be done twice: keys and ids make the second time harmless.
 """
 
-import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from ...engine.errors import (
     IllegalState,
     InvalidRequest,
-    JournalFull,
-    Overloaded,
     UnknownBudget,
     UnknownRollout,
 )
@@ -26,11 +23,8 @@ from .state import RunState
 from .tasks import Ended, News, Submitted, Tasks
 from .words import KeptPrompt, Lease, Place
 
-T = TypeVar("T")
-
 # a longer poll only saves requests
 BUDGET_POLL_S = 20.0
-RETRY_S = 1.0
 
 
 class Lines(Protocol):
@@ -163,7 +157,7 @@ class Errands:
                 seed=state.seed_of(sample, prompt.id),
                 pool=state.pool,
             )
-            rollout_id = await self._patiently(lambda: engine.submit(work))
+            rollout_id = await engine.submit(work)
         except InvalidRequest as error:
             return partial(self._refuse, sample, str(error))
         return Submitted(place, rollout_id)
@@ -185,9 +179,7 @@ class Errands:
         if lease.budget_id is None:
             # nobody who leaves takes of a budget
             await self._tasks.over("cancel", lease.engine)
-            budget = await self._patiently(
-                lambda: engine.open_budget(state.pool, lease.tokens, lease.key, lease.places)
-            )
+            budget = await engine.open_budget(state.pool, lease.tokens, lease.key, lease.places)
             self._tasks.put(partial(self._opened, lease, budget.id))
         else:
             budget = await engine.budget(lease.budget_id, 0.0)
@@ -214,11 +206,3 @@ class Errands:
             except (UnknownRollout, IllegalState) as error:
                 # the run has them; whoever made them forget can only have been somebody else
                 self._note(f"{name}: {error}")
-
-    async def _patiently(self, call: Callable[[], Awaitable[T]]) -> T:
-        """Its result, tried again while the engine says no for the moment."""
-        while True:
-            try:
-                return await call()
-            except (Overloaded, JournalFull):
-                await asyncio.sleep(RETRY_S)
