@@ -7,7 +7,6 @@ harness that finds nothing must be shown to have looked.
 SEEDS = 500
 FLOORS = {
     "a purge of the driver": 410,
-    "a purge while its engine is away": 10,
     "a rollout moved": 160,
     "a rollout over several versions": 400,
     "a rollout resumed two versions later, or more": 150,
@@ -25,7 +24,7 @@ FLOORS = {
     "disk full during accept": 120,
     "disk full during acknowledge of the driver": 1,
     "disk full during cancel of the driver": 1,
-    "disk full during close_budget of the driver": 4,
+    "disk full during close_budget of the driver": 1,
     "disk full during open_budget of the driver": 25,
     "disk full during submit of the driver": 4,
     "driver ended by EngineUnavailable": 70,
@@ -33,7 +32,6 @@ FLOORS = {
     "driver ended by WeightsRefused": 50,
     "driver goes on in mid-iteration": 50,
     "driver goes on with a lease that was not answered": 15,
-    "driver goes on with a purge to do": 1,
     "driver goes on with groups to deliver": 60,
     "driver killed": 130,
     "driver killed between a commit and the submission that follows": 18,
