@@ -40,6 +40,9 @@ STATUS_EVERY_S = 10.0
 POLL_S = 0.5
 # for answers of rollouts that were cut off at the end of the drain
 LAST_WORDS_S = 5
+# longer than clients keep an idle connection (httpx: 5 s): who closes first must not be us, or a
+# request that is just being sent is lost
+KEEP_ALIVE_S = 75
 
 
 class Serving(Struct, frozen=True):
@@ -200,6 +203,7 @@ class Server:
                 server_header=False,
                 # by then every rollout has ended, so that only a client who does not read is left
                 timeout_graceful_shutdown=LAST_WORDS_S,
+                timeout_keep_alive=KEEP_ALIVE_S,
             )
         )
 

@@ -416,7 +416,7 @@ class RolloutManager:
         return await self._control.acknowledge(ids, group)
 
     async def unless_stalled(self, work: Coroutine[Any, Any, ResultT]) -> ResultT:
-        """The result of one of these, for whom may not wait for a full disk: raises JournalFull
+        """The result of one of these, for one who does not wait for a full disk: JournalFull
         once the journal stalls. Then nothing was done, or it is done when there is room."""
         return await (work if self._keeper is None else self._keeper.unless_stalled(work))
 
