@@ -146,22 +146,14 @@ class BatchProgress:
         self._said_fraction = 0.0
         self._bar: Bar | None = None
         self._task: TaskID | None = None
-        if self._stream.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
-
-            self._bar = Progress(
-                TextColumn("batch"),
-                BarColumn(),
-                TaskProgressColumn(),
-                TextColumn("{task.description}"),
-                console=Console(file=stream or sys.stderr),
-            )
-            self._bar.start()
-            self._task = self._bar.add_task("", total=1.0)
 
     def __call__(self, counts: "Counts") -> None:
-        if self._bar is not None and self._task is not None:
+        if self._stream.isatty():
+            # not before: until then the stages of loading have the terminal
+            if self._bar is None:
+                self._begin()
+            assert self._bar is not None
+            assert self._task is not None
             self._bar.update(self._task, completed=counts.fraction, description=describe(counts))
             return
         now = self._clock()
@@ -174,6 +166,20 @@ class BatchProgress:
             self._said_s, self._said_fraction = now, counts.fraction
             self._stream.write(f"batch: {100 * counts.fraction:.0f} %  {describe(counts)}\n")
             self._stream.flush()
+
+    def _begin(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+        self._bar = Progress(
+            TextColumn("batch"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.description}"),
+            console=Console(file=self._stream),
+        )
+        self._bar.start()
+        self._task = self._bar.add_task("", total=1.0)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -1,5 +1,6 @@
 """The other commands, and the server as a process."""
 
+import contextlib
 import io
 import json
 import os
@@ -201,6 +202,18 @@ def test_batch_progress_without_a_terminal_is_a_line_per_5_percent_or_10_s() -> 
     clock.advance(11)
     progress(Counts(bytes_done=1, bytes_total=1000))
     assert len(out.getvalue().splitlines()) == 21
+
+
+def test_a_batch_leaves_the_terminal_to_loading_until_it_begins() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    out = Terminal()
+    with contextlib.closing(BatchProgress(out)) as progress:
+        assert out.getvalue() == ""
+        progress(Counts(bytes_done=1, bytes_total=1, num_answered=3))
+    assert "3 answered" in out.getvalue()
 
 
 @pytest.mark.parametrize(
