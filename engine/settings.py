@@ -4,8 +4,10 @@ A setting is a leaf of the tree and is named by its path, `engine.kv.block_size`
 path, the value, what is accepted and where it was given.
 """
 
+import contextlib
 import difflib
 import functools
+import math
 import re
 import tomllib
 import types
@@ -201,13 +203,15 @@ def _convert(setting: Setting, assignment: Assignment) -> Any:
             value = _number(value)
         elif setting.is_list:
             value = [word for word in value.split(",") if word]
-    try:
-        return msgspec.convert(value, setting.type, strict=False)
-    except msgspec.ValidationError:
-        raise ConfigError(
-            f"{setting.path} must be {setting.accepts}, got {assignment.value!r} "
-            f"(from {assignment.origin})"
-        ) from None
+    with contextlib.suppress(msgspec.ValidationError):
+        found = msgspec.convert(value, setting.type, strict=False)
+        # an infinite rate, share or deadline is a mistake
+        if not isinstance(found, float) or math.isfinite(found):
+            return found
+    raise ConfigError(
+        f"{setting.path} must be {setting.accepts}, got {assignment.value!r} "
+        f"(from {assignment.origin})"
+    )
 
 
 def _number(text: str) -> str | int:

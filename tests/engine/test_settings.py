@@ -72,6 +72,8 @@ def test_lists_are_separated_by_commas() -> None:
         ("engine.kv.prefix_caching", "perhaps", "must be true or false"),
         ("engine.seed", "x", "a whole number or none"),
         ("http.heartbeat_s", "0", "a number above 0, got '0'"),
+        ("http.heartbeat_s", "inf", "a number above 0, got 'inf'"),
+        ("http.heartbeat_s", "nan", "a number above 0, got 'nan'"),
         ("engine.kv.blok_size", "1", "did you mean engine.kv.block_size?"),
         ("engine.max_num_seqs", "1", "did you mean engine.batch.max_num_seqs?"),
     ],

@@ -272,8 +272,8 @@ def _check_rewards(path: str, found: Sequence[_Response]) -> None:
     missing = [response for response in found if response.reward is None]
     if len(missing) == len(found) and missing[0].words is None:
         raise ConfigError(
-            f"reward is missing on every line of {path}, and the settings have no table [reward]: "
-            "objective = 'rl' needs one of them"
+            f"reward is missing on every line of {path}, and the settings have no table [reward] with "
+            "a name: objective = 'rl' needs one of them"
         )
     if missing:
         log.event("trainer.no_reward", level="warning", path=path, lines=len(missing))
