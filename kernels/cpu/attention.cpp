@@ -1,6 +1,8 @@
 // Causal attention over the paged cache: one order of summation for prefill and decode.
 //
-// One work item is (rollout, kv head, tile of its queries). A tile's rows are its tokens × the
+// A single token of a rollout is done otherwise where that is faster, with the same sums: `attend_one`.
+//
+// Else one work item is (rollout, kv head, tile of its queries). A tile's rows are its tokens × the
 // query heads of the kv head, so keys and values are read once for all of them:
 //
 //     row     0      1      2      3      4      5     ...
@@ -27,7 +29,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "mathfun.h"
+#include "attention_one.h"
 #include "operations.h"
 
 using namespace everstep;
@@ -499,7 +501,103 @@ void attend(const Task& task, const Item& item) {
     }
 }
 
+// -- one token
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+
+template <class T>
+bool is_read_in_place(const Task& task, int64_t rollout) {
+    return sizeof(T) == sizeof(bf16) && task.length[rollout] == 1 && task.dim % kLanes == 0;
+}
+
+// `kv_heads` of them from the item's on: each block of positions is gone through once for all
+void attend_one(const Task& task, const Item& item, int64_t kv_heads) {
+    const int64_t group = task.heads / task.kv_heads, dim = task.dim, rows = kv_heads * group;
+    const int64_t keys = task.start[item.rollout] + 1;
+    const int64_t blocks = ceil_div(keys, kKeyBlock), stride = blocks * kKeyBlock;
+    float* scores = scratch<float, Work>(rows * (stride + 2 * dim));
+    float* totals = scores + rows * stride;
+    float* queries = totals + rows * dim;
+    const int64_t first_head = item.kv_head * group, row = task.first_row[item.rollout];
+    for (int64_t r = 0; r < rows; ++r) {
+        const bf16* q = (const bf16*)task.q + row * task.q_stride + (first_head + r) * dim;
+        lay_query(q, dim, (uint32_t*)queries + r * dim);
+    }
+    std::fill(totals, totals + rows * dim, 0.0f);
+
+    const bf16* here[kKeyBlock];
+    const bf16* next[kKeyBlock];
+    // `then`: the cache that is gone through next
+    auto each_block = [&](const void* cache, const void* then, auto use) {
+        const Gather<bf16> gather(task, cache, item);
+        gather.at(0, std::min<int64_t>(kKeyBlock, keys), next);
+        for (int64_t from = 0; from < keys; from += kKeyBlock) {
+            const int64_t count = std::min<int64_t>(kKeyBlock, keys - from);
+            std::copy(next, next + count, here);
+            int64_t after = std::min<int64_t>(kKeyBlock, keys - from - count);
+            if (after > 0) {
+                gather.at(from + count, after, next);
+            } else if (then != nullptr) {
+                after = std::min<int64_t>(kKeyBlock, keys);
+                Gather<bf16>(task, then, item).at(0, after, next);
+            }
+            use(from, count, Ahead{next, after});
+        }
+    };
+    // function(rows, their first one, its kv head, what to ask for) for rows of one kv head each
+    const int64_t most = ceil_div(group, ceil_div(group, kMaxRows));
+    auto each_rows = [&](Ahead ahead, auto function) {
+        for (int64_t h = 0; h < kv_heads; ++h)
+            for (int64_t r = 0; r < group; r += most)
+                with_rows(std::min(most, group - r), [&](auto n) {
+                    function(n, h * group + r, h, r == 0 ? ahead : Ahead{nullptr, 0});
+                });
+    };
+
+    each_block(task.k_cache, task.v_cache, [&](int64_t from, int64_t count, Ahead ahead) {
+        each_rows(ahead, [&](auto n, int64_t r, int64_t head, Ahead then) {
+            score_block<n()>(here, count, head * dim, queries + r * dim, dim, task.scale,
+                             scores + r * stride + from, stride, then);
+        });
+    });
+    for (int64_t r = 0; r < rows; ++r) soften<bf16>(scores + r * stride, keys - 1);
+    each_block(task.v_cache, nullptr, [&](int64_t from, int64_t count, Ahead ahead) {
+        each_rows(ahead, [&](auto n, int64_t r, int64_t head, Ahead then) {
+            constexpr int kCols = max_cols(n());
+            const float* weights = scores + r * stride + from;
+            int64_t c = 0;
+            for (; c + kCols * kLanes <= dim; c += kCols * kLanes)
+                add_values<n(), kCols>(here, count, head * dim + c, weights, stride,
+                                       totals + r * dim + c, dim, then);
+            for (; c < dim; c += kLanes)
+                add_values<n(), 1>(here, count, head * dim + c, weights, stride,
+                                   totals + r * dim + c, dim, then);
+        });
+    });
+
+    bf16* out = (bf16*)task.out + (row * task.heads + first_head) * dim;
+    for (int64_t c = 0; c < rows * dim; c += kLanes) store(out + c, load(totals + c));
+}
+
+#else
+
+template <class T>
+bool is_read_in_place(const Task&, int64_t) {
+    return false;
+}
+void attend_one(const Task&, const Item&, int64_t) {}
+
+#endif
+
 // -- all items
+
+// kv heads that one item of a single token takes: all, where there are rollouts enough for all
+// threads, and their scores stay in L2
+int64_t heads_at_once(const Task& task, int64_t rollout, int64_t count, int threads) {
+    if (threads > 1 && count < 4 * threads) return 1;
+    const int64_t scores = (task.start[rollout] + 1) * (task.heads / task.kv_heads);
+    return std::max<int64_t>(1, std::min(task.kv_heads, kTileScores / scores));
+}
 
 int64_t tile_tokens(const Task& task, int64_t rollout) {
     const int64_t group = task.heads / task.kv_heads;
@@ -514,15 +612,25 @@ void attend_all(const Task& task, int64_t count, int threads) {
     static thread_local std::vector<int64_t> begin;
     begin.assign((size_t)count + 1, 0);
     for (int64_t i = 0; i < count; ++i) {
-        const int64_t tokens = tile_tokens(task, i);
-        begin[i + 1] = begin[i] + (task.length[i] + tokens - 1) / tokens * task.kv_heads;
+        int64_t items = 0;
+        if (is_read_in_place<T>(task, i))
+            items = ceil_div(task.kv_heads, heads_at_once(task, i, count, threads));
+        else
+            items = ceil_div(task.length[i], tile_tokens(task, i)) * task.kv_heads;
+        begin[i + 1] = begin[i] + items;
     }
     const int64_t items = begin[count];
     const int64_t* border = begin.data();
     parallel(items, threads, [&](int64_t n) {
         const int64_t i = std::upper_bound(border, border + count + 1, n) - border - 1;
+        const int64_t inside = n - border[i];
+        if (is_read_in_place<T>(task, i)) {
+            const int64_t heads = heads_at_once(task, i, count, threads), head = inside * heads;
+            attend_one(task, {i, head, 0, 1}, std::min(heads, task.kv_heads - head));
+            return;
+        }
         const int64_t tiles = (border[i + 1] - border[i]) / task.kv_heads;
-        const int64_t inside = n - border[i], tokens = tile_tokens(task, i);
+        const int64_t tokens = tile_tokens(task, i);
         const int64_t first = (tiles - 1 - inside % tiles) * tokens;
         const int64_t left = task.length[i] - first;
         attend<T>(task, {i, inside / tiles, first, std::min(tokens, left)});

@@ -164,6 +164,26 @@ def test_decoding_has_the_bits_of_prefill_over_many_blocks(ops, dtype):
         assert_same_bits(out, whole[position : position + 1])
 
 
+@pytest.mark.parametrize(
+    "heads", [(1, 1, 16), (4, 4, 32), (6, 2, 64), (14, 2, 32), (8, 1, 128), (26, 2, 16), (3, 1, 24)]
+)
+def test_tokens_of_many_rollouts_have_the_bits_of_their_prefills(ops, heads):
+    """Alone, few and many: a level may go through a token's heads one by one or together."""
+    lengths = [1, 2, 15, 16, 17, 63, 64, 65, 131, 200]
+    paged = make_paged(lengths, heads, torch.bfloat16, 16, seed=7)
+    attend = by(ops, paged)
+    with threads(1):
+        wholes = [paged.step([(i, 0, n)], attend)[0][-1:] for i, n in enumerate(lengths)]
+    shares = [(i, n - 1, 1) for i, n in enumerate(lengths)]
+    # the last beside a prompt, too
+    for some in (shares, shares[-3:], shares[-1:], [*shares[-2:], (3, 0, 16)]):
+        for count in (1, 2):
+            with threads(count):
+                found = paged.step(some, attend)
+            for (i, _, length), out in zip(some, found, strict=True):
+                assert_same_bits(out[-1:] if length > 1 else out, wholes[i])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_never_sees_a_later_token_of_its_own_step(ops, dtype):
     paged = make_paged([100], (4, 2, 16), dtype)
