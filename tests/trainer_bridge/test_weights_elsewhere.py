@@ -1,7 +1,9 @@
 """Versions that ranks send, as processes: worlds of 1 to 3, several receivers, kills of both sides."""
 
 import gc
+import mmap
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -268,6 +270,37 @@ def test_a_child_of_rollout_names_the_flags_of_rollout() -> None:
     job = Job.of("tcp://0.0.0.0:1", "run", None, None, prefix="weights-")
     with pytest.raises(ConfigError, match=r"^--weights-bind: 'tcp://0\.0\.0\.0:1' can be reached"):
         ReceiverChild(job)
+
+
+FAULTS = """
+import resource, threading
+import numpy as np
+from everstep.weights_receiving import _keep_memory
+
+def faults():
+    # on a thread, as messages are received: it has memory of its own
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        there = [np.empty(1 << 20, np.uint8) for _ in range(3)]
+        for one in there:
+            one.fill(1)
+        del there, one
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, flush=True)
+
+for _ in range(2):
+    thread = threading.Thread(target=faults)
+    thread.start()
+    thread.join()
+    _keep_memory()
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory is kept where glibc gives it")
+def test_a_receiver_keeps_the_memory_of_messages() -> None:
+    found = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True)
+    without, kept = map(int, found.stdout.split())
+    pages = 3 * 2**20 // mmap.PAGESIZE
+    assert kept < 3 * pages < without, found
 
 
 def wait_for(is_so: Callable[[], bool]) -> None:
