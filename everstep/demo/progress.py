@@ -15,16 +15,16 @@ _SERVES = re.compile(r"^version (\d+) .*stall ([\d.]+) ms$")
 
 
 class TrainerLine(Struct):
-    """As much of a `trainer.Report` as is shown."""
+    """As much of a `trainer.Report` as is shown; a number that is not finite comes as null."""
 
     version: int
-    loss: float
+    loss: float | None
     samples: int
     tokens: int
     rows: int
     seconds: float
     reward: float | None = None
-    metrics: dict[str, float] = {}
+    metrics: dict[str, float | None] = {}
 
 
 class EngineLine(Struct):
@@ -52,7 +52,7 @@ class Progress(Struct):
 
     def metric(self, name: str) -> list[float]:
         """Of `loss_metrics`, by iteration."""
-        return [line.metrics.get(name, 0.0) for line in self.trained]
+        return [line.metrics.get(name) or 0.0 for line in self.trained]
 
     @property
     def rewards(self) -> list[float]:

@@ -6,6 +6,7 @@ Each arrow leaves files in the folder, so the same command goes on behind the la
 are our own commands in processes of their own; this process starts them and watches their files.
 """
 
+import math
 import shutil
 import sys
 import time
@@ -73,8 +74,8 @@ class Demo:
                     stages(f"learns {what}", len(read_progress(output).trained), updates)
                     time.sleep(_LOOK_EVERY_S)
                 stages(f"learns {what}", updates, updates)
-            lines = read_progress(output).trained[-20:]
-            loss = sum(line.loss for line in lines) / max(1, len(lines))
+            last = [line.loss for line in read_progress(output).trained[-20:]]
+            loss = math.nan if None in last else sum(filter(None, last)) / max(1, len(last))
             took = duration(time.monotonic() - began_s)
             _say(f"{stage}: {updates} updates in {took}, loss {loss:.4f}")
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -156,6 +157,15 @@ def test_half_a_line_is_not_read(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(whole + whole[:40])
     assert [line.version for line in read_progress(tmp_path).trained] == [1]
     assert read_progress(tmp_path / "nowhere").trained == []
+
+
+def test_numbers_that_are_not_finite_are_read(tmp_path):
+    line = msgspec.json.encode(trained(1, loss=math.nan))
+    line = line.replace(b'"kl_k3":0.00003', b'"kl_k3":null')
+    (tmp_path / "metrics.jsonl").write_bytes(line + b"\n")
+    found = read_progress(tmp_path)
+    assert found.trained[0].loss is None
+    assert found.metric("kl_k3") == [0.0]
 
 
 class Paper:
