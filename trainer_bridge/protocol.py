@@ -77,6 +77,7 @@ class Hello(Struct, tag="hello", kw_only=True, frozen=True):
     at, place     it has all iterations before `at`, and `place` groups of its share of that one;
                   at = -1: it has nothing, and takes what the engine has next
     trained       the last one that it said; of a life that has said none, what its checkpoint holds
+    base          digest of the model that a life without a checkpoint begins with; "": it says none
     """
 
     protocol: int
@@ -91,6 +92,7 @@ class Hello(Struct, tag="hello", kw_only=True, frozen=True):
     at: Iteration = -1
     place: Count = 0
     trained: Trained | None = None
+    base: str = ""
 
 
 class Credit(Struct, tag="credit", frozen=True):

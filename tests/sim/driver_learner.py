@@ -80,7 +80,9 @@ class SimSender:
         self, spool: SimSpool, network: Network, process: Process, rng: random.Random, acked: int
     ) -> None:
         self._spool, self._network, self._process, self._rng = spool, network, process, rng
-        self.dealer = SimpleNamespace(acked=acked, lineage=LINEAGE, begun=None)
+        self.dealer = SimpleNamespace(
+            acked=acked, lineage=LINEAGE, begun=None, serving="", stranger=""
+        )
         self._announced: set[int] = set()
 
     async def start(self) -> str:

@@ -396,7 +396,7 @@ class FakeLearner:
         self.back = version
         self.num_backs += 1
 
-    async def start(self, engines: Collection[str]) -> dict[str, str]:
+    async def start(self, engines: Collection[str], served: str) -> dict[str, str]:
         return self._give(engines)
 
     async def score(self, iteration: int, groups: Groups) -> Groups:

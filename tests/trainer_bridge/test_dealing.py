@@ -140,6 +140,23 @@ def test_it_is_acknowledged_when_every_rank_holds_it() -> None:
     assert dealer.pending == []
 
 
+def test_a_trainer_that_begins_with_other_weights_than_are_served_is_sent_away() -> None:
+    dealer = Dealer("run", serving="b" * 64)
+    [(_, refused)] = dealer.take(b"0", hello(base="a" * 64), 0.0)
+    assert isinstance(refused, Refused)
+    assert refused.reason == dealer.stranger
+    assert f"begins with weights {'a' * 12}, the engines serve {'b' * 12}: serve" in refused.reason
+    assert not dealer.num_seated
+    # one that says nothing of it, and one with the same
+    for peer, base in ((b"1", ""), (b"2", "b" * 64)):
+        [*_, (_, welcome)] = dealer.take(peer, hello(lineage=peer.decode(), base=base), 0.0)
+        assert isinstance(welcome, Welcome)
+    # once a trainer's own are served, one that begins anew is given what it lacks
+    dealer.serving = ""
+    [*_, (_, welcome)] = dealer.take(b"3", hello(lineage="c", base="a" * 64), 0.0)
+    assert isinstance(welcome, Welcome)
+
+
 def test_what_an_older_checkpoint_lacks_is_kept_until_nobody_can_come_back_to_it() -> None:
     dealer = Dealer("run")
     for iteration in range(6):

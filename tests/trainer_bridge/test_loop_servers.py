@@ -7,6 +7,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from everstep.engine.checkpoint.make_checkpoint import make_checkpoint
+from everstep.engine.checkpoint.version_folders import find_versions
 from tests.serving import Served, two_served
 
 from .training_loop import WAIT_S, Loop
@@ -86,3 +88,18 @@ def test_a_wrong_admin_key_is_said_before_anything_is_sampled(
     assert driver.wait(WAIT_S) == 2
     assert "a valid admin key is required" in loop.log()
     assert not (loop.folder / "out.jsonl").exists()
+
+
+def test_a_fresh_run_on_other_weights_than_the_trainers_is_refused_on_both_sides(
+    loop: Loop,
+) -> None:
+    other = make_checkpoint(loop.folder / "other", format="f32", seed=2)
+    command = [*loop.rollout, "--model", str(other), "--dtype", "float32"]
+    driver, trainer = loop.start(command), loop.start(loop.train)
+    assert (driver.wait(WAIT_S), trainer.wait(WAIT_S)) == (2, 2), loop.log()
+    mine, theirs = (
+        next(iter(find_versions([loop.folder / name])))[:12] for name in ("model", "other")
+    )
+    line = f"the trainer begins with weights {mine}, the engines serve {theirs}: serve the model"
+    assert loop.log().count(line) == 2
+    assert not (loop.folder / "trained" / "metrics.jsonl").exists()

@@ -104,8 +104,11 @@ class Taught(Struct, frozen=True):
 class Learner(Protocol):
     """What complete groups are for, beside being written. Engines are named that can be reached."""
 
-    async def start(self, engines: Collection[str]) -> Mapping[str, str]:
-        """Before the first iteration of this process; returns who stays away, and why."""
+    async def start(self, engines: Collection[str], served: str) -> Mapping[str, str]:
+        """Before the first iteration of this process; returns who stays away, and why.
+
+        served  digest of the weights that they serve; "" where they have been given others
+        """
         ...
 
     async def score(self, iteration: int, groups: Groups) -> Groups:
@@ -126,7 +129,8 @@ class Learner(Protocol):
         ...
 
     async def turned(self) -> None:
-        """Return once there is something to go back to."""
+        """Return once there is something to go back to. Raises ConfigError for a trainer that
+        begins with other weights than are served."""
         ...
 
     @property
@@ -202,7 +206,8 @@ class RolloutDriver:
             self._sink.cut(self._state.output.size)
             await self._fleet.start()
             if self._learner is not None:
-                self._let_go(await self._learner.start(self._state.engines))
+                served = self._fleet.digest
+                self._let_go(await self._learner.start(self._state.engines, served))
                 self._tasks.run("turns", "", partial(self._watch, self._learner))
             self._tasks.run("report", "", self._reporter.run)
             while await self._advance():

@@ -47,6 +47,8 @@ class Fleet:
     ) -> None:
         self.version = 0
         """The newest that an engine said it serves, or that a token was sampled under."""
+        self.digest = ""
+        """Of the weights that all serve; "" where a trainer has changed them by now."""
         self._learner = learner
         self._state = state
         self._engines = engines
@@ -143,6 +145,7 @@ class Fleet:
                     f"with the same {'' if is_changing else 'weights and '}numerics"
                 )
         self._state.serve(facts.numerics if is_trained else facts.weights)
+        self.digest = "" if is_changing else facts.digest
         self.version = max(self.version, *(f.version for f in found.values()))
 
     async def _enter(self, name: str) -> None:

@@ -66,12 +66,15 @@ class BridgeLearner:
         # one change of weights after the other
         self._changing = asyncio.Lock()
 
-    async def start(self, engines: Collection[str]) -> dict[str, str]:
+    async def start(self, engines: Collection[str], served: str) -> dict[str, str]:
         """Begin, with these engines serving the same. Returns who stays away, and why.
+
+        served  digest of that; "" where a trainer has given them others
 
         Raises ConfigError where the address cannot be used; WeightsRefused and CheckpointError of an
         engine that cannot have what the others serve.
         """
+        self._sender.dealer.serving = "" if self._spool.serving is not None else served
         self._note(f"waits for a trainer at {await self._sender.start()}")
         for earlier in self._spool.iterations:
             self._sender.announce(earlier)
@@ -154,6 +157,7 @@ class BridgeLearner:
         async def note() -> None:
             await asyncio.to_thread(self._spool.serve, serving)
 
+        self._sender.dealer.serving = ""
         served = await self._give(serving, engines, note)
         if self._spool.serving != serving:
             await note()

@@ -10,6 +10,7 @@ import torch
 
 from ...engine.checkpoint.ring_config import RingConfig
 from ...engine.checkpoint.stored_format import StoredFormat
+from ...engine.checkpoint.version_folders import find_versions
 from ...engine.errors import BridgeError, ConfigError, InvalidRequest, PeerMissing
 from ...engine.trajectory import unpack
 from ..curve import read_keys
@@ -144,6 +145,7 @@ class BridgeSource:
             done_through=trainer.version - 1,
             oldest_through=oldest - 1,
             begun=begun,
+            base="" if checkpoint is not None else _base_of(trainer),
             keys=read_keys(Path(source.keys), "trainer") if source.keys else None,
         )
         opened.callback(self._receiver.close)
@@ -257,6 +259,15 @@ def _target(config: TrainConfig, world: World, lineage: str) -> Target:
         keep=publish.keep,
         deadline_s=publish.deadline_s,
     )
+
+
+def _base_of(trainer: Trainer) -> str:
+    """Digest of the model that it begins with, as engines say it; "" where they serve another form
+    of it."""
+    if trainer.config.publish.format != "model":
+        return ""
+    [digest] = find_versions([trainer.folder]) if trainer.world.is_first else [""]
+    return trainer.world.same(digest)
 
 
 def stored_as(config: TrainConfig, ring: TrainableRing, dtype: torch.dtype) -> StoredFormat:

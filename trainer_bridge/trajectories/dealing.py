@@ -101,6 +101,10 @@ class Dealer:
     """By iteration, from `acked` on."""
     begun: Trained | None = None
     """The version that this lineage began with, if it began with a checkpoint's."""
+    serving: str = ""
+    """Digest of what the engines serve, until a trainer has given them something."""
+    stranger: str = ""
+    """Why a trainer was sent away that begins with other weights."""
     done_through: int = -1
     """The last iteration that the newest checkpoint of this lineage holds."""
     _sizes: dict[int, list[int]] = field(default_factory=dict)
@@ -224,8 +228,8 @@ class Dealer:
     # inside ---------------------------------------------------------------------------------------
 
     def _hello(self, peer: Peer, hello: Hello, now_s: float) -> list[Outgoing]:
-        reason = self._why_not(hello)
-        if reason is not None:
+        reason = self._why_not(hello) or self._why_stranger(hello)
+        if reason:
             return [(peer, Refused(reason))]
         answers: list[Outgoing] = []
         if hello.lineage != self.lineage:
@@ -277,6 +281,17 @@ class Dealer:
         if hello.at >= 0 and hello.at > self._newest + 1:
             return f"iteration {hello.at} was never announced; the newest is {self._newest}"
         return None
+
+    def _why_stranger(self, hello: Hello) -> str:
+        """Of a trainer whose first update would be of other weights than sampled its tokens."""
+        if not self.serving or not hello.base or hello.base == self.serving:
+            return ""
+        self.stranger = (
+            f"the trainer begins with weights {hello.base[:12]}, the engines serve "
+            f"{self.serving[:12]}: serve the model that its `model` names, or name the one that is "
+            "served"
+        )
+        return self.stranger
 
     @property
     def _newest(self) -> int:

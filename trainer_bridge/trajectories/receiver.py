@@ -88,6 +88,7 @@ class TrajectoryReceiver:
     lineage       of this life of the trainer, the same on every rank
     checkpoint    what it was started from; done_through: the last iteration that it holds;
                   oldest_through: as in `Hello`; begun: the version that it is
+    base          digest of the model, where it was started from none
     max_groups    delivered and not yet taken, at most; max_bytes likewise, give or take a group
     """
 
@@ -103,6 +104,7 @@ class TrajectoryReceiver:
         done_through: int = -1,
         oldest_through: int | None = None,
         begun: Trained | None = None,
+        base: str = "",
         keys: Keys | None = None,
         max_groups: int = 64,
         max_bytes: int = 256 * 2**20,
@@ -118,7 +120,7 @@ class TrajectoryReceiver:
         """What the engine said when its run ended."""
         self._run, self._lineage, self._rank, self._world = run, lineage, rank, world
         self._checkpoint, self._done_through = checkpoint, done_through
-        self._oldest_through = oldest_through
+        self._oldest_through, self._base = oldest_through, base
         self._max_groups, self._max_bytes = max_groups, max_bytes
         self._keys = keys
         # written by the thread alone
@@ -344,6 +346,7 @@ class TrajectoryReceiver:
             at=self._at,
             place=self._place,
             trained=self._last_trained,
+            base=self._base,
         )
         self._send(socket, hello)
 

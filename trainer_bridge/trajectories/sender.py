@@ -71,6 +71,7 @@ class TrajectorySender:
         self._changed = asyncio.Condition()
         self._tasks: list[asyncio.Task[None]] = []
         self._failure: BaseException | None = None
+        self._stranger = ""
         self._telling: asyncio.Future[None] | None = None
 
     async def start(self) -> str:
@@ -152,7 +153,7 @@ class TrajectorySender:
 
     async def changed(self, is_so: Callable[[], bool]) -> None:
         """Return once what the ranks have said makes it so. Raises BridgeError where the bridge
-        has failed."""
+        has failed, ConfigError where a trainer begins with other weights than are served."""
         await self._until(is_so)
 
     async def all_there(self, deadline_s: float) -> None:
@@ -180,6 +181,8 @@ class TrajectorySender:
         return "; ".join(self._missing()) or f"all {self.dealer.world} ranks are there"
 
     def _check(self) -> None:
+        if self._stranger:
+            raise ConfigError(self._stranger)
         if self._failure is not None:
             raise BridgeError(f"the bridge has failed: {self._failure}") from self._failure
 
@@ -199,6 +202,8 @@ class TrajectorySender:
                 continue
             for answer in self.dealer.take(peer, message, time.monotonic()):
                 await self._out(answer)
+            # he was told before we end
+            self._stranger = self.dealer.stranger
             await self._release()
             self._news.set()
             await self._tell()
