@@ -18,7 +18,7 @@ import msgspec
 from .. import log
 from ..checkpoint.manifest import Version
 from ..config import STAGE_SHARE, EngineConfig, ResolvedKV
-from ..errors import CheckpointError, ConfigError, EverstepError
+from ..errors import CheckpointError, ConfigError, EngineUnavailable, EverstepError
 from ..messages import (
     Add,
     Cancel,
@@ -177,7 +177,7 @@ def build(
     version  the weights to load; None: those of `config.model.path`, as version 0
     clock    what steps and slices are measured by, in seconds
 
-    Raises CheckpointError, ConfigError: one line each, before anything is served.
+    Raises CheckpointError, ConfigError, EngineUnavailable: one line each, before anything is served.
     """
     import torch
 
@@ -240,10 +240,11 @@ def num_free_cores() -> int:
 
 
 def _check_memory(path: str, weight_bytes: int) -> None:
-    """Raise CheckpointError where reading the weights could only end by the system's hand."""
+    """Raise EngineUnavailable where reading the weights could only end by the system's hand. A core that
+    is started again asks again later: others may have gone by then."""
     most = most_bytes()
     if most is not None and weight_bytes > most:
-        raise CheckpointError(
+        raise EngineUnavailable(
             f"{path}: its weights take {weight_bytes / 1e9:.1f} GB of memory, "
             f"{most / 1e9:.1f} GB are free (swap included)"
         )

@@ -10,7 +10,7 @@ from everstep.engine.checkpoint.make_checkpoint import make_checkpoint, resize
 from everstep.engine.config import EngineConfig, KVConfig, ModelConfig
 from everstep.engine.core import core
 from everstep.engine.core.memory import free_bytes, most_bytes
-from everstep.engine.errors import CheckpointError
+from everstep.engine.errors import EngineUnavailable
 from everstep.engine.model.weights import WeightReader, load_weights
 
 MIB = 1 << 20
@@ -87,7 +87,7 @@ def test_what_weights_take_is_known_before_they_are_read(tmp_path, format, setti
 def test_a_model_that_cannot_fit_is_refused_before_it_is_read(tiny_checkpoint, monkeypatch):
     """Else the system kills the core in the middle, and the front starts it again."""
     monkeypatch.setattr(core, "most_bytes", lambda: 100_000)
-    with pytest.raises(CheckpointError, match=r"take 0\.\d GB of memory, 0\.0 GB are free"):
+    with pytest.raises(EngineUnavailable, match=r"take 0\.\d GB of memory, 0\.0 GB are free"):
         core.build(EngineConfig(model=ModelConfig(path=str(tiny_checkpoint))), lambda _: None)
 
 
