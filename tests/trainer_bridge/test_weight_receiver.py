@@ -353,6 +353,32 @@ def test_who_is_not_there_is_named(source: Path) -> None:
         sender.publish(1)
 
 
+@pytest.mark.parametrize("few", [0, 10**6])
+def test_tensors_are_hashed_while_nothing_comes(
+    few: int, source: Path, tmp_path: Path, small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed = threading.Event()
+    digest, send = weight_folder.VersionFolder.digest, weight_link.WeightLink.send
+
+    def noting(folder: Any, tensor: Any) -> str:
+        if tensor.span.size:
+            hashed.set()
+        return digest(folder, tensor)
+
+    def waiting(link: Any, chunk: Any) -> None:
+        if chunk.number == 100:
+            link.settle(99)
+            assert hashed.wait(10)
+        send(link, chunk)
+
+    monkeypatch.setattr(weight_receiver, "_FEW_CORES", few)
+    monkeypatch.setattr(weight_folder.VersionFolder, "digest", noting)
+    monkeypatch.setattr(weight_link.WeightLink, "send", waiting)
+    with taking(tmp_path) as endpoint, sending(source, [endpoint]) as (sender, _):
+        sender.publish(1)
+    assert names_of(tmp_path) == ["v1"]
+
+
 def test_a_trainer_that_falls_silent_costs_nothing(
     source: Path, tmp_path: Path, small: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
