@@ -1,12 +1,9 @@
 """`everstep rollout`: C3PO++ from a file of prompts to a file of trajectories."""
 
-from enum import StrEnum
-from pathlib import Path
-from typing import Annotated
-
 import typer
 from msgspec.structs import replace
 
+from . import rollout_flags as flags
 from .engine.errors import ConfigError
 from .engine.rollout import Record, SamplingParams
 from .engine.settings import load
@@ -21,193 +18,36 @@ _RECORDS: tuple[Record, ...] = ("kept_ids", "routing")
 SECTIONS = ("engine", "journal.path", "restart", "skip_tokenizer_init")
 
 
-class BudgetMode(StrEnum):
-    """What Φ counts."""
-
-    GENERATED = "generated"
-    COMPLETED = "completed"
-
-
-class KVAtFlip(StrEnum):
-    """What becomes of KV that older weights wrote."""
-
-    KEEP = "keep"
-    RECOMPUTE = "recompute"
-    RECOMPUTE_PROMPT = "recompute-prompt"
-
-
-class Staging(StrEnum):
-    """How weights are loaded beside generation."""
-
-    BACKGROUND = "background"
-    FULL = "full"
-
-
 @app.callback(invoke_without_command=True)
 @with_settings(SECTIONS, positional_model=False, sampling=SamplingParams())
 def rollout(
     settings: Settings,
     context: typer.Context,
     sampling: SamplingParams,
-    prompts: Annotated[
-        Path | None,
-        typer.Option("--prompts", metavar="IN", help="JSON lines.", show_default=False),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out",
-            "-o",
-            metavar="OUT",
-            help="Trajectories: OUT.jsonl or OUT.parquet.",
-            show_default=False,
-        ),
-    ] = None,
-    budget: Annotated[
-        int, typer.Option("--budget", metavar="N", help="Φ: tokens of one iteration.")
-    ] = 65536,
-    retention: Annotated[
-        int,
-        typer.Option(
-            "--retention",
-            metavar="N",
-            help="σ: a rollout that was cut more often than this is purged and drawn anew.",
-        ),
-    ] = 3,
-    group: Annotated[
-        int, typer.Option("--group", metavar="N", help="Samples of a prompt, delivered together.")
-    ] = 8,
-    capacity: Annotated[
-        int, typer.Option("--capacity", metavar="N", help="Ω: rollouts under way at once.")
-    ] = 128,
-    mode: Annotated[
-        BudgetMode,
-        typer.Option(
-            "--mode",
-            help="What Φ counts: every new token, exactly; or the length of what ended, which "
-            "overshoots.",
-        ),
-    ] = BudgetMode.GENERATED,
-    iterations: Annotated[
-        int | None,
-        typer.Option(
-            "--iterations", min=1, metavar="N", help="Stop after so many; default: at the end."
-        ),
-    ] = None,
-    epochs: Annotated[
-        int, typer.Option("--epochs", min=1, metavar="N", help="Passes over the prompts.")
-    ] = 1,
-    max_lag: Annotated[
-        int | None,
-        typer.Option(
-            "--max-lag", metavar="N", help="Versions that the oldest token of a group may be old."
-        ),
-    ] = None,
-    max_reissues: Annotated[
-        int,
-        typer.Option(
-            "--max-reissues",
-            metavar="N",
-            help="Attempts of a sample before its prompt is given up.",
-        ),
-    ] = 8,
-    server: Annotated[
-        str | None,
-        typer.Option(
-            "--server",
-            metavar="URL[,URL]",
-            help="Everstep servers to sample on, instead of a model in this process.",
-            show_default=False,
-        ),
-    ] = None,
-    wait_s: Annotated[
-        float,
-        typer.Option(
-            "--wait-s", min=0, metavar="S", help="How long a server that is away is waited for."
-        ),
-    ] = 120.0,
-    admin_key: Annotated[
-        str | None,
-        typer.Option(
-            "--admin-key",
-            metavar="KEY",
-            help="Of the servers, to give them weights; default: http.admin_key of --config, else "
-            "EVERSTEP_ADMIN_KEY.",
-            show_default=False,
-        ),
-    ] = None,
-    bridge: Annotated[
-        str | None,
-        typer.Option(
-            "--bridge",
-            metavar="ADDRESS",
-            help="Send the groups to a trainer that connects here, and serve what it makes of them.",
-            show_default=False,
-        ),
-    ] = None,
-    run_name: Annotated[
-        str, typer.Option("--run-name", metavar="NAME", help="What the trainer calls this run.")
-    ] = "run",
-    reward: Annotated[
-        Path | None,
-        typer.Option(
-            "--reward",
-            metavar="TOML",
-            help="What samples earn (docs/howto/rewards.md): in the output, and for a trainer.",
-            show_default=False,
-        ),
-    ] = None,
-    record: Annotated[
-        str | None,
-        typer.Option(
-            "--record",
-            metavar="NAME[,NAME]",
-            help="What else to keep of each token, for a trainer: kept_ids, routing.",
-            show_default=False,
-        ),
-    ] = None,
-    keys: Annotated[
-        Path | None,
-        typer.Option(
-            "--keys", metavar="DIR", help="Of `everstep keys`, for the bridge.", show_default=False
-        ),
-    ] = None,
-    weights_bind: Annotated[
-        str | None,
-        typer.Option(
-            "--weights-bind",
-            metavar="ADDRESS",
-            help="Take the trainer's weights here too; for one on another host.",
-            show_default=False,
-        ),
-    ] = None,
-    weights_root: Annotated[
-        Path | None,
-        typer.Option(
-            "--weights-root",
-            metavar="DIR",
-            help="Folder of what is taken; default: everstep-NAME in /dev/shm.",
-            show_default=False,
-        ),
-    ] = None,
-    kv: Annotated[
-        KVAtFlip,
-        typer.Option("--kv", help="KV of unfinished rollouts when new weights serve."),
-    ] = KVAtFlip.KEEP,
-    staging: Annotated[
-        Staging,
-        typer.Option(
-            "--staging",
-            help="How new weights are loaded beside generation: background takes a stated share of "
-            "its time, full as much as may be between two steps.",
-        ),
-    ] = Staging.BACKGROUND,
-    train_wait_s: Annotated[
-        float,
-        typer.Option(
-            "--train-wait-s", min=0, metavar="S", help="How long an iteration may be trained."
-        ),
-    ] = 3600.0,
+    prompts: flags.Prompts = None,
+    out: flags.Out = None,
+    budget: flags.Budget = 65536,
+    retention: flags.Retention = 3,
+    group: flags.Group = 8,
+    capacity: flags.Capacity = 128,
+    mode: flags.Mode = flags.BudgetMode.GENERATED,
+    iterations: flags.Iterations = None,
+    epochs: flags.Epochs = 1,
+    max_lag: flags.MaxLag = None,
+    max_reissues: flags.MaxReissues = 8,
+    server: flags.Server = None,
+    wait_s: flags.WaitS = 120.0,
+    admin_key: flags.AdminKey = None,
+    bridge: flags.Bridge = None,
+    run_name: flags.RunName = "run",
+    reward: flags.Reward = None,
+    record: flags.Record = None,
+    keys: flags.Keys = None,
+    weights_bind: flags.WeightsBind = None,
+    weights_root: flags.WeightsRoot = None,
+    kv: flags.Kv = flags.KVAtFlip.KEEP,
+    staging: flags.Staging = flags.StagingPriority.BACKGROUND,
+    train_wait_s: flags.TrainWaitS = 3600.0,
 ) -> None:
     """Sample groups under an exact token budget; after any kill the same command goes on.
 
