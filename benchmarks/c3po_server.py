@@ -23,8 +23,8 @@ from c3po_engine import GROUP, C3po, forced
 from msgspec import Struct
 
 from everstep.engine.checkpoint.make_checkpoint import make_checkpoint
-from everstep.http_engine import HttpEngine
 from everstep.processes import core_of
+from everstep.rollout.http_engine import HttpEngine
 from everstep.trainer_bridge.c3po.comparison import retention_without_purges
 from everstep.trainer_bridge.c3po.length_model import CappedLognormal
 from everstep.trainer_bridge.run.engine import Work

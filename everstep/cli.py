@@ -12,13 +12,14 @@ from typing import Annotated, Any
 
 import typer
 
-from . import __version__, journal_cli, proof_cli, rollout_cli
+from . import __version__, journal_cli, proof_cli
 from .bench import cli as bench_cli
 from .engine.errors import ConfigError, EverstepError
 from .engine.rollout import SamplingParams
 from .environment import log_format
 from .flags import CHECKS, FOLDERS, LEARNING, MODELS, Settings, with_settings
 from .mistakes import explain
+from .rollout import cli as rollout_cli
 
 app = typer.Typer(
     name="everstep",

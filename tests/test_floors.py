@@ -180,7 +180,7 @@ def test_the_front_imports_no_torch():
 
 def test_a_run_of_c3po_imports_no_torch():
     code = (
-        "import sys; import everstep.rollout_run, everstep.rollout_embedded, everstep.http_engine; "
+        "import sys; import everstep.rollout.run, everstep.rollout.embedded, everstep.rollout.http_engine; "
         "print('torch' in sys.modules)"
     )
     assert run(code) == "False"

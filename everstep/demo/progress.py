@@ -28,7 +28,7 @@ class TrainerLine(Struct):
 
 
 class EngineLine(Struct):
-    """An iteration in the log of `everstep rollout` (rollout_view.iteration_line)."""
+    """An iteration in the log of `everstep rollout` (rollout/view.py, iteration_line)."""
 
     iteration: int
     sampled: int

@@ -23,7 +23,7 @@ from everstep.demo.progress import Progress, TrainerLine, read_progress
 from everstep.demo.recipe import Files, Recipe
 from everstep.demo.view import DemoView, iteration_line, picture_rows, plot, sparkline
 from everstep.engine.errors import ConfigError
-from everstep.rollout_view import iteration_line as engine_line
+from everstep.rollout.view import iteration_line as engine_line
 from everstep.trainer_bridge.c3po.ledger import Books
 from everstep.trainer_bridge.demo import euclid
 from everstep.trainer_bridge.demo.euclid import Verdict

@@ -7,7 +7,7 @@ import pytest
 
 from everstep.engine.errors import EngineUnavailable, InvalidRequest, UnknownRollout
 from everstep.engine.rollout import Found, Rollout, SamplingParams
-from everstep.http_calls import MOST, MOST_FOLLOWED, WIDTH, Endings, Together
+from everstep.rollout.http_calls import MOST, MOST_FOLLOWED, WIDTH, Endings, Together
 from tests.trainer_bridge.rollout_world import run
 
 

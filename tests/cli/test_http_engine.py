@@ -19,7 +19,7 @@ from everstep.engine.manager.manager import RolloutManager
 from everstep.engine.native import ThreadBackend
 from everstep.engine.rollout import SamplingParams
 from everstep.engine.trajectory import encode, pack
-from everstep.http_engine import HttpEngine
+from everstep.rollout.http_engine import HttpEngine
 from everstep.server.app import create_app
 from everstep.server.config import HttpConfig, ServeConfig
 from everstep.trainer_bridge.run.engine import Prompt, Work

@@ -11,10 +11,10 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 
-from everstep import rollout_embedded
 from everstep.cli import run
 from everstep.engine.checkpoint.ring_config import read_config
 from everstep.engine.native import ThreadBackend
+from everstep.rollout import embedded as rollout_embedded
 from everstep.trainer_bridge.run.file import RunFile
 from everstep.trainer_bridge.run.words import Tally
 from everstep.trainer_bridge.trainer.config import SourceConfig, TrainConfig

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from everstep.engine.errors import ConfigError
 from everstep.engine.rollout import SamplingParams
-from everstep.rollout_output import RolloutOutput, write_parquet
-from everstep.rollout_prompts import PromptFile
-from everstep.rollout_run import purge_warning
-from everstep.rollout_view import (
+from everstep.rollout.output import RolloutOutput, write_parquet
+from everstep.rollout.prompts import PromptFile
+from everstep.rollout.run import purge_warning
+from everstep.rollout.view import (
     RolloutView,
     books_rows,
     histogram,

@@ -10,9 +10,9 @@ from typing import Any
 import httpx
 import pytest
 
-from everstep import rollout_embedded
 from everstep.cli import run
 from everstep.engine.native import ThreadBackend
+from everstep.rollout import embedded as rollout_embedded
 
 from ..serving import Served, two_served
 

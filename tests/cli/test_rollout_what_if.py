@@ -6,7 +6,7 @@ from everstep.cli import run
 from everstep.engine.journal.journal import Journal
 from everstep.engine.journal.ops import Accept, Ack, End
 from everstep.engine.rollout import RolloutState
-from everstep.rollout_trace import Span, read_trace, step_timing
+from everstep.rollout.trace import Span, read_trace, step_timing
 from everstep.trainer_bridge.c3po.length_model import CappedLognormal
 from everstep.trainer_bridge.c3po.words import Sample
 from tests.engine.journal.drawn import ORIGINS, end, make_rollout

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
-from everstep import rollout_output
 from everstep.engine import log
 from everstep.engine.manager import versions
 from everstep.engine.manager.request_keys import RequestKeys
+from everstep.rollout import output as rollout_output
 from everstep.trainer_bridge.run import fleet as rollout_fleet
 
 from .driver_disk import SYSTEM

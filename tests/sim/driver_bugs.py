@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from everstep.rollout_output import RolloutOutput
+from everstep.rollout.output import RolloutOutput
 from everstep.trainer_bridge.run import state as run_state
 from everstep.trainer_bridge.run.driver import RolloutDriver
 from everstep.trainer_bridge.run.errands import Errands

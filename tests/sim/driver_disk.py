@@ -17,7 +17,7 @@ import apsw
 import msgspec
 
 from everstep.engine.errors import JournalFull
-from everstep.rollout_output import RolloutOutput
+from everstep.rollout.output import RolloutOutput
 from everstep.trainer_bridge.run.file import Changes, Key, RunFile
 from tests.engine.journal.disk import DiskVFS, Files, after_kill, after_power_loss
 from tests.engine.journal.disk import vfs as _vfs

@@ -9,17 +9,12 @@ from types import SimpleNamespace
 from typing import Any, Protocol, TypeVar
 
 from everstep.clients.patience import Patience, error_from
-from everstep.engine.errors import (
-    EngineUnavailable,
-    EverstepError,
-    JournalFull,
-    UnknownRollout,
-)
+from everstep.engine.errors import EngineUnavailable, EverstepError, JournalFull, UnknownRollout
 from everstep.engine.journal.ops import BudgetState, Query
 from everstep.engine.messages import KVPolicy, Priority
 from everstep.engine.rollout import Found, Rollout, RolloutState
 from everstep.engine.trajectory import decode, unpack
-from everstep.http_engine import NO_ROOM, HttpEngine
+from everstep.rollout.http_engine import NO_ROOM, HttpEngine
 from everstep.trainer_bridge.run.engine import Budget, Engine, Work
 from everstep.trainer_bridge.run.hosts import Host
 

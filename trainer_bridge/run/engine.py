@@ -1,7 +1,7 @@
 """What a run of C3PO++ asks of an engine.
 
 `ManagerEngine` (trainer_bridge/run/manager_engine.py) is the engine of this process, `HttpEngine`
-(everstep/http_engine.py) a server. Whatever a run asks for carries a key or is idempotent by
+(everstep/rollout/http_engine.py) a server. Whatever a run asks for carries a key or is idempotent by
 itself: after a kill it is asked again, and nothing is made twice.
 """
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from .engine.errors import ConfigError, JournalDamaged
-from .engine.journal.journal import Journal
-from .engine.journal.ops import Query, Summary
-from .engine.rollout import Rollout, RolloutState
-from .journal import opened
-from .trainer_bridge.c3po.simulator import StepCost
-from .trainer_bridge.c3po.what_if import Trace
+from ..engine.errors import ConfigError, JournalDamaged
+from ..engine.journal.journal import Journal
+from ..engine.journal.ops import Query, Summary
+from ..engine.rollout import Rollout, RolloutState
+from ..journal import opened
+from ..trainer_bridge.c3po.simulator import StepCost
+from ..trainer_bridge.c3po.what_if import Trace
 
 _ALL = Query(limit=sys.maxsize)
 # read whole, for prompts and times; the lengths of all others are in the journal's memory

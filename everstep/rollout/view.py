@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import IO, TYPE_CHECKING
 
-from .progress import LINE_EVERY_S, duration, live_view, panel
-from .trainer_bridge.c3po.ledger import Books
-from .trainer_bridge.run.report import EngineReport, Lengths, Report
+from ..progress import LINE_EVERY_S, duration, live_view, panel
+from ..trainer_bridge.c3po.ledger import Books
+from ..trainer_bridge.run.report import EngineReport, Lengths, Report
 
 if TYPE_CHECKING:
     from rich.live import Live

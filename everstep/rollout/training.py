@@ -4,17 +4,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .engine.messages import KVPolicy, Priority
+from ..engine.messages import KVPolicy, Priority
+from ..trainer_bridge.curve import Keys, check_endpoint, read_keys
+from ..trainer_bridge.protocol import check_run_name
+from ..trainer_bridge.run.engine import Engine
+from ..trainer_bridge.run.learner import BridgeLearner
+from ..trainer_bridge.run.manager_engine import ManagerEngine
+from ..trainer_bridge.run.scoring import Scorer
+from ..trainer_bridge.trajectories.sender import TrajectorySender
+from ..trainer_bridge.trajectories.spool import Spool
+from ..weights_receiving import Job
 from .http_engine import HttpEngine
-from .trainer_bridge.curve import Keys, check_endpoint, read_keys
-from .trainer_bridge.protocol import check_run_name
-from .trainer_bridge.run.engine import Engine
-from .trainer_bridge.run.learner import BridgeLearner
-from .trainer_bridge.run.manager_engine import ManagerEngine
-from .trainer_bridge.run.scoring import Scorer
-from .trainer_bridge.trajectories.sender import TrajectorySender
-from .trainer_bridge.trajectories.spool import Spool
-from .weights_receiving import Job
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Generic, TypeVar
 
-from .engine.errors import UnknownRollout
-from .engine.rollout import Found, Rollout
+from ..engine.errors import UnknownRollout
+from ..engine.rollout import Found, Rollout
 
 AskedT = TypeVar("AskedT")
 AnswerT = TypeVar("AnswerT")

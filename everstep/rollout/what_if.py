@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from .rollout_trace import Reading
-    from .trainer_bridge.c3po.simulator import StepCost
-    from .trainer_bridge.c3po.what_if import Answer, Candidate, Question
+    from ..trainer_bridge.c3po.simulator import StepCost
+    from ..trainer_bridge.c3po.what_if import Answer, Candidate, Question
+    from .trace import Reading
 
 DEFAULT_BATCH = 32
 
@@ -71,9 +71,9 @@ def what_if(
 
     [dim]everstep rollout what-if --journal run.db --budget 65536 --capacity 128 --retention 3[/dim]
     """
-    from .rollout_trace import read_trace
-    from .trainer_bridge.c3po.what_if import Question
-    from .trainer_bridge.c3po.what_if import what_if as ask
+    from ..trainer_bridge.c3po.what_if import Question
+    from ..trainer_bridge.c3po.what_if import what_if as ask
+    from .trace import read_trace
 
     cost = None if step_ms is None else _cost(step_ms)
     reading = read_trace(journal, pool)
@@ -171,8 +171,8 @@ def _columns(rows: list[list[str]]) -> list[str]:
 
 
 def _cost(text: str) -> "StepCost":
-    from .engine.errors import ConfigError
-    from .trainer_bridge.c3po.simulator import StepCost
+    from ..engine.errors import ConfigError
+    from ..trainer_bridge.c3po.simulator import StepCost
 
     try:
         fixed, row = map(float, text.split(","))

@@ -3,13 +3,13 @@
 import typer
 from msgspec.structs import replace
 
-from . import rollout_flags as flags
-from .engine.errors import ConfigError
-from .engine.rollout import Record, SamplingParams
-from .engine.settings import load
-from .flags import Settings, with_settings
-from .rollout_what_if import what_if
-from .trainer_bridge.c3po.config import C3poConfig
+from ..engine.errors import ConfigError
+from ..engine.rollout import Record, SamplingParams
+from ..engine.settings import load
+from ..flags import Settings, with_settings
+from ..trainer_bridge.c3po.config import C3poConfig
+from . import flags
+from .what_if import what_if
 
 app = typer.Typer(name="rollout")
 app.command("what-if")(what_if)
@@ -89,10 +89,10 @@ def rollout(
         max_lag=max_lag,
         max_reissues=max_reissues,
     )
-    from .rollout_run import RolloutRun
-    from .rollout_training import Training
-    from .trainer_bridge.rewards.rewards import RewardConfig
-    from .weights_receiving import Job
+    from ..trainer_bridge.rewards.rewards import RewardConfig
+    from ..weights_receiving import Job
+    from .run import RolloutRun
+    from .training import Training
 
     # without one a trainer is sent what the default makes of each sample
     has_reward = reward is not None or bridge is not None

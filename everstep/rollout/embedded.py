@@ -6,20 +6,20 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from .engine.checkpoint.hub import resolve
-from .engine.errors import InvalidRequest
-from .engine.journal.journal import Journal
-from .engine.journal.thread import JournalThread
-from .engine.manager.manager import RolloutManager
-from .engine.messages import Priority
-from .engine.metrics import Registry
-from .engine.native import ProcessBackend
-from .engine.tokenizer import Tokenizer
-from .progress import Stages
-from .server.config import ServeConfig
-from .server.conversation import render
-from .trainer_bridge.run.engine import Prompt
-from .trainer_bridge.run.manager_engine import ManagerEngine
+from ..engine.checkpoint.hub import resolve
+from ..engine.errors import InvalidRequest
+from ..engine.journal.journal import Journal
+from ..engine.journal.thread import JournalThread
+from ..engine.manager.manager import RolloutManager
+from ..engine.messages import Priority
+from ..engine.metrics import Registry
+from ..engine.native import ProcessBackend
+from ..engine.tokenizer import Tokenizer
+from ..progress import Stages
+from ..server.config import ServeConfig
+from ..server.conversation import render
+from ..trainer_bridge.run.engine import Prompt
+from ..trainer_bridge.run.manager_engine import ManagerEngine
 
 NAME = "here"
 

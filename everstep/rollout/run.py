@@ -8,29 +8,29 @@ from pathlib import Path
 
 import msgspec
 
-from .engine.errors import ConfigError, InvalidRequest
-from .engine.messages import Priority
-from .engine.rollout import SamplingParams
-from .flags import Settings
-from .offline import show_table
-from .progress import Stages, duration
-from .rollout_output import RolloutOutput, check_output, lines_path
-from .rollout_prompts import PromptFile, check_temperature
-from .rollout_training import Training
-from .rollout_view import RolloutView, books_rows, waste_text
-from .server.config import ServeConfig
-from .trainer_bridge.c3po.comparison import retention_without_purges
-from .trainer_bridge.c3po.config import C3poConfig
-from .trainer_bridge.rewards.rewards import RewardConfig
-from .trainer_bridge.run.driver import Learner, RolloutDriver
-from .trainer_bridge.run.engine import Engine
-from .trainer_bridge.run.file import RunFile
-from .trainer_bridge.run.folders import remove_versions
-from .trainer_bridge.run.report import Report
-from .trainer_bridge.run.scoring import Scorer
-from .trainer_bridge.run.state import RunState, run_path
-from .trainer_bridge.run.words import Header
-from .weights_receiving import ReceiverChild
+from ..engine.errors import ConfigError, InvalidRequest
+from ..engine.messages import Priority
+from ..engine.rollout import SamplingParams
+from ..flags import Settings
+from ..offline import show_table
+from ..progress import Stages, duration
+from ..server.config import ServeConfig
+from ..trainer_bridge.c3po.comparison import retention_without_purges
+from ..trainer_bridge.c3po.config import C3poConfig
+from ..trainer_bridge.rewards.rewards import RewardConfig
+from ..trainer_bridge.run.driver import Learner, RolloutDriver
+from ..trainer_bridge.run.engine import Engine
+from ..trainer_bridge.run.file import RunFile
+from ..trainer_bridge.run.folders import remove_versions
+from ..trainer_bridge.run.report import Report
+from ..trainer_bridge.run.scoring import Scorer
+from ..trainer_bridge.run.state import RunState, run_path
+from ..trainer_bridge.run.words import Header
+from ..weights_receiving import ReceiverChild
+from .output import RolloutOutput, check_output, lines_path
+from .prompts import PromptFile, check_temperature
+from .training import Training
+from .view import RolloutView, books_rows, waste_text
 
 _SHOWN_TROUBLES = 20
 
@@ -245,7 +245,7 @@ class RolloutRun:
                     for url in self._servers
                 ]
             else:
-                from .rollout_embedded import embedded_engine
+                from .embedded import embedded_engine
 
                 config, path = self._embedded_config(), self._journal_path
                 assert path is not None

@@ -9,10 +9,10 @@ import httpx
 import msgspec
 from msgspec import Struct
 
-from .clients.async_client import AsyncClient
-from .clients.patience import FIRST_CONTACT_S
-from .engine.checkpoint.manifest import Version
-from .engine.errors import (
+from ..clients.async_client import AsyncClient
+from ..clients.patience import FIRST_CONTACT_S
+from ..engine.checkpoint.manifest import Version
+from ..engine.errors import (
     ConfigError,
     EngineUnavailable,
     EverstepError,
@@ -23,14 +23,14 @@ from .engine.errors import (
     UnknownRollout,
     WeightsRefused,
 )
-from .engine.journal.ops import Budget as EngineBudget
-from .engine.journal.ops import BudgetState
-from .engine.messages import Flipped, KVPolicy, Priority
-from .engine.rollout import Rollout, RolloutState
+from ..engine.journal.ops import Budget as EngineBudget
+from ..engine.journal.ops import BudgetState
+from ..engine.messages import Flipped, KVPolicy, Priority
+from ..engine.rollout import Rollout, RolloutState
+from ..server.rollouts.wire import RolloutSummary
+from ..trainer_bridge.run.engine import Budget, Facts, Prompt, Seen, Work
+from ..trainer_bridge.run.hosts import Prepared
 from .http_calls import Endings, Together
-from .server.rollouts.wire import RolloutSummary
-from .trainer_bridge.run.engine import Budget, Facts, Prompt, Seen, Work
-from .trainer_bridge.run.hosts import Prepared
 
 UNBOUNDED = 2**53
 PAUSE_S = 0.25

@@ -14,19 +14,19 @@ from typing import Annotated, Any, BinaryIO
 import msgspec
 from msgspec import Meta, Struct
 
-from .clients.flows import sampling_fields
-from .engine.errors import ConfigError, InvalidRequest
-from .engine.rollout import Record, SamplingParams
-from .server.batches.lines import parse_line
-from .server.batches.output import IdSet
-from .server.batches.run import MAX_LINE_BYTES, Line, read_lines
-from .server.decoding import decode_own
-from .server.json_values import check_metadata
-from .server.openai.generation import sampling_of
-from .server.openai.wire import Message, TokenId, Tool
-from .server.rollouts.wire import Sampling, prompt_field
-from .trainer_bridge.run.engine import Prompt
-from .trainer_bridge.run.words import KeptPrompt, Position
+from ..clients.flows import sampling_fields
+from ..engine.errors import ConfigError, InvalidRequest
+from ..engine.rollout import Record, SamplingParams
+from ..server.batches.lines import parse_line
+from ..server.batches.output import IdSet
+from ..server.batches.run import MAX_LINE_BYTES, Line, read_lines
+from ..server.decoding import decode_own
+from ..server.json_values import check_metadata
+from ..server.openai.generation import sampling_of
+from ..server.openai.wire import Message, TokenId, Tool
+from ..server.rollouts.wire import Sampling, prompt_field
+from ..trainer_bridge.run.engine import Prompt
+from ..trainer_bridge.run.words import KeptPrompt, Position
 
 _OPTIONS = (
     *("tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message"),
