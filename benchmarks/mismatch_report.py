@@ -61,7 +61,7 @@ class Learned(Struct, frozen=True):
 
     def series(self, name: str) -> list[float]:
         """By iteration; an iteration in which no group taught anything has 0."""
-        return [line.metrics.get(name, 0.0) for line in self.lines]
+        return [_number(line.metrics.get(name, 0.0)) for line in self.lines]
 
     @property
     def rewards(self) -> list[float]:
@@ -78,12 +78,17 @@ class Learned(Struct, frozen=True):
 
     def _mean(self, name: str, weight: str) -> float:
         pairs = [
-            (line.metrics[name], line.metrics[weight])
+            (_number(line.metrics[name]), _number(line.metrics[weight]))
             for line in self.lines
             if name in line.metrics
         ]
         total = sum(count for _, count in pairs)
         return sum(value * count for value, count in pairs) / total if total else math.nan
+
+
+def _number(value: float | None) -> float:
+    """What was not finite has no number in JSON."""
+    return math.nan if value is None else value
 
 
 Runs = dict[str, list[Learned]]
