@@ -40,7 +40,13 @@ from everstep.engine.rollout import Rollout
 from everstep.engine.trajectory import encode, pack
 from everstep.server.decoding import decode_own
 from everstep.server.http import error_response
-from everstep.server.rollouts.wire import BudgetRequest, Selection, StreamEvent, SubmitRequest
+from everstep.server.rollouts.wire import (
+    BudgetRequest,
+    PackedRollouts,
+    Selection,
+    StreamEvent,
+    SubmitRequest,
+)
 
 from ..fakes import FakeClock
 
@@ -259,6 +265,57 @@ def test_waiting_ends_when_the_time_is_up():
     clock.advance(10)
     with pytest.raises(TimeoutError, match="ro-1"):
         flow.send(packed("queued"))
+
+
+# --- many in one request
+
+
+def several(*ended_: httpx.Response, **unknown: str) -> httpx.Response:
+    packed_ = PackedRollouts(data=[msgspec.Raw(one.content) for one in ended_], unknown=unknown)
+    return reply(200, msgspec.msgpack.encode(packed_))
+
+
+def test_many_are_sent_again_with_their_keys_and_each_has_its_outcome():
+    accepted = {"group_id": "g", "rollout_ids": ["ro-1"]}
+    refused = {"message": "top_p: no", "type": "t", "param": "sampling.top_p"}
+    answer = {"data": [accepted, {"error": refused | {"code": "invalid_request_error"}}]}
+    many = [{"prompt": "a", "idempotency_key": "mine"}, {"prompt": "b"}]
+    replies = [httpx.ReadError("cut"), failed(JournalFull("full")), reply(202, answer)]
+    [first, second], calls = drive(flows.submit_many(many, patience()), replies)
+    assert first.rollout_ids == ["ro-1"]
+    assert isinstance(second, InvalidRequest)
+    assert second.field == "sampling.top_p"
+    bodies = [msgspec.json.decode(call.content)["submissions"] for call in calls]
+    assert bodies[0] == bodies[1] == bodies[2]
+    assert bodies[0][0]["idempotency_key"] == "mine"
+    assert len(bodies[0][1]["idempotency_key"]) == 32
+
+
+def test_waiting_for_any_polls_until_one_has_ended_or_the_time_is_up():
+    replies = [several(), httpx.ReadError("cut"), httpx.ReadError("cut"), several(ended())]
+    found, calls = drive(flows.wait_any(["ro-1", "ro-2"], None, patience()), replies)
+    assert [one.id for one in found.rollouts] == ["ro-1"]
+    assert [float(call.query["wait"]) for call in calls] == [20.0, 20.0, 10.0, 5.0]
+    assert msgspec.json.decode(calls[0].content) == {"ids": ["ro-1", "ro-2"]}
+    found, _ = drive(flows.wait_any(["ro-2"], None, patience()), [several(**{"ro-2": "why"})])
+    assert found.unknown == {"ro-2": "why"}
+    clock = FakeClock()
+    flow = flows.wait_any(["ro-1"], 5.0, patience(clock), clock)
+    assert float(flow.send(None).query["wait"]) == 5.0
+    clock.advance(5)
+    with pytest.raises(StopIteration) as done:
+        flow.send(several())
+    assert not done.value.value.rollouts
+
+
+def test_what_is_not_borne_is_raised_at_once():
+    calm = patience(not_borne=(JournalFull,))
+    with pytest.raises(JournalFull):
+        drive(flows.submit_many([{"prompt": "a"}], calm), [failed(JournalFull("full"))])
+    _, calls = drive(
+        flows.get_many(["ro-1"], calm), [failed(EngineUnavailable("loading")), several(ended())]
+    )
+    assert len(calls) == 2
 
 
 # --- streams
