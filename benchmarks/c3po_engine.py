@@ -36,10 +36,11 @@ from everstep.engine.rollout import Rollout, SamplingParams, derive_seed
 from everstep.trainer_bridge.c3po.comparison import retention_without_purges
 from everstep.trainer_bridge.c3po.config import C3poConfig
 from everstep.trainer_bridge.c3po.length_model import CappedLognormal
-from everstep.trainer_bridge.run.driver import Delivered, RolloutDriver
+from everstep.trainer_bridge.run.driver import RolloutDriver
 from everstep.trainer_bridge.run.engine import Engine, Prompt, Work
 from everstep.trainer_bridge.run.file import RunFile
 from everstep.trainer_bridge.run.manager_engine import ManagerEngine
+from everstep.trainer_bridge.run.parts import Delivered
 from everstep.trainer_bridge.run.state import RunState
 from everstep.trainer_bridge.run.words import Header, KeptPrompt, Position
 

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from ..engine.errors import ConfigError, MissingExtra
-from ..trainer_bridge.run.driver import Delivered
+from ..trainer_bridge.run.parts import Delivered
 from ..trainer_bridge.trajectories.record import Trajectory, decode_line, encode_line, trajectory_of
 
 SUFFIXES = (".jsonl", ".parquet")

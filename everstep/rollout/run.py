@@ -18,10 +18,11 @@ from ..server.config import ServeConfig
 from ..trainer_bridge.c3po.comparison import retention_without_purges
 from ..trainer_bridge.c3po.config import C3poConfig
 from ..trainer_bridge.rewards.rewards import RewardConfig
-from ..trainer_bridge.run.driver import Learner, RolloutDriver
+from ..trainer_bridge.run.driver import RolloutDriver
 from ..trainer_bridge.run.engine import Engine
 from ..trainer_bridge.run.file import RunFile
 from ..trainer_bridge.run.folders import remove_versions
+from ..trainer_bridge.run.parts import Learner
 from ..trainer_bridge.run.report import Report
 from ..trainer_bridge.run.scoring import Scorer
 from ..trainer_bridge.run.state import RunState, run_path

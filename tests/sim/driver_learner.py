@@ -15,8 +15,8 @@ from msgspec.structs import replace
 from everstep.engine.messages import KVPolicy
 from everstep.engine.trajectory import unpack
 from everstep.trainer_bridge.protocol import Trained, TrajectoryGroup
-from everstep.trainer_bridge.run.driver import Groups
 from everstep.trainer_bridge.run.learner import BridgeLearner
+from everstep.trainer_bridge.run.parts import Groups
 from everstep.trainer_bridge.trajectories.spool import Serving
 
 from .driver_disk import DriverDisk

@@ -18,9 +18,10 @@ from msgspec import Struct, structs
 from everstep.engine.errors import EngineUnavailable, InvalidRequest, UnknownRollout
 from everstep.engine.rollout import FinishReason, Rollout, RolloutState, SamplingParams, Segment
 from everstep.trainer_bridge.c3po.config import C3poConfig
-from everstep.trainer_bridge.run.driver import Delivered, Groups, RolloutDriver, Taught
+from everstep.trainer_bridge.run.driver import RolloutDriver
 from everstep.trainer_bridge.run.engine import Budget, Facts, Prompt, Seen, Work
 from everstep.trainer_bridge.run.file import RunFile
+from everstep.trainer_bridge.run.parts import Delivered, Groups, Taught
 from everstep.trainer_bridge.run.state import RunState
 from everstep.trainer_bridge.run.words import Header, KeptPrompt, Position
 

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from everstep.engine.errors import EngineUnavailable, IllegalState
-from everstep.trainer_bridge.run.driver import Groups, Taught
+from everstep.trainer_bridge.run.parts import Groups, Taught
 from everstep.trainer_bridge.run.state import RunState
 
 from .rollout_world import FakeEngine, FakeLearner, Killed, World, digest, run

@@ -21,7 +21,7 @@ _METER_TOKENS = 1
 
 
 class Weights(Protocol):
-    """Whoever gives engines new weights (rollout_driver.Learner)."""
+    """Whoever gives engines new weights (`parts.Learner`)."""
 
     def is_behind(self, engine: str) -> bool: ...
 

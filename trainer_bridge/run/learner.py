@@ -21,9 +21,9 @@ from ..protocol import Member, Trained, TrajectoryGroup
 from ..trajectories.sender import TrajectorySender
 from ..trajectories.spool import Serving, Spool
 from . import hosts
-from .driver import Delivered, Groups, Taught
 from .folders import remove_versions
 from .hosts import Host, Served
+from .parts import Delivered, Groups, Taught
 from .scoring import Scorer
 
 # for the ranks to save what they have

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from ..rewards.rewards import RewardConfig, reward_sample
 from ..rewards.workers import RewardPool
-from .driver import Delivered, Groups
+from .parts import Delivered, Groups
 
 
 class Scorer:

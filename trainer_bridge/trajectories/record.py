@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Struct
 
 from ...engine.rollout import FinishReason, Segment
-from ..run.driver import Delivered
+from ..run.parts import Delivered
 
 Runs = list[tuple[int, int]]
 
