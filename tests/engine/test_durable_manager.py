@@ -623,7 +623,7 @@ def test_a_disk_that_fills_while_somebody_steers_does_it_later(verb):
             with pytest.raises(JournalFull, match="no space left"):
                 await asyncio.wait_for(manager.unless_stalled(getattr(manager, verb)([name])), 10)
             world.store.fault = None
-            await asyncio.wait_for(manager._keeper.flush(), 10)
+            await asyncio.wait_for(manager._keeper.journal.flush(), 10)
             kept = world.store.summary(name)
             if verb == "acknowledge":
                 assert kept.is_acked
