@@ -8,8 +8,6 @@ shape, that a row's bits do not depend on its place in the tile, nor on the tile
 one thread: where several give other bits than one does, one multiplies everything.
 """
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -22,6 +20,7 @@ from .quant import (
     quantize_activations_token,
 )
 from .reduce import tree_sum
+from .torch_threads import one_thread
 
 SMALL_TILE = 16
 WIDE_TILES = (256, 64)
@@ -112,16 +111,6 @@ PLAN = TilePlan()
 ITEMS = ItemPlan()
 
 
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def _product(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> None:
     torch.mm(x, w.t(), out=out)
 
@@ -165,7 +154,7 @@ def matmul_rows(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     """
     tiles = PLAN.of(w)
     if not tiles:
-        with _one_thread():
+        with one_thread():
             return matmul_rows(x, w)
     return _by_tiles(x, w, tiles)
 
@@ -174,7 +163,7 @@ def _rows_are_of_one_thread(w: torch.Tensor, tiles: tuple[int, ...]) -> bool:
     """Whether products by these tiles have the bits of those on one thread."""
     x = torch.randn(SMALL_TILE * 2, w.shape[1], generator=_generator()).to(w.dtype)
     here = _by_tiles(x, w, tiles[-1:])
-    with _one_thread():
+    with one_thread():
         return torch.equal(here, matmul_rows(x, w))
 
 
@@ -207,7 +196,7 @@ def matmul_items(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """
     is_safe = ITEMS.of(a.shape[1], a.shape[2], b.shape[1], b.is_contiguous())
     if is_safe is None:
-        with _one_thread():
+        with one_thread():
             return matmul_items(a, b)
     if is_safe:
         return torch.bmm(a, b.transpose(1, 2))
@@ -220,7 +209,7 @@ def _items_are_of_one_thread(
     """Whether batched products have the bits, or the refusal, of one thread."""
     a, right = _drawn_items(rows, inner, columns, is_contiguous)
     here = torch.bmm(a, right)
-    with _one_thread():
+    with one_thread():
         if ITEMS.of(rows, inner, columns, is_contiguous) != is_safe:
             return False
         return not is_safe or torch.equal(here, torch.bmm(a, right))

@@ -4,10 +4,10 @@ operation by operation (model.py); the same bits either way.
 Shapes: T packed tokens, R wanted rows, H hidden, V vocabulary, L MoE layers, K experts per token.
 """
 
-import contextlib
 import ctypes
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from ...kernels import (
     StepShape,
     library_in_use,
 )
+from ...kernels.torch_threads import one_thread
 from ..core.plan import Row
 from . import model
 from .model import KVStore
@@ -103,16 +104,9 @@ class ForwardPass:
         return model.forward(self._weights, ids, self._store, plan, self._tables, trace=trace)
 
 
-@contextlib.contextmanager
-def _threads_for(tokens: int) -> Iterator[None]:
+def _threads_for(tokens: int) -> AbstractContextManager[None]:
     """One of torch's threads for a small step, all of them for others."""
-    before = torch.get_num_threads()
-    if tokens < FEW_TOKENS:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return one_thread() if tokens < FEW_TOKENS else nullcontext()
 
 
 def _not_finite(x: torch.Tensor) -> list[int]:

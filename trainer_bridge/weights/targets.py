@@ -5,7 +5,6 @@ import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
@@ -14,6 +13,7 @@ import torch
 
 from ...engine.checkpoint.manifest import Manifest, TensorRecord
 from ...engine.errors import BridgeError
+from ...kernels.torch_threads import one_thread
 from ..curve import Keys
 from ..trainer.sharding import World
 from ..trajectories.dealing import deal
@@ -86,7 +86,7 @@ class Here:
                     data = piece.data().view(torch.uint8).numpy().data
                     folder.write(piece.spans(), data)
 
-        with _one_thread_each(), ThreadPoolExecutor(self._threads, "write") as pool:
+        with one_thread(), ThreadPoolExecutor(self._threads, "write") as pool:
             for done in [pool.submit(work) for _ in range(self._threads)]:
                 done.result()
         folder.close()
@@ -231,17 +231,6 @@ class _Shared(Generic[Item]):
     def __next__(self) -> Item:
         with self._lock:
             return next(self._items)
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Threads that begin inside use torch on no threads but themselves."""
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(count)
 
 
 def _ranks_here(world: World) -> int:
