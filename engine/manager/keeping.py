@@ -176,17 +176,11 @@ class Keeper:
         return await asyncio.shield(working)
 
     async def flush(self) -> None:
-        """Return once all that was given is durable, and shown; raises as `check` where it cannot be
-        now."""
-        self.check()
+        """Return once all that was given is durable, and shown."""
         await self.whole(self.journal.flush())
 
     async def acknowledge(self, ids: Sequence[str] | None, group: str | None) -> Ids:
-        """The reader of these ended rollouts has them (both None: of all that have ended).
-
-        Raises as `check`, too.
-        """
-        self.check()
+        """The reader of these ended rollouts has them (both None: of all that have ended)."""
         if ids is None:
             ids = await self._ended_ids(group)
         else:

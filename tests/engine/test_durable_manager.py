@@ -607,6 +607,30 @@ def test_over_a_full_disk_nobody_waits_to_be_told_that_nothing_is_done():
     run(body)
 
 
+@pytest.mark.parametrize("verb", ["cancel", "acknowledge"])
+def test_inside_the_process_a_full_disk_is_waited_for(verb):
+    """A batch does; HTTP does not (`unless_stalled`)."""
+
+    async def body(world):
+        async with world.managed() as (manager, _):
+            ended = await accepted(manager)
+            await manager.wait(ended)
+            live = await paused_at(manager, 4, max_tokens=40)
+            world.store.fault = JournalFull("no space left")
+            first = asyncio.ensure_future(manager.resume([live]))
+            while manager.journal_trouble is None:
+                await asyncio.sleep(0.001)
+            name = ended if verb == "acknowledge" else live
+            steering = asyncio.ensure_future(getattr(manager, verb)([name]))
+            await asyncio.wait([steering], timeout=0.05)
+            assert not steering.done()
+            world.store.fault = None
+            assert await asyncio.wait_for(steering, 10) == [name]
+            await asyncio.wait_for(first, 10)
+
+    run(body)
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_disk_that_fills_while_somebody_steers_does_it_later(verb):
     async def body(world):
@@ -623,7 +647,7 @@ def test_a_disk_that_fills_while_somebody_steers_does_it_later(verb):
             with pytest.raises(JournalFull, match="no space left"):
                 await asyncio.wait_for(manager.unless_stalled(getattr(manager, verb)([name])), 10)
             world.store.fault = None
-            await asyncio.wait_for(manager._keeper.journal.flush(), 10)
+            await asyncio.wait_for(manager._keeper.flush(), 10)
             kept = world.store.summary(name)
             if verb == "acknowledge":
                 assert kept.is_acked

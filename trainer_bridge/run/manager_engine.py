@@ -75,10 +75,10 @@ class ManagerEngine:
         return replace(rollout, **lists)
 
     async def cancel(self, rollout_ids: Sequence[str]) -> None:
-        await self._manager.cancel(rollout_ids)
+        await self._manager.unless_stalled(self._manager.cancel(rollout_ids))
 
     async def acknowledge(self, rollout_ids: Sequence[str]) -> None:
-        await self._manager.acknowledge(rollout_ids)
+        await self._manager.unless_stalled(self._manager.acknowledge(rollout_ids))
 
     async def known(self, pool: str) -> list[Seen]:
         found: list[Seen] = []
